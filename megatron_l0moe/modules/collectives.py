@@ -1,0 +1,25 @@
+"""Differentiable and plain collectives that the gates use; each is the identity in a group of one."""
+
+import torch
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from torch import Tensor
+
+
+def gather_shards(shard: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Concatenate equal shards over dimension 0 in rank order: [F/p] -> [F]; no gradient."""
+    if group.size() == 1:
+        return shard
+    full = shard.new_empty((shard.shape[0] * group.size(), *shard.shape[1:]))
+    torch.distributed.all_gather_into_tensor(full, shard.contiguous(), group=group)
+    return full
+
+
+def mean_over_shards(shard: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return the mean over all F entries of a tensor sharded over ``group``; scalar.
+
+    Forward all-reduces the partial sums, backward gives each rank the gradient of its own shard.
+    """
+    total = shard.sum()
+    if group.size() > 1:
+        total = reduce_from_tensor_model_parallel_region(total, group=group)
+    return total / (shard.numel() * group.size())

@@ -1,0 +1,113 @@
+"""Megatron's MLP with a hard concrete gate between the activation and fc2 (paper section 3.2).
+
+Shapes: s = sequence (local under sequence parallelism), b = micro-batch, h = hidden, F = FFN channels, p = TP size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcreteGate
+from megatron_l0moe.modules.retention import RetentionConfig
+
+
+class _AttachPenalty(torch.autograd.Function):
+    """Pass ``output`` through and give ``penalty`` the gradient ``scale``.
+
+    The penalty depends on parameters only, so it is added once for each micro-batch on the rank that owns the layer,
+    without travelling through the pipeline to the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, penalty: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients
+        return gradient, torch.full((), ctx.scale, dtype=torch.float32, device=gradient.device), None
+
+
+class L0MLP(MLP):
+    """MLP whose intermediate activation [s, b, F/p] is multiplied by the gate z [F/p] just before fc2.
+
+    MLP.forward is monolithic, so the gate is placed by a forward pre-hook of `linear_fc2`; it commutes with
+    everything that comes before, and gate and up see the same mask because it acts on their product.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        *,
+        pg_collection: ProcessGroupCollection,
+        gate_config: HardConcreteConfig,
+        retention_config: RetentionConfig,
+        layer: int,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            submodules,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=pg_collection.tp,
+            name=name,
+        )
+        self.gate = HardConcreteGate(
+            config,
+            gate_config=gate_config,
+            retention_config=retention_config,
+            layer=layer,
+            local_width=config.ffn_hidden_size // pg_collection.tp.size(),
+            tp_group=pg_collection.tp,
+            dp_cp_group=pg_collection.dp_cp,
+        )
+        self._z: Tensor | None = None
+        self.linear_fc2.register_forward_pre_hook(self._apply_gate)
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h] and the bias, as in Megatron's MLP."""
+        self.gate.observe_input(hidden_states)
+        self._z = self.gate()
+        output, bias = super().forward(hidden_states, per_token_scale, **kwargs)
+        penalty = self.gate.penalty(self._z) if self.training and torch.is_grad_enabled() else None
+        self._z = None
+        if penalty is not None:
+            output = _AttachPenalty.apply(output, penalty, self.gate.step.penalty_scale)
+        return output, bias
+
+    def _apply_gate(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self._z is not None, "fc2 of an L0MLP ran outside its forward"
+        return (args[0] * self._z.to(args[0].dtype), *args[1:])
+
+    @classmethod
+    def as_mlp_submodule(
+        cls,
+        submodules: MLPSubmodules,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool,
+        *,
+        gate_config: HardConcreteConfig,
+        retention_config: RetentionConfig,
+        layer: int,
+        name: str | None = None,
+    ) -> "L0MLP":
+        """Build the MLP of a TransformerLayer; the signature that core/transformer/transformer_layer.py:433 calls."""
+        del is_mtp_layer
+        return cls(
+            config,
+            submodules,
+            pg_collection=pg_collection,
+            gate_config=gate_config,
+            retention_config=retention_config,
+            layer=layer,
+            name=name,
+        )

@@ -1,0 +1,56 @@
+"""Megatron flags that depend on the machine: device, and which optional libraries can be imported.
+
+A flag that the user gives wins; these only fill in what is not said.
+"""
+
+import importlib.util
+from collections.abc import Iterable
+
+from megatron_l0moe.runtime.cpu import has_cuda
+
+# Kernels that exist on CUDA only, or whose unfused form is as fast on a CPU.
+CPU_FLAGS = (
+    ("--distributed-backend", "gloo"),
+    ("--transformer-impl", "local"),
+    ("--use-cpu-initialization", None),
+    ("--no-gradient-accumulation-fusion", None),
+    ("--no-persist-layer-norm", None),
+    ("--no-masked-softmax-fusion", None),
+    ("--no-bias-swiglu-fusion", None),
+    ("--no-rope-fusion", None),
+    ("--attention-softmax-in-fp32", None),
+)
+
+
+def has_transformer_engine() -> bool:
+    """Return whether Transformer Engine can be imported."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex_wgrad_fusion() -> bool:
+    """Return whether NVIDIA Apex's fused weight-gradient kernel can be imported."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def platform_flags(given: Iterable[str], *, moe: bool = False) -> list[str]:
+    """Return the flags to add to the ``given`` command line so that Megatron runs on this machine."""
+    names = {argument.split("=", 1)[0] for argument in given}
+    flags: list[tuple[str, str | None]] = []
+    if not has_cuda():
+        flags += CPU_FLAGS
+        if moe:
+            # gloo's all-to-all needs split sizes on the host; all-gather needs none
+            flags.append(("--moe-token-dispatcher-type", "allgather"))
+    else:
+        flags.append(("--transformer-impl", "transformer_engine" if has_transformer_engine() else "local"))
+        if not has_apex_wgrad_fusion():
+            flags.append(("--no-gradient-accumulation-fusion", None))
+        if moe:
+            flags.append(("--moe-token-dispatcher-type", "alltoall"))
+            if has_transformer_engine():
+                flags.append(("--moe-grouped-gemm", None))
+    added: list[str] = []
+    for name, value in flags:
+        if name not in names:
+            added += [name] if value is None else [name, value]
+    return added

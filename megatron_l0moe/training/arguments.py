@@ -1,0 +1,127 @@
+"""Our command-line flags, all `--l0-...`, beside Megatron's own; the only file that sees argparse's namespace whole."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
+from megatron_l0moe.modules.layer_specs import LayerPlan
+from megatron_l0moe.modules.retention import RetentionConfig
+from megatron_l0moe.modules.router import RouterConfig
+from megatron_l0moe.runtime.platform import platform_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What this job trains, on which data, and how fast its own parameters learn."""
+
+    l0_stage: Literal["dense", "expert", "moe"] = "dense"
+    """dense: the base model. expert: masks and MLPs of one domain. moe: the merged L0-MoE."""
+    l0_dense_layers: int = 0
+    """Bottom layers that stay dense."""
+    l0_data_index: str = ""
+    """Prefix of the sample index to train on: PREFIX.ccm.json and its .npy files."""
+    l0_metrics_file: str = ""
+    """File to which one JSON object is appended after each step; empty for none."""
+    l0_mask_lr: float = 0.3
+    """Learning rate of log_alpha."""
+    l0_lambda_lr: float = 0.3
+    """Learning rate of the lambdas of eq. 2, for gradient ascent."""
+    l0_router_lr: float = 0.0
+    """Learning rate of the routers; 0 means that of the other weights."""
+    l0_freeze_weights: bool = False
+    """In the expert stage, train the masks only; an expert is then a list of FFN channels of the dense model."""
+
+    def __post_init__(self) -> None:
+        if self.l0_dense_layers < 0:
+            raise ValueError(f"l0_dense_layers must be at least 0, got {self.l0_dense_layers}")
+
+
+ARGUMENT_GROUPS: tuple[tuple[str, type], ...] = (
+    ("L0 stage", StageConfig),
+    ("L0 gates", HardConcreteConfig),
+    ("L0 retention", RetentionConfig),
+    ("L0 router", RouterConfig),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of our settings of one job."""
+
+    stage: StageConfig
+    plan: LayerPlan
+
+
+def add_l0_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser."""
+    for title, config in ARGUMENT_GROUPS:
+        ArgumentGroupFactory(config).build_group(parser, title=title)
+    return parser
+
+
+def config_from_args(config: type, args: argparse.Namespace) -> Any:
+    """Build one of our configs; a name that is missing from the namespace raises AttributeError."""
+    return config(**{field.name: getattr(args, field.name) for field in fields(config)})
+
+
+def settings_from_args(args: argparse.Namespace) -> Settings:
+    """Build and check all of our settings."""
+    try:
+        stage, gate, retention, router = (config_from_args(config, args) for _, config in ARGUMENT_GROUPS)
+    except ValueError as error:
+        raise L0MoEError(f"{error}.") from error
+    plan = LayerPlan(
+        stage=stage.l0_stage,
+        dense_layers=stage.l0_dense_layers,
+        gate=gate,
+        retention=retention,
+        router=router,
+    )
+    _check(args, stage, retention)
+    return Settings(stage, plan)
+
+
+def _check(args: argparse.Namespace, stage: StageConfig, retention: RetentionConfig) -> None:
+    if stage.l0_dense_layers > args.num_layers:
+        raise L0MoEError(
+            f"--l0-dense-layers ({stage.l0_dense_layers}) must be at most --num-layers ({args.num_layers})."
+        )
+    if stage.l0_stage == "expert":
+        width, ffn = retention.l0_expert_ffn, args.ffn_hidden_size
+        if not 1 <= width <= ffn:
+            raise L0MoEError(f"--l0-expert-ffn ({width}) must lie between 1 and --ffn-hidden-size ({ffn}).")
+        if args.fp16 or args.calculate_per_token_loss:
+            raise L0MoEError(
+                "The expert stage scales its penalty by the number of micro-batches, so it takes neither --fp16 nor "
+                "--calculate-per-token-loss; use --bf16."
+            )
+    if stage.l0_stage == "moe" and args.num_experts is None:
+        raise L0MoEError("--l0-stage moe needs --num-experts.")
+
+
+def with_platform_flags(argv: Sequence[str]) -> list[str]:
+    """Return the command line completed by the flags that this machine needs."""
+    return [*argv, *platform_flags(argv, moe="--num-experts" in argv)]
+
+
+def install_argv() -> None:
+    """Complete `sys.argv` in place; Megatron's parser reads nothing else."""
+    sys.argv[1:] = with_platform_flags(sys.argv[1:])
+
+
+def settings_as_dict(settings: Settings) -> dict[str, Any]:
+    """Return the settings that shape the model, as they are stored in checkpoints."""
+    values: dict[str, Any] = {
+        "version": 1,
+        "stage": settings.plan.stage,
+        "dense_layers": settings.plan.dense_layers,
+    }
+    for config in (settings.plan.gate, settings.plan.retention, settings.plan.router):
+        values.update({field.name: getattr(config, field.name) for field in fields(config)})
+    return values

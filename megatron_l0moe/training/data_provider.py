@@ -1,0 +1,32 @@
+"""The training data of a stage: the sample index, served to Megatron's own sampler."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.errors import L0MoEError
+
+
+def datasets_provider(args: argparse.Namespace, num_samples: list[int]) -> tuple[Any, None, None]:
+    """Return the train set; perplexity is measured on the exported model, so there are no others.
+
+    Raises:
+        L0MoEError: the index is too short for the steps, or its batches do not fit the job.
+    """
+    prefix = args.l0_data_index
+    if not prefix:
+        raise L0MoEError(
+            "--l0-data-index is required: the prefix of the sample index made by `l0moe curate`."
+        )
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None, None, None
+    dataset = CurriculumDataset(Path(prefix))
+    if len(dataset) < num_samples[0]:
+        raise L0MoEError(
+            f"The index {prefix} holds {len(dataset)} samples but --train-iters {args.train_iters} x "
+            f"--global-batch-size {args.global_batch_size} needs {num_samples[0]}; train fewer steps or curate more."
+        )
+    return dataset, None, None

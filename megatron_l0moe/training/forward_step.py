@@ -1,0 +1,112 @@
+"""One micro-batch: batch, loss, and the schedule's position of gates and routers.
+
+Shapes: b = micro-batch, s = sequence.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_l0moe.modules.retention import schedule_step
+from megatron_l0moe.training.arguments import Settings
+from megatron_l0moe.training.model import gates, routers
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class ForwardStep:
+    """Megatron's `forward_step_func`; remembers, for each model chunk, the iteration that it has begun."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._begun: dict[int, int] = {}
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """Return the per-token losses [b, s] and the function that reduces them."""
+        args = get_args()
+        if model.training and self._begun.get(id(model)) != args.curr_iteration:
+            begin_iteration(model, self._settings, iteration=args.curr_iteration, total=args.train_iters)
+            self._begun[id(model)] = args.curr_iteration
+        batch = _get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            None,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
+        return output, functools.partial(_loss, batch["loss_mask"])
+
+
+def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: int, total: int) -> None:
+    """Set the schedule's position on every gate and router of a model chunk."""
+    for gate in gates(model):
+        gate.begin_iteration(
+            schedule_step(
+                settings.plan.retention,
+                iteration=iteration,
+                total=total,
+                target=gate.controller.target,
+                penalty_scale=1.0 / get_num_microbatches(),
+            )
+        )
+    for router in routers(model):
+        router.expert_load.begin_iteration()
+
+
+def _get_batch(
+    args: argparse.Namespace, data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None
+) -> dict[str, Tensor | None]:
+    """Return this rank's part of the next micro-batch; None for all on middle pipeline stages."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: dict[str, Any] = {}
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in BATCH_KEYS}
+        batch["attention_mask"] = None
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return {key: batch.get(key) for key in BATCH_KEYS}
+
+
+def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the summed loss, the number of tokens, and both for the report; output and mask are [b, s]."""
+    assert loss_mask is not None, "the last pipeline stage has the batch"
+    mask = loss_mask.view(-1).float()
+    loss = (output.view(-1).float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}

@@ -1,0 +1,117 @@
+"""Write the logits of a trained Megatron checkpoint on held-out text, for the parity check of the export.
+
+`python -m megatron_l0moe.training.logits [Megatron's flags] --l0-heldout FILE --l0-positions N --l0-logits-file OUT`.
+The model is computed in float32 whatever dtype its weights are stored in. OUT is a safetensors file:
+`tokens` int64 [N], `logits` float32 [N, vocabulary], `margins` float32 [N]: the smallest relative gap, over the MoE
+layers, between the probability of the last expert chosen and the first one not chosen. Where that gap is of the
+size of rounding, two correct programs may choose differently.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime import checkpoint_fixes, cpu
+from megatron_l0moe.training.pretrain import exit_with_one_sentence
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsConfig:
+    """Input and output of this command."""
+
+    l0_heldout: str = ""
+    """File of held-out sequences, written by curate."""
+    l0_positions: int = 64
+    """Positions whose logits are written."""
+    l0_logits_file: str = ""
+    """The safetensors file to write."""
+
+
+def main() -> None:
+    """Load the checkpoint into one process and write the logits."""
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    cpu.install_training()
+    checkpoint_fixes.install()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training as megatron_training
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_l0moe.training import arguments, model
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        ArgumentGroupFactory(LogitsConfig).build_group(parser, title="L0 logits")
+        return arguments.add_l0_arguments(parser)
+
+    arguments.install_argv()
+    args = parse_and_validate_args(
+        extra_args_provider=add_arguments,
+        args_defaults={"finetune": True, "no_load_optim": True, "no_load_rng": True},
+    )
+    config = arguments.config_from_args(LogitsConfig, args)
+    tokens = _first_tokens(Path(config.l0_heldout), config.l0_positions)
+    megatron_training.initialize_megatron()
+    builder = GPTModelBuilder(model.model_config(args, arguments.settings_from_args(args)))
+    gpt = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
+    load_checkpoint([gpt], None, None)
+    logits, margins = _forward(gpt.to(cpu.device()).eval(), tokens.to(cpu.device()), model)
+    _write(Path(config.l0_logits_file), {"tokens": tokens, "logits": logits.cpu(), "margins": margins.cpu()})
+    torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def _forward(gpt: Any, tokens: Tensor, model: Any) -> tuple[Tensor, Tensor]:
+    margins = torch.full((tokens.shape[0],), float("inf"), device=tokens.device)
+
+    def observe(router: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        probability = torch.softmax(router.gating(inputs[0]).float().reshape(-1, router.num_experts), dim=-1)
+        ranked = probability.sort(dim=-1, descending=True).values
+        chosen, left = ranked[:, router.topk - 1], ranked[:, router.topk]
+        margins.copy_(torch.minimum(margins, (chosen - left) / chosen))
+
+    # with top_k == K there is no expert left to flip to
+    hooks = [r.register_forward_hook(observe) for r in model.routers(gpt) if r.topk < r.num_experts]
+    positions = torch.arange(tokens.shape[0], device=tokens.device)
+    logits = gpt(tokens[None], positions[None], None)[0].float()
+    for hook in hooks:
+        hook.remove()
+    return logits, margins
+
+
+def _first_tokens(heldout: Path, positions: int) -> Tensor:
+    """Return the first tokens of the first held-out sequence that is long enough; int64 [positions]."""
+    if not heldout.is_file():
+        raise L0MoEError(f"Held-out text {heldout} does not exist; run the curate stage first.")
+    longest = 0
+    with heldout.open(encoding="utf-8") as lines:
+        for line in lines:
+            tokens = json.loads(line)["tokens"]
+            longest = max(longest, len(tokens))
+            if len(tokens) >= positions:
+                return torch.tensor(tokens[:positions], dtype=torch.int64)
+    raise L0MoEError(
+        f"No sequence of {heldout} has {positions} tokens (the longest has {longest}); "
+        "lower evaluation.parity_positions."
+    )
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, file)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

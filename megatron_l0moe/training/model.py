@@ -1,0 +1,87 @@
+"""The GPT model of a stage: Megatron's builder with our layer specs, and what of it is trained."""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+from megatron_l0moe.modules.hard_concrete import HardConcreteGate
+from megatron_l0moe.modules.l0_mlp import L0MLP
+from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
+from megatron_l0moe.modules.router import L0Router
+from megatron_l0moe.training.arguments import Settings, settings_as_dict
+
+# Parameters of a group of its own in Megatron's gradient clip (core/optimizer/optimizer.py, SEPARATE_GRAD_NORM_GROUPS).
+MASK_GROUP = "l0_mask"
+LAMBDA_GROUP = "l0_lambda"
+ROUTER_GROUP = "l0_router"
+
+
+def model_config(args: argparse.Namespace, settings: Settings) -> GPTModelConfig:
+    """Return Megatron's model config with our specs, our freezing hook, and our settings for the checkpoint."""
+    config: GPTModelConfig = gpt_config_from_args(args)
+    # One checkpoint key for each layer: the layers of the expert stage do not all hold the same tensors.
+    assert hasattr(config.transformer, "hetereogenous_dist_checkpoint"), "renamed in this Megatron"
+    config.transformer.hetereogenous_dist_checkpoint = True
+    config.transformer_layer_spec = functools.partial(_layer_spec, plan=settings.plan)
+    config.extra_checkpoint_metadata = {"l0moe": settings_as_dict(settings)}
+    config.pre_wrap_hooks.append(functools.partial(prepare_for_training, settings=settings))
+    return config
+
+
+def _layer_spec(config: GPTModelConfig, vp_stage: int | None, *, plan: LayerPlan) -> Any:
+    return block_spec(config.transformer, plan, vp_stage=vp_stage)
+
+
+def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPTModel]:
+    """Freeze what the stage does not train and mark our own parameters, before Megatron wraps the model.
+
+    The expert stage trains the gates and the MLPs of the gated layers and nothing else, so that all K expert runs
+    share one backbone (paper section 3.2: all non-MLP parameters are frozen).
+    """
+    register_grad_norm_groups()
+    for model in models:
+        if settings.plan.stage == "expert":
+            model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, L0MLP):
+                module.requires_grad_(not settings.stage.l0_freeze_weights)
+                _mark_gate(module.gate)
+            elif isinstance(module, L0Router):
+                setattr(module.weight, ROUTER_GROUP, True)
+    return models
+
+
+def _mark_gate(gate: HardConcreteGate) -> None:
+    gate.requires_grad_(True)
+    _mark(gate.log_alpha, MASK_GROUP)
+    if not gate.controller.uses_budget:
+        _mark(gate.controller.lambdas, LAMBDA_GROUP)
+
+
+def _mark(parameter: torch.nn.Parameter, group: str) -> None:
+    setattr(parameter, group, True)
+    setattr(parameter, megatron_optimizer.GRAD_NORM_GROUP_ATTR, group)
+
+
+def register_grad_norm_groups() -> None:
+    """Keep masks and lambdas out of the weights' gradient norm and clip; each group is clipped by its own norm."""
+    known = megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS
+    missing = tuple(group for group in (MASK_GROUP, LAMBDA_GROUP) if group not in known)
+    megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS = known + missing
+
+
+def gates(model: torch.nn.Module) -> Iterator[HardConcreteGate]:
+    """Yield the gates that this rank owns, bottom layer first."""
+    return (module for module in model.modules() if isinstance(module, HardConcreteGate))
+
+
+def routers(model: torch.nn.Module) -> Iterator[L0Router]:
+    """Yield the routers that this rank owns, bottom layer first."""
+    return (module for module in model.modules() if isinstance(module, L0Router))

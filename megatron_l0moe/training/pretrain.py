@@ -1,0 +1,64 @@
+"""Train one stage with Megatron's own loop: `torchrun ... -m megatron_l0moe.training.pretrain [flags]`.
+
+All flags are Megatron's, ours start with `--l0-`. Without CUDA the same command runs on the CPU with gloo.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime import checkpoint_fixes, cpu
+
+
+def main() -> None:
+    """Parse, build, train."""
+    cpu.install_training()
+    checkpoint_fixes.install()
+    # megatron is imported only now: the CPU runtime has to be in place before
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_l0moe.training import arguments, checkpoint_start, data_provider, metrics, model, optimizer
+    from megatron_l0moe.training.forward_step import ForwardStep
+
+    arguments.install_argv()
+    args = parse_and_validate_args(extra_args_provider=arguments.add_l0_arguments)
+    settings = arguments.settings_from_args(args)
+    checkpoint_start.prepare(args, settings)
+    config = model.model_config(args, settings)
+    optimizer.install_group_overrides(settings.stage)
+    if settings.stage.l0_metrics_file:
+        writer = metrics.MetricsWriter(Path(settings.stage.l0_metrics_file))
+        config.post_wrap_hooks.append(functools.partial(_remember_models, writer))
+        metrics.install_metrics(writer)
+    provider = functools.partial(data_provider.datasets_provider, args)
+    provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        provider,
+        ModelType.encoder_or_decoder,
+        ForwardStep(settings),
+    )
+
+
+def _remember_models(writer: Any, models: list[Any]) -> list[Any]:
+    writer.models = models
+    return models
+
+
+def exit_with_one_sentence(command: Callable[[], None]) -> None:
+    """Run a command; end with exit code 2 and one sentence where the user can mend it."""
+    try:
+        command()
+    except L0MoEError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

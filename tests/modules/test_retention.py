@@ -1,0 +1,96 @@
+"""Eq. 2 and its schedule: by hand, against the reference, and the signs of every gradient."""
+
+import itertools
+
+import equations
+import pytest
+import torch
+
+from megatron_l0moe.modules import retention as rt
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, open_probability
+from megatron_l0moe.runtime import cpu
+
+FLOAT32_ATOL = 1e-6  # a handful of float32 roundings of values below 1
+BUDGET_ATOL = 1e-5  # bisection down to float32's spacing of tau, times the slope of the mean
+
+
+def test_schedule_by_hand():
+    config = rt.RetentionConfig(l0_open_steps=4, l0_retention_ramp=0.5, l0_freeze_fraction=0.2)
+    steps = [rt.schedule_step(config, iteration=i, total=60, target=0.25) for i in range(60)]
+    assert [s.phase for s in steps[:4]] == [rt.Phase.OPEN] * 4
+    assert all(s.retention == 1.0 for s in steps[:4])
+    assert steps[15].retention == pytest.approx(1 - 0.75 * 15 / 30)  # half of the ramp of 30 steps: 0.625
+    assert steps[30].retention == steps[47].retention == pytest.approx(0.25)
+    assert [s.phase for s in steps[47:49]] == [rt.Phase.LEARN, rt.Phase.FROZEN]  # 60 - 12 = 48
+    assert all(a.retention >= b.retention for a, b in itertools.pairwise(steps))
+
+
+def test_no_freeze_fraction_never_freezes():
+    config = rt.RetentionConfig(l0_freeze_fraction=0.0)
+    assert rt.schedule_step(config, iteration=99, total=100, target=0.1).phase is rt.Phase.LEARN
+
+
+def test_lagrangian_value_and_gradients_by_hand():
+    # r-hat 0.6, r 0.4: 0.5 * 0.2 + 2 * 0.04 = 0.18; d/d r-hat = 0.5 + 2 * 2 * 0.2 = 1.3
+    lambdas = torch.tensor([0.5, 2.0], requires_grad=True)
+    estimate = torch.tensor(0.6, requires_grad=True)
+    value = rt.lagrangian(lambdas, estimate, 0.4)
+    value.backward()
+    assert value.item() == pytest.approx(0.18, abs=FLOAT32_ATOL)
+    assert value.item() == pytest.approx(equations.lagrangian(0.5, 2.0, 0.6, 0.4), abs=FLOAT32_ATOL)
+    assert estimate.grad.item() == pytest.approx(1.3, abs=FLOAT32_ATOL)
+    # ascent: a minimiser must see -(r-hat - r) and -(r-hat - r)^2
+    assert lambdas.grad.tolist() == pytest.approx([-0.2, -0.04], abs=FLOAT32_ATOL)
+
+
+@pytest.fixture
+def group():
+    from megatron.core import parallel_state
+
+    with cpu.one_process_group():
+        yield parallel_state.get_tensor_model_parallel_group()
+
+
+@pytest.mark.parametrize("retention", [0.9, 0.25, 0.0714])
+def test_exact_budget_holds_the_retention_and_sums_its_gradient_to_zero(group, retention):
+    config = HardConcreteConfig()
+    log_alpha = torch.randn(512, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
+    tau = rt.budget_shift(log_alpha, retention, lambda x: open_probability(x, config), group)
+    p = open_probability(log_alpha - tau, config)
+    assert p.mean().item() == pytest.approx(retention, abs=BUDGET_ATOL)
+    # r-hat is held whatever log_alpha does: its derivative with respect to every log_alpha is 0
+    p.mean().backward()
+    assert log_alpha.grad.abs().max().item() < BUDGET_ATOL
+
+
+def test_exact_budget_gradient_equals_finite_differences(group):
+    config = HardConcreteConfig()
+    log_alpha = torch.tensor([0.3, -1.0, 2.0, 0.1, -0.4], dtype=torch.float64)
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.7], dtype=torch.float64)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        tau = rt.budget_shift(x, 0.4, lambda y: open_probability(y, config), group)
+        return (weights * torch.sigmoid(x - tau)).sum()
+
+    x = log_alpha.clone().requires_grad_()
+    loss(x).backward()
+    epsilon = 1e-4
+    for j in range(5):
+        shift = torch.zeros(5, dtype=torch.float64)
+        shift[j] = epsilon
+        numeric = (loss(log_alpha + shift) - loss(log_alpha - shift)) / (2 * epsilon)
+        assert x.grad[j].item() == pytest.approx(numeric.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"l0_retention_ramp": 1.5}, r"l0_retention_ramp must lie in \[0, 1\], got 1.5"),
+        ({"l0_freeze_fraction": 1.0}, r"l0_freeze_fraction must lie in \[0, 1\), got 1.0"),
+        ({"l0_retention_ramp": 0.8, "l0_freeze_fraction": 0.3}, "must sum to at most 1"),
+        ({"l0_expert_ffn": -1}, "l0_expert_ffn must be at least 1, got -1"),
+    ],
+)
+def test_bad_settings_name_the_value_and_the_rule(change, message):
+    with pytest.raises(ValueError, match=message):
+        rt.RetentionConfig(**change)
