@@ -1,0 +1,33 @@
+# Two commands matter: `make quickstart` runs the whole chain on a small real model, `make test` runs the tests.
+# Each sets up what it needs first. PYTHON=/path/to/python3.12 chooses the interpreter for the environment.
+SHELL := /bin/bash
+PY := .venv/bin/python
+RECIPE ?= examples/quickstart.yaml
+PYTEST_ARGS ?= -n 2
+
+.PHONY: help setup quickstart test check format wheel
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## make or repair the environment in .venv (about 2 minutes, 6.6 GB, the first time)
+	@bash scripts/setup.sh
+
+quickstart: setup ## the whole chain on SmolLM2-135M, no GPU needed; goes on where it was stopped
+	@$(PY) tools/fetch_quickstart_models.py
+	@.venv/bin/l0moe run $(RECIPE)
+
+test: setup ## all tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+check: setup ## lint, format, types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: setup ## apply the formatter and the safe lint fixes
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+wheel: setup ## build the wheel into dist/
+	@$(PY) -m build --wheel --no-isolation

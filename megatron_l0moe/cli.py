@@ -1,0 +1,286 @@
+"""The `l0moe` command: one function a stage. Everything heavy is imported inside the command that needs it."""
+
+import contextlib
+import errno
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import megatron_l0moe
+from megatron_l0moe.errors import L0MoEError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from megatron_l0moe.data.manifest import Stage
+    from megatron_l0moe.launch.stages import Run
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
+
+One recipe file describes a whole run. Start with `l0moe run examples/quickstart.yaml`: it does every stage that
+is not done yet, so the same command goes on after an interruption. `--dry-run` shows what would happen.
+
+The stages, in order: convert, curate, experts, assemble, moe, export, evaluate, report. Results lie in
+runs/NAME/STAGE/; remove such a folder to do the stage again.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+ONE_STAGE = "One stage of a run"
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), see examples/.", show_default=False)
+]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Folder that holds the runs.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(megatron_l0moe.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Start here; the stages before must be done."),
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print inputs, outputs, shapes, tokens, steps and commands; do nothing."
+        ),
+    ] = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Do a whole run: every stage that is not done yet, in order."""
+    with _one_sentence(runs_dir):
+        from megatron_l0moe.launch import dryrun, pipeline, stages
+
+        this = _load(recipe, runs_dir)
+        if dry_run:
+            typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
+        else:
+            pipeline.run_chain(this, first=first, last=last)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def convert(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Turn the dense Hugging Face checkpoint into a Megatron checkpoint."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.conversion.convert import convert_dense
+
+        return convert_dense(Path(this.recipe.model.path), stage.folder)
+
+    _stage("convert", recipe, runs_dir, work)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def curate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Cluster the corpus into K domains and cut it into Q ordered sets."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.data.curate import curate as curate_corpus
+
+        return curate_corpus(this.recipe, stage.folder)
+
+    _stage("curate", recipe, runs_dir, work)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def experts(
+    recipe: RecipePath,
+    index: Annotated[
+        int | None, typer.Option("--index", metavar="K", help="Train this expert only, counted from 0.")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Train the K experts, one domain each, and cut each to its exact width."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.launch import pipeline
+
+        if not pipeline.is_extracted(stage.folder):
+            pipeline.train_expert(this, stage)
+
+        def extract() -> dict[str, object]:
+            from megatron_l0moe.experts.extraction import extract_expert
+
+            out = stage.folder / "expert.safetensors"
+            return extract_expert(stage.folder / "checkpoints", out, width=this.recipe.model.expert_ffn)
+
+        return pipeline.extract_once(stage.folder, extract)
+
+    _stage("experts", recipe, runs_dir, work, only=index)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Put the K experts and the start of the routers into one MoE checkpoint."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.experts.merging import assemble as assemble_experts
+
+        model = this.recipe.model
+        files = [this.expert_folder(k) / "expert.safetensors" for k in range(model.num_experts)]
+        dense = this.stage_folder("convert") / "megatron"
+        return assemble_experts(dense, files, stage.folder, top_k=model.top_k)
+
+    _stage("assemble", recipe, runs_dir, work)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def moe(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Train experts and routers together on the ordered sets."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.launch import pipeline
+
+        pipeline.train_moe(this, stage)
+        return {"steps": this.recipe.moe_steps}
+
+    _stage("moe", recipe, runs_dir, work)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Write the trained L0-MoE as an ordinary Hugging Face checkpoint."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.conversion.export import export_moe
+
+        model = this.recipe.model
+        return export_moe(
+            this.stage_folder("moe") / "checkpoints",
+            Path(model.path),
+            stage.folder,
+            dense_layers=model.dense_layers,
+            top_k=model.top_k,
+        )
+
+    _stage("export", recipe, runs_dir, work)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Measure perplexity by domain and speed, dense against L0-MoE."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.launch import pipeline
+
+        logits = pipeline.write_logits(this, stage)  # in a process of its own, which frees its memory
+        from megatron_l0moe.data.manifest import write_json
+        from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
+        from megatron_l0moe.evaluation.parity import parity
+
+        agreement = parity(logits, this.stage_folder("export"))
+        write_json(stage.folder / "parity.json", agreement)
+        logits.unlink()
+        return {**evaluate_models(this.recipe, this.folder, stage.folder), "parity": agreement}
+
+    _stage("evaluate", recipe, runs_dir, work)
+
+
+@app.command(rich_help_panel=ONE_STAGE)
+def report(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+    """Write the HTML report and summary.json."""
+
+    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+        from megatron_l0moe.reports.report import report as write_report
+
+        return write_report(this.recipe, this.folder, stage.folder)
+
+    _stage("report", recipe, runs_dir, work)
+
+
+def _stage(
+    name: str,
+    recipe: Path,
+    runs_dir: Path,
+    work: "Callable[[Run, Stage], dict[str, object]]",
+    *,
+    only: int | None = None,
+) -> None:
+    with _one_sentence(runs_dir):
+        from megatron_l0moe.launch.pipeline import carry_out
+
+        _log_to_stderr()
+        this = _load(recipe, runs_dir)
+        carry_out(this, name, lambda stage: work(this, stage), only=only)
+
+
+def _load(recipe: Path, runs_dir: Path) -> "Run":
+    from megatron_l0moe.launch.stages import Run
+    from megatron_l0moe.recipe import load_recipe
+
+    return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir)
+
+
+def _log_to_stderr() -> None:
+    """Show our own messages, and only warnings of the libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron_l0moe").setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def _one_sentence(runs_dir: Path) -> Iterator[None]:
+    """End every problem that a user can solve with one sentence and an exit code, without a traceback."""
+    try:
+        yield
+    except L0MoEError as error:
+        _fail(str(error), EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        _fail("Stopped; run the same command to go on.", EXIT_INTERRUPTED)
+    except Exception as error:
+        full = _disk_full(error)
+        if full is None:
+            raise
+        where = full.filename or runs_dir
+        _fail(
+            f"No space left on the disk that holds {where}; free some and run the same command to go on.",
+            EXIT_USER_ERROR,
+        )
+
+
+def _fail(sentence: str, code: int) -> None:
+    typer.echo(sentence, err=True)
+    sys.stderr.flush()
+    raise typer.Exit(code)
+
+
+def _disk_full(error: BaseException) -> OSError | None:
+    """Find a full disk among the causes of an error; libraries like to wrap it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="l0moe")

@@ -1,0 +1,225 @@
+"""The sample index of one training job: which tokens global sample i is, independent of any parallel layout.
+
+An index P is P.ccm.json (header), P.ccm.docs.npy and P.ccm.samples.npy. Record i of the samples IS global sample i,
+so the number of consumed samples is the whole state of the data, for every data-parallel size.
+
+Shape letters: K = clusters = domains, p = sequences of each domain in a global batch, S = sequence length.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_l0moe.data.manifest import sha256_file, write_json
+from megatron_l0moe.errors import L0MoEError
+
+VERSION = 1
+DOC = np.dtype([("shard", "<u4"), ("doc", "<u4")])
+SAMPLE = np.dtype([("doc_pos", "<i8"), ("offset", "<u4"), ("cluster", "<u2"), ("iter", "<u2")])
+"""16 bytes: place in the list of documents, first token in that document, domain, iteration number."""
+
+Records = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .bin/.idx pair of Megatron's IndexedDataset."""
+
+    path: str
+    """Prefix without suffix, relative to the folder of the index."""
+    bin_sha256: str
+    idx_sha256: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """What P.ccm.json holds."""
+
+    version: int
+    kind: Literal["expert", "moe"]
+    num_domains: int
+    """K."""
+    iterations: int
+    """Q."""
+    seq_length: int
+    """S."""
+    order: list[int]
+    """Iteration numbers in training order."""
+    d_ds: list[float]
+    """Eq. 5 for the iterations 1..Q-1, by number; empty for an expert."""
+    sequences_per_domain: int
+    """p; of an expert, whose batches hold one domain: the global batch size."""
+    rotate: bool
+    tokenizer_sha256: str
+    vocab_size: int
+    eod: int
+    shards: list[Shard]
+    samples: int
+    iteration_start_samples: list[int]
+    """First sample of each entry of `order`."""
+    docs_sha256: str
+    samples_sha256: str
+
+
+@dataclass(frozen=True)
+class ClusterBlock:
+    """Documents of one cluster of one iteration, in the order in which they are packed."""
+
+    cluster: int
+    docs: Records
+    """[n] of ``DOC``; `shard` counts the shards of the iteration."""
+    lengths: npt.NDArray[np.int64]
+    """[n] tokens with EOD."""
+
+
+@dataclass(frozen=True)
+class IterationBlock:
+    """One iteration of an index: every cluster gives the same number of samples."""
+
+    iteration: int
+    shards: list[Shard]
+    clusters: list[ClusterBlock]
+    samples_per_cluster: int
+
+
+def index_files(prefix: Path) -> tuple[Path, Path, Path]:
+    """Return the header, documents and samples files of an index."""
+    return Path(f"{prefix}.ccm.json"), Path(f"{prefix}.ccm.docs.npy"), Path(f"{prefix}.ccm.samples.npy")
+
+
+def pack(lengths: npt.NDArray[np.int64], samples: int, seq_length: int) -> tuple[Any, Any]:
+    """Return (document, offset) of the first token of each sample, int64 [samples].
+
+    The documents are one stream of tokens; sample j is the S + 1 tokens from j * S on.
+    """
+    ends = np.cumsum(lengths)
+    assert samples == 0 or ends[-1] > samples * seq_length, "the cluster was not filled"
+    starts = np.arange(samples, dtype=np.int64) * seq_length
+    documents = np.searchsorted(ends, starts, side="right")
+    return documents, starts - (ends - lengths)[documents]
+
+
+def interleave(per_cluster: Sequence[Records], *, rotate: bool, first_round: int) -> Records:
+    """Merge K equally long lists of samples into rounds of K: x_1^1..x_1^K, x_2^1.. (paper section 3.3).
+
+    With ``rotate`` round r starts at cluster r mod K (counted from ``first_round``): otherwise a data-parallel rank
+    whose share divides K would see the same clusters for ever. A round still holds each cluster once.
+    """
+    table = np.stack(per_cluster, axis=1)  # [rounds, K]
+    rounds, clusters = table.shape
+    shift = np.arange(first_round, first_round + rounds) if rotate else np.zeros(rounds, dtype=np.int64)
+    columns = (np.arange(clusters)[None, :] + shift[:, None]) % clusters
+    return np.asarray(table[np.arange(rounds)[:, None], columns].reshape(-1))
+
+
+def write_index(prefix: Path, blocks: Sequence[IterationBlock], **settings: Any) -> IndexHeader:
+    """Write the three files of an index, the header last.
+
+    Args:
+        prefix: path without suffix.
+        blocks: iterations in training order.
+        settings: the fields of ``IndexHeader`` that are not computed here.
+    """
+    docs, samples, starts = [], [], []
+    shards: list[Shard] = []
+    position = first_round = total = 0
+    for block in blocks:
+        per_cluster = []
+        for cluster in block.clusters:
+            listed = cluster.docs.copy()
+            listed["shard"] += len(shards)
+            docs.append(listed)
+            records = np.zeros(block.samples_per_cluster, dtype=SAMPLE)
+            document, offset = pack(cluster.lengths, block.samples_per_cluster, settings["seq_length"])
+            records["doc_pos"], records["offset"] = document + position, offset
+            records["cluster"], records["iter"] = cluster.cluster, block.iteration
+            per_cluster.append(records)
+            position += len(listed)
+        starts.append(total)
+        samples.append(interleave(per_cluster, rotate=settings["rotate"], first_round=first_round))
+        total += len(samples[-1])
+        first_round += block.samples_per_cluster
+        shards += block.shards
+    header_file, docs_file, samples_file = index_files(prefix)
+    _save(docs_file, np.concatenate(docs))
+    _save(samples_file, np.concatenate(samples))
+    header = IndexHeader(
+        version=VERSION,
+        order=[block.iteration for block in blocks],
+        shards=shards,
+        samples=total,
+        iteration_start_samples=starts,
+        docs_sha256=sha256_file(docs_file),
+        samples_sha256=sha256_file(samples_file),
+        **settings,
+    )
+    write_json(header_file, asdict(header))
+    return header
+
+
+def load_header(prefix: Path) -> IndexHeader:
+    """Read a header.
+
+    Raises:
+        L0MoEError: it is missing, damaged, or of another version.
+    """
+    file = index_files(prefix)[0]
+    if not file.is_file():
+        raise L0MoEError(f"Sample index {file} does not exist; run the curate stage first.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise L0MoEError(
+            f"Sample index {file} is not valid JSON ({error}); run the curate stage again."
+        ) from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise L0MoEError(
+            f"Sample index {file} has version {version}, this program reads version {VERSION}; run the curate stage "
+            "again."
+        )
+    wrong = sorted(values.keys() ^ {field.name for field in fields(IndexHeader)})
+    if wrong:
+        raise L0MoEError(
+            f"Sample index {file} has missing or unknown keys ({', '.join(wrong)}); run the curate stage again."
+        )
+    return IndexHeader(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+
+
+def check_batching(
+    header: IndexHeader, *, global_batch_size: int, micro_batch_size: int, data_parallel_size: int
+) -> None:
+    """Refuse batch sizes that would break the order of the index.
+
+    Raises:
+        L0MoEError: the global batch is not p * K sequences ("moe"), or not whole micro-batches for every rank.
+    """
+    expected = header.sequences_per_domain * header.num_domains
+    if header.kind == "moe" and global_batch_size != expected:
+        raise L0MoEError(
+            f"The global batch size ({global_batch_size}) must be p * K = {header.sequences_per_domain} * "
+            f"{header.num_domains} = {expected}, so that each batch holds {header.sequences_per_domain} sequence(s) of "
+            f"every domain; set it to {expected}, or set moe_training.sequences_per_domain and run curate again."
+        )
+    step = micro_batch_size * data_parallel_size
+    if global_batch_size % step:
+        raise L0MoEError(
+            f"The global batch size ({global_batch_size}) must be divisible by micro batch size * data-parallel size "
+            f"({micro_batch_size} * {data_parallel_size}); lower one of the two."
+        )
+
+
+def _save(path: Path, array: Records) -> None:
+    """Save an array atomically."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    os.replace(partial, path)

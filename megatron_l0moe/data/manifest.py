@@ -1,0 +1,242 @@
+"""What a stage leaves behind: its files, then `manifest.json`, then the marker `DONE`, in this order.
+
+A stage counts as done only when its marker is there, so a folder without one is half-written whatever else it
+holds. The marker names the settings it was made with: another recipe's result is refused, never reused.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_l0moe.errors import L0MoEError
+
+MARKER = "DONE"
+MANIFEST = "manifest.json"
+STARTED = "config_hash"
+"""Written when a stage that can be resumed starts; names the settings that its checkpoints belong to."""
+RECORDED_PACKAGES = (
+    "megatron-l0moe",
+    "megatron-core",
+    "torch",
+    "transformers",
+    "numpy",
+    "FlagEmbedding",
+    "faiss-cpu",
+    "faiss-gpu",
+    "transformer-engine",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one run: where it writes, with which settings, and from which finished stages."""
+
+    name: str
+    folder: Path
+    config_hash: str
+    inputs: tuple[Path, ...] = ()
+    """Folders of the finished stages whose files are read."""
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` atomically: a temporary name in the same folder, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_done(stage: Stage) -> bool:
+    """Say whether the stage is finished, with these settings and from these inputs.
+
+    Raises:
+        L0MoEError: the stage is finished, but with other settings, or its inputs were made anew since.
+    """
+    if not has_marker(stage):
+        return False
+    recorded = _recorded_inputs(stage)
+    for name, digest in input_digests(stage).items():
+        if recorded.get(name) != digest:
+            raise L0MoEError(
+                f"{stage.folder} was made from an earlier {name} than the one there now; remove {stage.folder} "
+                "to make it anew."
+            )
+    return True
+
+
+def has_marker(stage: Stage) -> bool:
+    """Say whether the stage was finished with these settings, whatever became of its inputs since.
+
+    Raises:
+        L0MoEError: the stage is finished, but with other settings.
+    """
+    marker = stage.folder / MARKER
+    if not marker.is_file():
+        return False
+    found = marker.read_text(encoding="utf-8").strip()
+    if found != stage.config_hash:
+        raise L0MoEError(
+            f"{stage.folder} was made with other settings ({found}) than this recipe gives the stage "
+            f"{stage.name} ({stage.config_hash}); give the recipe another name, or remove {stage.folder}."
+        )
+    return True
+
+
+def finish(stage: Stage, command: list[str], extra: dict[str, object]) -> None:
+    """Write the manifest, then the marker; after this the stage is done.
+
+    Args:
+        command: what was run, word by word.
+        extra: the numbers that the stage returned.
+    """
+    manifest: dict[str, object] = {
+        "stage": stage.name,
+        "config_hash": stage.config_hash,
+        "inputs": input_digests(stage),
+        "outputs": _output_sizes(stage.folder),
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "machine": {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count()},
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "numbers": extra,
+    }
+    write_json(stage.folder / MANIFEST, manifest)
+    write_text(stage.folder / MARKER, stage.config_hash + "\n")
+
+
+def begin(stage: Stage, *, resumable: bool) -> None:
+    """Make the folder ready for a run of the stage: empty it, or keep it to resume from its own checkpoints.
+
+    Raises:
+        L0MoEError: the folder holds resumable work that was started with other settings or inputs.
+    """
+    assert not (stage.folder / MARKER).exists(), f"{stage.folder} is finished"
+    if not resumable:
+        clear(stage)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        return
+    started = stage.folder / STARTED
+    identity = _identity(stage)
+    if not started.is_file():
+        clear(stage)
+        write_text(started, identity + "\n")
+    elif started.read_text(encoding="utf-8").strip() != identity:
+        raise L0MoEError(
+            f"{stage.folder} holds unfinished work that was started with other settings or other inputs than this "
+            f"recipe gives the stage {stage.name}; give the recipe another name, or remove {stage.folder}."
+        )
+
+
+def clear(stage: Stage) -> None:
+    """Empty a half-written stage folder; a finished one is never touched."""
+    assert not (stage.folder / MARKER).exists(), f"{stage.folder} is finished"
+    if not stage.folder.is_dir():
+        return
+    for entry in stage.folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def input_digests(stage: Stage) -> dict[str, str]:
+    """Return the sha256 of each input stage's manifest, keyed by the input's path inside the run."""
+    digests = {}
+    for folder in stage.inputs:
+        manifest = folder / MANIFEST
+        if not (folder / MARKER).is_file() or not manifest.is_file():
+            raise L0MoEError(
+                f"The stage {stage.name} needs {folder}, which is not finished; run the stage that makes it first, "
+                "or the whole chain with `l0moe run`."
+            )
+        digests[_short(folder)] = sha256_file(manifest)
+    return digests
+
+
+def read_manifest(folder: Path) -> dict[str, object]:
+    """Return a finished stage's manifest, or an empty mapping when there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the numbers, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of the source tree, with `+changes` when it was edited; None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    tracked = _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+    if tracked is None:
+        return None
+    head = _git(here, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _identity(stage: Stage) -> str:
+    text = json.dumps([stage.config_hash, input_digests(stage)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _recorded_inputs(stage: Stage) -> dict[str, object]:
+    recorded = read_manifest(stage.folder).get("inputs", {})
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def _output_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, MANIFEST)
+    )
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _short(folder: Path) -> str:
+    """Name a stage folder inside its run: `curate`, `experts/003`."""
+    return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name

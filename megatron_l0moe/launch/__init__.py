@@ -1,0 +1,1 @@
+"""Starting things: commands as text, processes, locks, the chain. No torch."""

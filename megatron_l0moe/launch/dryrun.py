@@ -1,0 +1,242 @@
+"""What `l0moe run RECIPE` would do, stage by stage, as text: files, shapes, parameters, tokens, steps, commands."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_l0moe.conversion.architecture import Architecture, read_config
+from megatron_l0moe.data.manifest import MARKER
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch.stages import CHAIN, Run, StageSpec, folders, stage_command
+from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters, l0moe_counts
+from megatron_l0moe.recipe import ParallelSection
+
+Row = tuple[str, str]
+NOT_KNOWN = "not known without the model"
+
+
+class Plan:
+    """A run and what is known of its model before anything was computed."""
+
+    def __init__(self, run: Run) -> None:
+        """Read the model's config.json; without it sizes and training commands are left out, and that is said."""
+        self.run = run
+        self.missing = self.note = ""
+        self.architecture: Architecture | None = None
+        self.dense: ParameterCounts | None = None
+        self.moe: ParameterCounts | None = None
+        recipe = run.recipe
+        try:
+            self.architecture = Architecture.from_hf(Path(recipe.model.path))
+        except L0MoEError as error:
+            self.missing = NOT_KNOWN
+            self.note = str(error)
+            return
+        preflight.check_sizes(recipe, self.architecture)
+        config = read_config(Path(recipe.model.path))
+        self.dense = count_parameters(config)
+        self.moe = l0moe_counts(
+            config,
+            dense_layers=recipe.model.dense_layers,
+            num_experts=recipe.model.num_experts,
+            expert_ffn=recipe.model.expert_ffn,
+            top_k=recipe.model.top_k,
+        )
+
+    @property
+    def dense_shapes(self) -> str:
+        """Sizes of the dense model."""
+        a = self.architecture
+        if a is None:
+            return self.missing
+        return (
+            f"{a.num_layers} layers, hidden {a.hidden_size}, FFN {a.ffn_hidden_size}, heads {a.num_attention_heads} / "
+            f"{a.num_query_groups} KV of {a.head_dim}, vocabulary {a.vocab_size}"
+        )
+
+    @property
+    def moe_shapes(self) -> str:
+        """Sizes of the L0-MoE."""
+        a, model = self.architecture, self.run.recipe.model
+        if a is None:
+            return self.missing
+        moe_layers = a.num_layers - model.dense_layers
+        return (
+            f"{model.dense_layers} dense + {moe_layers} MoE layers of {model.num_experts} experts of width "
+            f"{model.expert_ffn} (dense FFN: {a.ffn_hidden_size}), {model.top_k} for each token"
+        )
+
+    @property
+    def moe_parameters(self) -> str:
+        """Weights of the L0-MoE beside those of the dense model."""
+        if self.moe is None or self.dense is None:
+            return self.missing
+        return (
+            f"{_millions(self.moe.total)} in all, {_millions(self.moe.active)} active for a token "
+            f"(dense: {_millions(self.dense.total)}, {_millions(self.dense.active)})"
+        )
+
+
+def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
+    """Return the lines that `--dry-run` prints; nothing is started or written.
+
+    Raises:
+        L0MoEError: the recipe does not fit the model.
+    """
+    plan = Plan(run)
+    lines = [f"Run {run.recipe.name} in {run.folder}. This is a plan: nothing is started or written."]
+    if plan.note:
+        lines.append(f"Sizes and training commands are left out: {plan.note}")
+    for spec in selected:
+        done = all((folder / MARKER).is_file() for folder in folders(run, spec.name))
+        lines += ["", f"{CHAIN.index(spec) + 1}. {spec.name}: {spec.does}{' (done)' if done else ''}"]
+        rows = [*_DETAILS[spec.name](plan), ("command", shlex.join(stage_command(run, spec.name)))]
+        lines += [f"   {name:<11}{text}" for name, text in rows]
+    return lines
+
+
+def _convert(plan: Plan) -> list[Row]:
+    return [
+        ("in", plan.run.recipe.model.path),
+        ("out", str(plan.run.stage_folder("convert") / "megatron")),
+        ("shapes", plan.dense_shapes),
+        ("parameters", _millions(plan.dense.total) if plan.dense else plan.missing),
+    ]
+
+
+def _curate(plan: Plan) -> list[Row]:
+    data, k = plan.run.recipe.data, plan.run.recipe.model.num_experts
+    out = plan.run.stage_folder("curate")
+    return [
+        ("in", f"{data.corpus}, embedding model {data.embedding_model}"),
+        ("out", f"{out}/iter_*/, expert_*.ccm.*, moe.ccm.*, heldout.jsonl, clusters.npz, ccm.json"),
+        (
+            "shapes",
+            f"Q = {data.iterations} iterations of K = {k} clusters, sequences of {data.seq_length} tokens",
+        ),
+        (
+            "tokens",
+            f"{data.tokens_per_expert * k:,} for the experts ({data.tokens_per_expert:,} each), "
+            f"{data.iterations - 1} ordered sets of {data.tokens_per_set:,}, "
+            f"{data.heldout_tokens_per_domain:,} held out of each source domain",
+        ),
+    ]
+
+
+def _experts(plan: Plan) -> list[Row]:
+    run, recipe = plan.run, plan.run.recipe
+    steps, batch = recipe.expert_steps, recipe.expert_training.global_batch_size
+    rows = [
+        ("in", f"{run.stage_folder('convert')}/megatron, {run.stage_folder('curate')}/expert_*.ccm.*"),
+        ("out", f"{run.stage_folder('experts')}/*/expert.safetensors"),
+        (
+            "shapes",
+            f"{recipe.model.num_experts} runs; the FFN of each MoE layer is cut to {recipe.model.expert_ffn} units",
+        ),
+        ("parameters", f"{_millions(plan.dense.total)} in memory" if plan.dense else plan.missing),
+        ("steps", _steps(steps, batch, recipe.data.seq_length) + " for each expert"),
+        ("layout", _layout(recipe.expert_training.parallel)),
+    ]
+    if plan.architecture is None:
+        return [*rows, ("runs", plan.missing)]
+    last = recipe.model.num_experts - 1
+    job = jobs.expert_job(run, plan.architecture, 0)
+    return [*rows, ("runs", f"for experts 000 to {last:03d}, here for 000:"), ("", shell_line(job))]
+
+
+def _assemble(plan: Plan) -> list[Row]:
+    return [
+        (
+            "in",
+            f"{plan.run.stage_folder('convert')}/megatron, {plan.run.stage_folder('experts')}/*/expert.safetensors",
+        ),
+        ("out", f"{plan.run.stage_folder('assemble')}/megatron"),
+        ("shapes", plan.moe_shapes),
+        ("parameters", plan.moe_parameters),
+    ]
+
+
+def _moe(plan: Plan) -> list[Row]:
+    run, recipe = plan.run, plan.run.recipe
+    rows = [
+        ("in", f"{run.stage_folder('assemble')}/megatron, {run.stage_folder('curate')}/moe.ccm.*"),
+        ("out", f"{run.stage_folder('moe')}/checkpoints"),
+        ("shapes", plan.moe_shapes),
+        ("parameters", plan.moe_parameters),
+        ("steps", _steps(recipe.moe_steps, recipe.moe_global_batch_size, recipe.data.seq_length)),
+        ("layout", _layout(recipe.moe_training.parallel)),
+    ]
+    if plan.architecture is None:
+        return [*rows, ("runs", plan.missing)]
+    return [*rows, ("runs", ""), ("", shell_line(jobs.moe_job(run, plan.architecture)))]
+
+
+def _export(plan: Plan) -> list[Row]:
+    return [
+        ("in", f"{plan.run.stage_folder('moe')}/checkpoints, tokenizer of {plan.run.recipe.model.path}"),
+        (
+            "out",
+            f"{plan.run.stage_folder('export')}: config.json, *.safetensors, tokenizer (Ernie4.5-MoE layout)",
+        ),
+        ("shapes", plan.moe_shapes),
+        ("parameters", plan.moe_parameters),
+    ]
+
+
+def _evaluate(plan: Plan) -> list[Row]:
+    run, evaluation = plan.run, plan.run.recipe.evaluation
+    return [
+        (
+            "in",
+            f"{run.recipe.model.path}, {run.stage_folder('export')}, {run.stage_folder('assemble')}/megatron",
+        ),
+        ("out", f"{run.stage_folder('evaluate')}/perplexity.json, speed.json, parity.json"),
+        (
+            "shapes",
+            f"{evaluation.dtype}; prefill of {evaluation.prefill_tokens} tokens, decode of {evaluation.decode_tokens}, "
+            f"{evaluation.repeats} repeats; parity on {evaluation.parity_positions} positions",
+        ),
+    ]
+
+
+def _report(plan: Plan) -> list[Row]:
+    return [
+        ("in", f"everything in {plan.run.folder}"),
+        ("out", f"{plan.run.stage_folder('report')}/report.html, {plan.run.folder}/summary.json"),
+    ]
+
+
+_DETAILS: dict[str, Callable[[Plan], list[Row]]] = {
+    "convert": _convert,
+    "curate": _curate,
+    "experts": _experts,
+    "assemble": _assemble,
+    "moe": _moe,
+    "export": _export,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+
+def shell_line(job: jobs.Job) -> str:
+    """Return a job as one line for a shell, variables first."""
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in job.env.items())
+    # A word that starts with $ is for the shell of a batch job to fill in.
+    words = " ".join(f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in job.command)
+    return f"{variables} {words}"
+
+
+def _steps(steps: int, batch: int, length: int) -> str:
+    return f"{steps:,} steps of {batch} sequences of {length} tokens = {steps * batch * length:,} tokens"
+
+
+def _layout(parallel: ParallelSection) -> str:
+    return (
+        f"{parallel.processes} processes on {parallel.nodes} node(s): tensor {parallel.tensor}, pipeline "
+        f"{parallel.pipeline}, expert {parallel.expert}, data {parallel.data}"
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 10**10 else f"{count / 1e6:.1f} M"

@@ -1,0 +1,258 @@
+"""The exact torchrun commands of the training jobs, as lists of words. Pure text: nothing is started or read here.
+
+One function for each group of flags; a job is the sum of its groups. Flags that depend on the platform (gloo,
+local kernels) are added by the job itself, so the command is the same on a laptop and on a GPU node.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.recipe import Flag, ParallelSection, Recipe
+
+Flags = dict[str, Flag]
+"""Flag names without the leading dashes; True stands for a flag without a value."""
+
+PRETRAIN = "megatron_l0moe.training.pretrain"
+LOGITS = "megatron_l0moe.training.logits"
+DECAY_SHARE = 0.10
+"""Last share of the steps in which the learning rate falls to 0 along a cosine (WSD schedule)."""
+EXPERT_WARMUP_SHARE = 0.20
+MOE_WARMUP_SHARE = 0.06
+DISTRIBUTED_TIMEOUT_MINUTES = 60
+BALANCE_COEFFICIENT = 0.01
+"""alpha of eq. 7."""
+Z_COEFFICIENT = 0.003
+"""alpha * lambda of eq. 7 and eq. 3: 0.01 * 0.3."""
+OWNED_BY_THE_CHAIN = frozenset(
+    {
+        *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
+        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file"),
+        *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
+        *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
+        *("tokenizer-type", "vocab-size"),
+    }
+)
+"""Flags that follow from the rest of the recipe or from the run folder, so `flags:` may not set them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A command and the variables that it needs on top of the environment."""
+
+    command: list[str]
+    env: dict[str, str]
+
+
+def expert_job(run: Run, architecture: Architecture, k: int, *, python: str = sys.executable) -> Job:
+    """Return the job that trains the masks and the MLPs of expert k (paper section 3.2)."""
+    recipe, training = run.recipe, run.recipe.expert_training
+    folder = run.expert_folder(k)
+    flags = (
+        _sizes(recipe, architecture)
+        | _batch(training.micro_batch_size, training.global_batch_size, recipe.expert_steps, recipe.seed)
+        | _schedule(training.learning_rate, recipe.expert_steps, EXPERT_WARMUP_SHARE)
+        | _optimizer()
+        | _checkpoints(folder, run.stage_folder("convert") / "megatron", training.save_interval)
+        | _parallel(training.parallel)
+        | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", folder)
+        | {"l0-mask-lr": training.mask_learning_rate}
+    )
+    return _job(python, training.parallel, architecture, flags, training.flags, "expert_training")
+
+
+def moe_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
+    """Return the job that trains experts and routers together (paper section 3.3)."""
+    recipe, training = run.recipe, run.recipe.moe_training
+    folder = run.stage_folder("moe")
+    flags = (
+        _sizes(recipe, architecture)
+        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, recipe.moe_steps, recipe.seed)
+        | _schedule(training.learning_rate, recipe.moe_steps, MOE_WARMUP_SHARE)
+        | _optimizer()
+        | _checkpoints(folder, run.stage_folder("assemble") / "megatron", training.save_interval)
+        | _parallel(training.parallel)
+        | _experts(recipe, architecture)
+        | _l0("moe", recipe, run.stage_folder("curate") / "moe", folder)
+        | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
+    )
+    return _job(python, training.parallel, architecture, flags, training.flags, "moe_training")
+
+
+def logits_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
+    """Return the job that writes the trained Megatron model's logits, for the parity check of `evaluate`.
+
+    It runs in one process whatever the training layout was: a torch_dist checkpoint loads in any layout.
+    """
+    recipe = run.recipe
+    flags = (
+        _sizes(recipe, architecture)
+        | {
+            "micro-batch-size": 1,
+            "load": str(run.stage_folder("moe") / "checkpoints"),
+            "ckpt-format": "torch_dist",
+        }
+        | _experts(recipe, architecture)
+        | {
+            "l0-stage": "moe",
+            "l0-dense-layers": recipe.model.dense_layers,
+            "l0-expert-ffn": recipe.model.expert_ffn,
+            "l0-heldout": str(run.stage_folder("curate") / "heldout.jsonl"),
+            "l0-positions": recipe.evaluation.parity_positions,
+            "l0-logits-file": str(logits_file(run)),
+        }
+    )
+    threads = recipe.moe_training.parallel.threads
+    words = [python, "-m", LOGITS, *architecture.megatron_flags(), *render(flags)]
+    return Job(command=words, env=_environment(threads))
+
+
+def logits_file(run: Run) -> Path:
+    """Return the file that the logits job writes: `tokens` [N], `logits` [N, V], `margins` [N]."""
+    return run.stage_folder("evaluate") / "megatron_logits.safetensors"
+
+
+def render(flags: Mapping[str, Flag]) -> list[str]:
+    """Return flags as words of a command line."""
+    words: list[str] = []
+    for name, value in flags.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def _sizes(recipe: Recipe, architecture: Architecture) -> Flags:
+    # NullTokenizer adds one id for its end-of-document token; the data is tokenised already.
+    return {
+        "tokenizer-type": "NullTokenizer",
+        "vocab-size": architecture.vocab_size - 1,
+        "seq-length": recipe.data.seq_length,
+    }
+
+
+def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
+    return {
+        "micro-batch-size": micro,
+        "global-batch-size": batch,
+        "train-iters": steps,
+        "seed": seed,
+        "eval-iters": 0,
+        "eval-interval": steps,  # Megatron divides by it even when nothing is evaluated
+        "num-workers": 0,  # a sample is a read of mapped memory
+        "log-interval": 1,
+    }
+
+
+def _schedule(learning_rate: float, steps: int, warmup_share: float) -> Flags:
+    """Warm-up, constant, then a cosine to 0 over the last tenth."""
+    return {
+        "lr": learning_rate,
+        "min-lr": 0.0,
+        "lr-decay-style": "WSD",
+        "lr-wsd-decay-style": "cosine",
+        "lr-wsd-decay-iters": share_of_steps(DECAY_SHARE, steps),
+        "lr-warmup-iters": min(share_of_steps(warmup_share, steps), steps - 1),
+    }
+
+
+def share_of_steps(share: float, steps: int) -> int:
+    """Return a share of the steps as a whole number, at least 1."""
+    return max(1, round(share * steps))
+
+
+def _optimizer() -> Flags:
+    return {"weight-decay": 0.1, "adam-beta1": 0.9, "adam-beta2": 0.95, "clip-grad": 1.0}
+
+
+def _checkpoints(folder: Path, start: Path, interval: int) -> Flags:
+    """Go on from our own checkpoint when there is one, else start from the stage before."""
+    own = str(folder / "checkpoints")
+    return {
+        "ckpt-format": "torch_dist",
+        "save": own,
+        "load": own,
+        "pretrained-checkpoint": str(start),
+        "save-interval": interval,
+    }
+
+
+def _parallel(parallel: ParallelSection) -> Flags:
+    flags: Flags = {
+        "tensor-model-parallel-size": parallel.tensor,
+        "pipeline-model-parallel-size": parallel.pipeline,
+        "distributed-timeout-minutes": DISTRIBUTED_TIMEOUT_MINUTES,
+    }
+    if parallel.tensor > 1:
+        flags["sequence-parallel"] = True
+    if parallel.expert > 1:
+        flags["expert-model-parallel-size"] = parallel.expert
+    return flags
+
+
+def _experts(recipe: Recipe, architecture: Architecture) -> Flags:
+    dense = recipe.model.dense_layers
+    return {
+        "num-experts": recipe.model.num_experts,
+        "moe-ffn-hidden-size": recipe.model.expert_ffn,
+        "moe-router-topk": recipe.model.top_k,
+        "moe-layer-freq": f"([0]*{dense}+[1]*{architecture.num_layers - dense})",
+        "moe-router-dtype": "fp32",
+        "moe-router-load-balancing-type": "none",  # eq. 3 is attached by our router
+        "moe-aux-loss-coeff": BALANCE_COEFFICIENT,
+        "moe-z-loss-coeff": Z_COEFFICIENT,
+    }
+
+
+def _l0(stage: str, recipe: Recipe, index: Path, folder: Path) -> Flags:
+    return {
+        "l0-stage": stage,
+        "l0-dense-layers": recipe.model.dense_layers,
+        "l0-expert-ffn": recipe.model.expert_ffn,
+        "l0-data-index": str(index),
+        "l0-metrics-file": str(folder / "metrics.jsonl"),
+    }
+
+
+def _job(
+    python: str,
+    parallel: ParallelSection,
+    architecture: Architecture,
+    flags: Flags,
+    extra: Mapping[str, Flag],
+    section: str,
+) -> Job:
+    fixed = architecture.megatron_flags()
+    for name in extra:
+        if name in OWNED_BY_THE_CHAIN or f"--{name}" in fixed:
+            raise L0MoEError(
+                f"{section}.flags may not set {name!r}, which follows from the model and the rest of the recipe; "
+                "remove it."
+            )
+    words = [*_launcher(python, parallel), "-m", PRETRAIN, *fixed, *render(flags | dict(extra))]
+    return Job(command=words, env=_environment(parallel.threads))
+
+
+def _launcher(python: str, parallel: ParallelSection) -> Sequence[str]:
+    per_node = ("--nproc-per-node", str(parallel.processes // parallel.nodes))
+    if parallel.nodes == 1:
+        return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
+    # Left to the shell of the batch job: the scheduler sets these on every node.
+    rendezvous = (
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "$SLURM_JOB_ID",
+        "--rdzv-endpoint",
+        "$L0MOE_HEAD_NODE:29500",
+    )
+    return (python, "-m", "torch.distributed.run", "--nnodes", str(parallel.nodes), *per_node, *rendezvous)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    # Megatron wants one hardware queue on a GPU when it overlaps tensor-parallel work; it does nothing elsewhere.
+    return {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}

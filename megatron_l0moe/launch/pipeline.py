@@ -1,0 +1,175 @@
+"""The chain: do what is missing, in order, each stage in a process of its own, and leave nothing half-done.
+
+`run_chain` is the parent: it only decides what is missing and starts `l0moe STAGE RECIPE` for it. `carry_out`
+is what such a stage process does around the stage's own function: begin the folder, work, manifest, marker.
+"""
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.data.manifest import (
+    Stage,
+    begin,
+    finish,
+    has_marker,
+    input_digests,
+    is_done,
+    write_json,
+)
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch.lock import inherited, locked
+from megatron_l0moe.launch.progress import Progress
+from megatron_l0moe.launch.run import USER_ERROR_EXIT, CommandFailedError, run_command
+from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
+
+logger = logging.getLogger(__name__)
+
+PARENT_GRACE_SECONDS = 75.0
+"""For a stage process, which itself gives its training job 30 s to stop."""
+Numbers = dict[str, object]
+
+
+def run_chain(run: Run, *, first: str | None = None, last: str | None = None) -> None:
+    """Run the stages from `first` to `last`, all that are not done yet.
+
+    Raises:
+        L0MoEError: a stage failed, or a folder holds work of another recipe.
+        KeyboardInterrupt: we were told to stop; every process of the run has ended by then.
+    """
+    selected = selection(first, last)
+    preflight.check(run.recipe)
+    preflight.check_one_node(run.recipe)
+    for spec in selected:  # refuse before the first hour of work, not after it
+        for stage in stages(run, spec.name):
+            has_marker(stage)
+    with locked(run.folder) as lock:
+        write_json(run.folder / "recipe.json", run.recipe.model_dump())
+        progress = Progress(run, selected)
+        try:
+            for spec in selected:
+                _run_stage(run, spec, progress, lock)
+        finally:
+            progress.stop()
+        if selected[-1].name == "report":
+            _say_where(run, progress)
+
+
+def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: int | None = None) -> None:
+    """Do one stage in this process: what is done stays, what is half-written is cleared or resumed.
+
+    Args:
+        work: writes the stage's files into `stage.folder` and returns numbers for the manifest.
+        only: the expert to do, of a stage with one folder for each expert; None: all.
+    """
+    spec = spec_of(name)
+    wanted = stages(run, name)
+    if only is not None:
+        if not 0 <= only < len(wanted):
+            raise L0MoEError(f"--index {only} must be between 0 and {len(wanted) - 1}.")
+        wanted = wanted[only : only + 1]
+    with locked(run.folder, expert=only):
+        for stage in wanted:
+            if is_done(stage):
+                logger.info("%s is done.", stage.folder)
+                continue
+            input_digests(stage)
+            begin(stage, resumable=spec.resumable)
+            started = time.monotonic()
+            numbers = work(stage)
+            seconds = round(time.monotonic() - started, 3)
+            process = {"seconds": seconds, "peak_process_bytes": peak_process_bytes()}
+            finish(stage, stage_command(run, name), {**numbers, "process": process})
+
+
+def train_expert(run: Run, stage: Stage) -> None:
+    """Run the training job of one expert to its end, from its last checkpoint if it has one."""
+    k = int(stage.folder.name)
+    job = jobs.expert_job(run, _architecture(run), k)
+    logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
+    _run_job(job, stage.folder / "train.log")
+
+
+def train_moe(run: Run, stage: Stage) -> None:
+    """Run MoE training to its end, from its last checkpoint if it has one."""
+    logger.info("MoE training: %d steps.", run.recipe.moe_steps)
+    _run_job(jobs.moe_job(run, _architecture(run)), stage.folder / "train.log")
+
+
+def write_logits(run: Run, stage: Stage) -> Path:
+    """Let Megatron write its logits on held-out text, to compare with the exported model's; returns the file."""
+    _run_job(jobs.logits_job(run, _architecture(run)), stage.folder / "logits.log")
+    return jobs.logits_file(run)
+
+
+def extract_once(folder: Path, extract: Callable[[], Numbers]) -> Numbers:
+    """Extract an expert and drop its training checkpoints, safely against being killed at any point.
+
+    `extraction.json` is written after the expert, so when it is there the checkpoints are not needed any more.
+    """
+    record = folder / "extraction.json"
+    if not record.is_file():
+        write_json(record, extract())
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    numbers: Numbers = json.loads(record.read_text(encoding="utf-8"))
+    return numbers
+
+
+def is_extracted(folder: Path) -> bool:
+    """Say whether training and extraction of an expert are over, though its marker may be missing."""
+    return (folder / "extraction.json").is_file()
+
+
+def peak_process_bytes() -> int:
+    """Return the largest resident size that this process or any child that has ended ever had."""
+    kilo = 1 if sys.platform == "darwin" else 1024
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage.ru_maxrss for usage in usages) * kilo
+
+
+def _architecture(run: Run) -> Architecture:
+    preflight.check_one_node(run.recipe)
+    architecture = Architecture.from_hf(Path(run.recipe.model.path))
+    preflight.check_sizes(run.recipe, architecture)
+    return architecture
+
+
+def _run_job(job: jobs.Job, log: Path) -> None:
+    run_command(job.command, log=log, env=job.env, keep_open=inherited())
+
+
+def _run_stage(run: Run, spec: StageSpec, progress: Progress, lock: tuple[int, ...]) -> None:
+    if all(is_done(stage) for stage in stages(run, spec.name)):
+        progress.done_before(spec)
+        return
+    progress.start(spec)
+    try:
+        run_command(
+            stage_command(run, spec.name),
+            log=run.log_file(spec.name),
+            poll=lambda: progress.tick(spec),
+            grace=PARENT_GRACE_SECONDS,
+            keep_open=lock,
+        )
+    except CommandFailedError as failure:
+        if failure.code == USER_ERROR_EXIT:
+            raise L0MoEError(failure.last_line) from failure
+        raise L0MoEError(f"Stage {spec.name} failed. {failure}") from failure
+    progress.finish(spec)
+
+
+def _say_where(run: Run, progress: Progress) -> None:
+    from megatron_l0moe.reports.report import summary_lines  # matplotlib and jinja2: only here
+
+    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    progress.say(f"Report: {run.stage_folder('report') / 'report.html'}")
+    progress.say(f"Model:  {run.stage_folder('export')}")
+    for line in summary_lines(summary):
+        progress.say(line)

@@ -1,0 +1,221 @@
+"""Run one command as a child process: its output to a log file, no process left behind whatever happens.
+
+A command can end in four ways, and none of them may leave a training process that writes on into a run folder:
+it ends by itself; it fails; we are told to stop (Ctrl-C, SIGTERM, SIGHUP); or we are killed with SIGKILL. For
+the last one the kernel tells the child (PR_SET_PDEATHSIG). Grandchildren that lost their parent are adopted by
+us (PR_SET_CHILD_SUBREAPER) and ended too: torchrun starts its workers in sessions of their own.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from megatron_l0moe.errors import L0MoEError
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 30.0
+"""From SIGTERM to SIGKILL; torchrun itself gives its workers up to 30 s."""
+TAIL_BYTES = 65536
+USER_ERROR_EXIT = 2
+"""Exit code of our own commands when the message is one sentence for the user."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+_ERROR_LINE = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit)): \S")
+_LAUNCHER_NOISE = re.compile(
+    r"torch\.distributed\.elastic|ChildFailedError|SignalException|error_file|traceback :"
+)
+
+
+class CommandFailedError(L0MoEError):
+    """A child process ended with an exit code other than 0."""
+
+    def __init__(self, message: str, *, code: int, last_line: str, log: Path) -> None:
+        """Keep what the caller needs to word its own sentence."""
+        super().__init__(message)
+        self.code = code
+        self.last_line = last_line
+        self.log = log
+
+
+def run_command(
+    command: Sequence[str],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    poll: Callable[[], None] | None = None,
+    interval: float = 0.5,
+    grace: float = GRACE_SECONDS,
+    keep_open: Sequence[int] = (),
+) -> None:
+    """Run `command` to its end; output is appended to `log`.
+
+    Args:
+        env: variables added to our own environment.
+        poll: called every `interval` seconds while the command runs.
+        grace: seconds between SIGTERM and SIGKILL when the command has to be stopped.
+        keep_open: file descriptors that the child inherits (the run's lock).
+
+    Raises:
+        CommandFailedError: the exit code was not 0; the message holds it, the log's last meaningful line and its path.
+        KeyboardInterrupt: we were told to stop; the command and all its children have ended by then.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logger.debug("running %s", command)
+    with log.open("ab") as output, _stop_requests() as asked_to_stop, _adopting_orphans() as bystanders:
+        start = output.tell()
+        output.write(f"$ {' '.join(command)}\n".encode())
+        output.flush()
+        parent = os.getpid()
+        # This process has one thread here (progress is drawn in poll), so preexec_fn is safe.
+        child = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            process_group=0,
+            pass_fds=tuple(keep_open),
+            preexec_fn=lambda: die_with_parent(parent),
+        )
+        try:
+            while child.poll() is None and not asked_to_stop:
+                if poll is not None:
+                    poll()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(interval)
+            if poll is not None:
+                poll()
+        finally:
+            _end_all(child, grace, bystanders)
+        if asked_to_stop:
+            raise KeyboardInterrupt
+    if child.returncode != 0:
+        last = last_meaningful_line(log, start)
+        raise CommandFailedError(
+            f"The command {command_name(command)} {_how(child.returncode)}: {last.rstrip('.')}; its log is {log}.",
+            code=child.returncode,
+            last_line=last,
+            log=log,
+        )
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to send this process SIGTERM when the process `parent` that started it dies."""
+    if _LIBC is None:
+        return
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def last_meaningful_line(log: Path, start: int = 0) -> str:
+    """Return the line that says why a command failed: its last exception, else its last line.
+
+    Args:
+        start: offset in bytes where this command's output begins.
+    """
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(start, size - TAIL_BYTES))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")]
+    for line in reversed(lines):
+        found = _ERROR_LINE.match(line)
+        if found and not _LAUNCHER_NOISE.search(line):
+            return line[found.start(1) :].removeprefix("L0MoEError: ").removeprefix("Error: ")
+    return lines[-1] if lines else "it printed nothing"
+
+
+def command_name(command: Sequence[str]) -> str:
+    """Return the short name of a command: the last module it runs, or its program."""
+    modules = [word for before, word in itertools.pairwise(command) if before == "-m"]
+    return modules[-1] if modules else Path(command[0]).name
+
+
+def _how(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (often: not enough memory)"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collect the signals that mean "stop" while a child runs, instead of dying of them before it has ended."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    # A signal that is ignored (nohup, a background job) stays ignored.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in wanted}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _adopting_orphans() -> Iterator[frozenset[int]]:
+    """Become the parent of orphaned descendants; yields the children that were there before and are not ours to end."""
+    bystanders = frozenset(process.pid for process in psutil.Process().children())
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield bystanders
+    finally:
+        if _LIBC is not None:
+            _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _end_all(child: "subprocess.Popen[bytes]", grace: float, bystanders: frozenset[int]) -> None:
+    """End the child and everything that it started."""
+    if child.poll() is None:
+        _signal_group(child.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
+    # Also when the child has ended: what is left of its group, and what left the group and lost its parent.
+    _signal_group(child.pid, signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while _LIBC is not None and time.monotonic() < deadline:
+        adopted = [process for process in psutil.Process().children() if process.pid not in bystanders]
+        if not adopted:
+            return
+        for process in adopted:
+            _kill_tree(process)
+        time.sleep(0.02)
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _kill_tree(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
+        for descendant in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
+        os.waitpid(process.pid, os.WNOHANG)

@@ -1,0 +1,197 @@
+"""The chain as a table: what each stage reads, where it writes, and which settings its result depends on."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron_l0moe.data.manifest import Stage
+from megatron_l0moe.errors import L0MoEError, nearest
+from megatron_l0moe.recipe import Recipe, section_hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """One row of the chain."""
+
+    name: str
+    does: str
+    inputs: tuple[str, ...]
+    """Stages whose files are read."""
+    settings: tuple[str, ...]
+    """Recipe keys that can change the result; `section` stands for all of its keys.
+
+    Left out on purpose: the parallel layout, the number of threads and how often a checkpoint is saved. They do
+    not change the result, so a run may go on in another layout.
+    """
+    resumable: bool = False
+    """An interrupted run goes on from its own checkpoints; other stages start again from nothing."""
+
+
+CHAIN: tuple[StageSpec, ...] = (
+    StageSpec(
+        name="convert",
+        does="turn the dense Hugging Face checkpoint into a Megatron checkpoint",
+        inputs=(),
+        settings=("model.path",),
+    ),
+    StageSpec(
+        name="curate",
+        does="cluster the corpus into K domains and cut it into Q ordered sets of token files",
+        inputs=(),
+        settings=(
+            "seed",
+            "model.path",
+            "model.num_experts",
+            "data",
+            "expert_training.global_batch_size",
+            "moe_training.sequences_per_domain",
+        ),
+    ),
+    StageSpec(
+        name="experts",
+        does="train one expert a domain: the dense FFN under a learned L0 mask, cut to the wanted width",
+        inputs=("convert", "curate"),
+        settings=(
+            "seed",
+            "model.dense_layers",
+            "model.expert_ffn",
+            "expert_training.micro_batch_size",
+            "expert_training.global_batch_size",
+            "expert_training.learning_rate",
+            "expert_training.mask_learning_rate",
+            "expert_training.flags",
+        ),
+        resumable=True,
+    ),
+    StageSpec(
+        name="assemble",
+        does="put the K experts and a start for the routers into one Megatron MoE checkpoint",
+        inputs=("convert", "experts"),
+        settings=("model.dense_layers", "model.num_experts", "model.expert_ffn", "model.top_k"),
+    ),
+    StageSpec(
+        name="moe",
+        does="train experts and routers together on the ordered sets",
+        inputs=("curate", "assemble"),
+        settings=(
+            "seed",
+            "model",
+            "moe_training.micro_batch_size",
+            "moe_training.sequences_per_domain",
+            "moe_training.learning_rate",
+            "moe_training.router_learning_rate",
+            "moe_training.flags",
+        ),
+        resumable=True,
+    ),
+    StageSpec(
+        name="export",
+        does="write the L0-MoE as an ordinary Hugging Face checkpoint",
+        inputs=("moe",),
+        settings=("model.path", "model.dense_layers", "model.top_k"),
+    ),
+    StageSpec(
+        name="evaluate",
+        does="measure perplexity by domain and speed, dense against L0-MoE",
+        inputs=("curate", "assemble", "moe", "export"),
+        settings=("seed", "model", "evaluation"),
+    ),
+    StageSpec(
+        name="report",
+        does="write one HTML page and summary.json from everything that was measured",
+        inputs=("convert", "curate", "experts", "assemble", "moe", "export", "evaluate"),
+        settings=("name",),
+    ),
+)
+STAGE_NAMES: tuple[str, ...] = tuple(spec.name for spec in CHAIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe and the folder that everything made from it lies in."""
+
+    recipe: Recipe
+    recipe_file: Path
+    runs_dir: Path
+
+    @property
+    def folder(self) -> Path:
+        """`runs/NAME`."""
+        return self.runs_dir / self.recipe.name
+
+    def stage_folder(self, name: str) -> Path:
+        """Folder of a stage; for `experts`, the one that holds the K expert folders."""
+        return self.folder / name
+
+    def expert_folder(self, k: int) -> Path:
+        """Folder of expert k, `experts/003`."""
+        return self.folder / "experts" / f"{k:03d}"
+
+    def log_file(self, name: str) -> Path:
+        """Where the output of a stage's process goes; outside the stage folders, which may be emptied."""
+        return self.folder / "logs" / f"{name}.log"
+
+
+def spec_of(name: str) -> StageSpec:
+    """Return the row of a stage.
+
+    Raises:
+        L0MoEError: there is no such stage; the message names the nearest one.
+    """
+    for spec in CHAIN:
+        if spec.name == name:
+            return spec
+    raise L0MoEError(
+        f"There is no stage {name!r}{nearest(name, STAGE_NAMES)}; the stages are {', '.join(STAGE_NAMES)}."
+    )
+
+
+def selection(first: str | None, last: str | None) -> tuple[StageSpec, ...]:
+    """Return the rows from stage `first` to stage `last`, both included."""
+    start = STAGE_NAMES.index(spec_of(first).name) if first else 0
+    stop = STAGE_NAMES.index(spec_of(last).name) if last else len(CHAIN) - 1
+    if start > stop:
+        raise L0MoEError(
+            f"--from {first} comes after --until {last} in the chain {', '.join(STAGE_NAMES)}; exchange the two."
+        )
+    return CHAIN[start : stop + 1]
+
+
+def config_hash(name: str, recipe: Recipe) -> str:
+    """Return the hash of the settings that decide a stage's result: its own and those of the stages before it."""
+    spec = spec_of(name)
+    own = {path: _setting(recipe, path) for path in spec.settings}
+    before = {previous: config_hash(previous, recipe) for previous in spec.inputs}
+    return section_hash(name, own, before)
+
+
+def stages(run: Run, name: str) -> tuple[Stage, ...]:
+    """Return what has to be finished for a stage: one folder, or for `experts` one folder for each expert."""
+    spec = spec_of(name)
+    inputs = tuple(folder for previous in spec.inputs for folder in folders(run, previous))
+    digest = config_hash(name, run.recipe)
+    return tuple(
+        Stage(name=name, folder=folder, config_hash=digest, inputs=inputs) for folder in folders(run, name)
+    )
+
+
+def stage_command(run: Run, name: str, *, python: str = sys.executable) -> list[str]:
+    """Return the command of one stage as words."""
+    return [python, "-m", "megatron_l0moe", name, str(run.recipe_file), "--runs-dir", str(run.runs_dir)]
+
+
+def folders(run: Run, name: str) -> tuple[Path, ...]:
+    """Return the folders that a stage fills, one marker in each."""
+    if name == "experts":
+        return tuple(run.expert_folder(k) for k in range(run.recipe.model.num_experts))
+    return (run.stage_folder(name),)
+
+
+def _setting(recipe: Recipe, path: str) -> Any:
+    value: Any = recipe
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value.model_dump() if isinstance(value, BaseModel) else value

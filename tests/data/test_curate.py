@@ -1,0 +1,194 @@
+"""The whole stage on 60 documents of three topics, with a real tokenizer and a real (random) BERT encoder."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_l0moe.data.ccm import confusion, semantic_distance
+from megatron_l0moe.data.curate import curate, plan_budgets
+from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.data.indexed import CorpusTokenizer
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import Recipe
+
+K, Q, S, P, GBS = 3, 3, 16, 2, 4
+DOMAINS = ("cooking", "physics", "sailing")
+
+
+def make_recipe(corpus: Path, lm: Path, encoder: Path, **data: object) -> Recipe:
+    settings: dict[str, object] = {
+        "corpus": str(corpus),
+        "embedding_model": str(encoder), "embedding_max_tokens": 16, "iterations": Q, "seq_length": S,
+        "tokens_per_expert": 8 * S, "tokens_per_set": K * P * S * 2, "heldout_tokens_per_domain": 2 * S,
+    }  # fmt: skip
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "seed": 11,
+            "model": {"path": str(lm), "dense_layers": 1, "num_experts": K, "expert_ffn": 8},
+            "data": settings | data,
+            "expert_training": {"global_batch_size": GBS},
+            "moe_training": {"sequences_per_domain": P},
+        }
+    )
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, write_lines, topic_text) -> Path:
+    folder = tmp_path / "corpus"
+    for half, suffix in ((0, "jsonl"), (1, "jsonl.zst")):
+        records = [
+            {"text": topic_text(domain, seed, 40 + seed), "meta": {"source": domain}}
+            for seed in range(half * 10, half * 10 + 10)
+            for domain in DOMAINS
+        ]
+        write_lines(folder / f"part{half}.{suffix}", records)
+    return folder
+
+
+@pytest.fixture
+def recipe(corpus: Path, tiny_lm: Path, tiny_encoder: Path) -> Recipe:
+    return make_recipe(corpus, tiny_lm, tiny_encoder)
+
+
+def corpus_texts(corpus: Path) -> list[str]:
+    import zstandard
+
+    lines = (corpus / "part0.jsonl").read_bytes().splitlines()
+    packed = (corpus / "part1.jsonl.zst").read_bytes()
+    lines += zstandard.ZstdDecompressor().decompress(packed).splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "summary.json"  # holds seconds
+    }
+
+
+def test_end_to_end(recipe: Recipe, corpus: Path, tiny_lm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = curate(recipe, out)
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+    # What is there, and nothing else.
+    names = {path.split("/")[0] for path in checksums(out)}
+    indexes = {f"{name}.ccm.{end}" for name in ("expert_000", "expert_001", "expert_002", "moe")
+               for end in ("json", "docs.npy", "samples.npy")}  # fmt: skip
+    assert names == indexes | {
+        "iter_000",
+        "iter_001",
+        "iter_002",
+        "heldout.jsonl",
+        "clusters.npz",
+        "ccm.json",
+    }
+
+    # Sizes are those that the recipe promises.
+    experts = [CurriculumDataset(out / f"expert_{k:03d}", vocab_size=512, seq_length=S) for k in range(K)]
+    moe = CurriculumDataset(out / "moe", vocab_size=512, seq_length=S)
+    assert [len(dataset) for dataset in experts] == [recipe.expert_steps * GBS] * K == [8] * K
+    assert len(moe) == recipe.moe_steps * recipe.moe_global_batch_size == 2 * 2 * K * P
+    for k, dataset in enumerate(experts):
+        assert {int(dataset[i]["domain"]) for i in range(len(dataset))} == {k}
+
+    # Every training document is one corpus document, whole or cut, and no document is used twice or held out.
+    tokenizer = CorpusTokenizer.load(tiny_lm)
+    whole = {tuple(tokenizer.encode([text], [10**6])[0][:-1].tolist()) for text in corpus_texts(corpus)}
+    used = []
+    for prefix in sorted(out.glob("iter_*/*.bin")):
+        used += [tuple(document.tolist()[:-1]) for document in IndexedDataset(str(prefix.with_suffix("")))]
+    origins = [[text for text in whole if text[: len(document)] == document] for document in used]
+    assert [len(origin) for origin in origins] == [1] * len(used)
+    assert len({origin[0] for origin in origins}) == len(used)
+    lines = [json.loads(line) for line in (out / "heldout.jsonl").read_text().splitlines()]
+    assert [line["domain"] for line in lines] == [d for d in DOMAINS for _ in range(2)]
+    assert all(len(line["tokens"]) == S + 1 and 0 <= line["cluster"] < K for line in lines)
+    first_of_domain = [tuple(lines[i]["tokens"]) for i in (0, 2, 4)]
+    for start in first_of_domain:
+        assert any(text[: S + 1] == start for text in whole)
+        assert not any(document[: S + 1] == start for document in used)
+
+    # ccm.json is eq. 4 and 5 of clusters.npz.
+    centres = np.load(out / "clusters.npz")["centres"]
+    ccm = json.loads((out / "ccm.json").read_text())
+    assert centres.shape == (Q, K, 32)
+    for number in (1, 2):
+        terms = confusion(centres[0], centres[number], delta=0.1)
+        assert ccm["ccm"][number - 1] == terms.ccm.tolist()
+        assert ccm["d_ds"][number - 1] == semantic_distance(terms.ccm, beta=0.5)
+    assert ccm["order"] == moe.header.order == sorted((1, 2), key=lambda number: ccm["d_ds"][number - 1])
+
+    # The counts add up.
+    assert summary["documents"]["corpus"] == 60
+    assert (
+        sum(summary["dropped"].values()) + summary["documents"]["heldout"] + summary["documents"]["training"]
+        == 60
+    )
+    assert np.sum(summary["table"]) == np.sum(summary["documents_per_cluster"][0])
+    assert summary["domains"] == list(DOMAINS)
+
+
+def test_same_recipe_same_bytes_and_another_seed_not(recipe: Recipe, tmp_path: Path) -> None:
+    curate(recipe, tmp_path / "a")
+    curate(recipe, tmp_path / "b")
+    assert checksums(tmp_path / "a") == checksums(tmp_path / "b")
+    curate(recipe.model_copy(update={"seed": 12}), tmp_path / "c")
+    assert checksums(tmp_path / "a") != checksums(tmp_path / "c")
+
+
+def test_replay_of_the_initial_set(corpus, tiny_lm, tiny_encoder, tmp_path) -> None:
+    """MoE training first sees sequences that the experts saw, domain by domain, then the ordered sets."""
+    out = tmp_path / "out"
+    curate(make_recipe(corpus, tiny_lm, tiny_encoder, include_initial_tokens=K * P * S), out)
+    moe = CurriculumDataset(out / "moe")
+    assert moe.header.order[0] == 0
+    assert moe.header.iteration_start_samples[:2] == [0, K * P]
+    replayed = [moe[i] for i in range(K * P)]
+    for k in range(K):
+        expert = CurriculumDataset(out / f"expert_{k:03d}")
+        mine = [item["tokens"].tolist() for item in replayed if int(item["domain"]) == k]
+        assert mine == [expert[i]["tokens"].tolist() for i in range(P)]
+
+
+def test_without_matching_labels_stay(corpus, tiny_lm, tiny_encoder, tmp_path) -> None:
+    curate(make_recipe(corpus, tiny_lm, tiny_encoder, matching="none"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "ccm.json").read_text())["permutation"] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_budgets_are_whole_batches(corpus, tiny_lm, tiny_encoder) -> None:
+    budgets, replay = plan_budgets(
+        make_recipe(corpus, tiny_lm, tiny_encoder, tokens_per_expert=9 * S, tokens_per_set=K * P * S * 2 + 1)
+    )
+    assert [budget.sequences for budget in budgets] == [
+        8,
+        4,
+        4,
+    ]  # 9 sequences are 2 batches of 4; 2 batches of p = 2
+    assert [budget.tokens for budget in budgets] == [8 * S + 1, 4 * S + 1, 4 * S + 1]
+    assert replay == 0
+
+
+def test_more_replay_than_there_is(corpus, tiny_lm, tiny_encoder) -> None:
+    with pytest.raises(
+        L0MoEError, match=r"\(960\) is more than D\^\(0\) holds; set it to at most .* \(384\)"
+    ):
+        plan_budgets(make_recipe(corpus, tiny_lm, tiny_encoder, include_initial_tokens=10 * K * P * S))
+
+
+def test_too_few_documents_for_the_clusters(tmp_path, write_lines, tiny_lm, tiny_encoder) -> None:
+    """Long documents hold enough tokens, but one iteration draws fewer of them than there are clusters."""
+    write_lines(tmp_path / "corpus" / "a.jsonl", [{"text": f"{i} " + "sail wind " * 3000} for i in range(9)])
+    with pytest.raises(L0MoEError, match=r"2 document\(s\) cannot make model\.num_experts = 3 clusters"):
+        curate(make_recipe(tmp_path / "corpus", tiny_lm, tiny_encoder), tmp_path / "out")
+
+
+def test_a_corpus_that_is_too_small(tmp_path, corpus, tiny_lm, tiny_encoder) -> None:
+    with pytest.raises(L0MoEError, match=r"The corpus has about \d+ tokens .* need \d+; add text or lower"):
+        curate(make_recipe(corpus, tiny_lm, tiny_encoder, tokens_per_expert=10**6), tmp_path / "out")

@@ -1,0 +1,118 @@
+"""The dataset against a naive reading of the same stream, and everything that it must refuse."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.data.index import index_files
+from megatron_l0moe.errors import L0MoEError
+
+S = 8
+
+
+def naive(streams: dict[tuple[int, int], list[int]], i: int) -> tuple[list[int], int]:
+    """Sample i of toy_index' default: order 2, 1; 6 rounds of 4 clusters each; rotated by one a round."""
+    iteration = (2, 1)[i // 24]
+    round_, place = i % 24 // 4, i % 4
+    cluster = (place + i // 4) % 4
+    return streams[iteration, cluster][round_ * S : round_ * S + S + 1], cluster
+
+
+def test_items_equal_a_naive_reference(toy_index) -> None:
+    prefix, streams = toy_index()
+    dataset = CurriculumDataset(prefix, vocab_size=5000, seq_length=S)
+    assert len(dataset) == 48
+    for i in range(48):
+        item = dataset[i]
+        tokens, cluster = naive(streams, i)
+        assert item["tokens"].tolist() == tokens[:-1]
+        assert item["labels"].tolist() == tokens[1:]
+        assert int(item["domain"]) == cluster
+    assert naive(streams, 5) != naive(streams, 6)  # control: the reference tells samples apart
+
+
+def test_shapes_and_types(toy_index) -> None:
+    item = CurriculumDataset(str(toy_index()[0]))[0]
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in item.items()} == {
+        "tokens": (torch.int64, (S,)),
+        "labels": (torch.int64, (S,)),
+        "loss_mask": (torch.float32, (S,)),
+        "position_ids": (torch.int64, (S,)),
+        "domain": (torch.int64, ()),
+    }
+    assert item["position_ids"].tolist() == list(range(S))
+    assert item["loss_mask"].tolist() == [1.0] * S
+
+
+def test_out_of_range(toy_index) -> None:
+    dataset = CurriculumDataset(toy_index()[0])
+    for i in (48, -1):
+        with pytest.raises(IndexError, match=f"sample {i} of 48"):
+            dataset[i]
+
+
+def test_pickle_and_workers(toy_index) -> None:
+    dataset = CurriculumDataset(toy_index()[0])
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(copy[7][key], dataset[7][key]) for key in dataset[7])
+    batches = list(DataLoader(dataset, batch_size=8, num_workers=1))
+    assert torch.equal(batches[1]["tokens"], torch.stack([dataset[i]["tokens"] for i in range(8, 16)]))
+
+
+def test_model_that_does_not_fit(toy_index) -> None:
+    prefix, _ = toy_index()
+    CurriculumDataset(prefix, vocab_size=5120)  # padded vocabularies are larger
+    with pytest.raises(L0MoEError, match="ids below 5000, but the model's vocabulary has 4999"):
+        CurriculumDataset(prefix, vocab_size=4999)
+    with pytest.raises(
+        L0MoEError, match="sequences of 8 tokens, but the job asks for 16; set its sequence length to 8"
+    ):
+        CurriculumDataset(prefix, seq_length=16)
+
+
+def flip(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["moe.ccm.docs.npy", "moe.ccm.samples.npy", "iter_001/shard_00001.bin", "iter_002/shard_00000.idx"],
+)
+def test_changed_truncated_and_missing_files(toy_index, name: str) -> None:
+    prefix, _ = toy_index()
+    path = prefix.parent / name
+    good = path.read_bytes()
+    flip(path)
+    with pytest.raises(
+        L0MoEError, match=rf"{path.name} is not the file that sample index .* \(sha256 differs\)"
+    ):
+        CurriculumDataset(prefix)
+    path.write_bytes(good[:-4])  # sizes are compared even without checksums
+    with pytest.raises(L0MoEError, match=r"is damaged|the size or type of .* differs from the header"):
+        CurriculumDataset(prefix, verify=False)
+    path.unlink()
+    with pytest.raises(L0MoEError, match=f"needs .*{path.name}, which does not exist; run curate again"):
+        CurriculumDataset(prefix, verify=False)
+    path.write_bytes(good)
+    CurriculumDataset(prefix)
+
+
+def test_header_of_other_sizes(toy_index) -> None:
+    prefix, _ = toy_index()
+    file = index_files(prefix)[0]
+    header = json.loads(file.read_text())
+    file.write_text(json.dumps({**header, "samples": 47}))
+    with pytest.raises(L0MoEError, match="the size or type of samples differs"):
+        CurriculumDataset(prefix)
+    np.save(index_files(prefix)[2], np.zeros(48, dtype=np.int64))
+    file.write_text(json.dumps(header))
+    with pytest.raises(L0MoEError, match="the size or type of samples differs"):
+        CurriculumDataset(prefix, verify=False)

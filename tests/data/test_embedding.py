@@ -1,0 +1,96 @@
+"""Encoders through FlagEmbedding: both code paths with real (random) models, against transformers itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from megatron_l0moe.data.embedding import find_model, is_bge_m3, load_encoder, pooling_method
+from megatron_l0moe.errors import L0MoEError
+
+FP32_PADDING_ATOL = 1e-5  # padded batches reduce in another order than one text alone
+TEXTS = ["flour butter oven", "mast keel anchor harbour tide " * 9, "quark", "wave " * 500, "energy photon"]
+
+
+def naive(folder: Path, text: str, max_tokens: int, pooling: str) -> np.ndarray:
+    """One text at a time, no padding."""
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        text, truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state[0]
+    vector = hidden[0] if pooling == "cls" else hidden.mean(dim=0)
+    return (vector / vector.norm()).numpy()
+
+
+@pytest.mark.parametrize(("fixture", "pooling"), [("tiny_encoder", "mean"), ("tiny_bge_m3", "cls")])
+def test_equals_transformers(request: pytest.FixtureRequest, fixture: str, pooling: str) -> None:
+    folder = request.getfixturevalue(fixture)
+    vectors = load_encoder(str(folder), max_tokens=12, batch_size=2).embed(TEXTS, len(TEXTS))
+    assert vectors.shape == (5, 32)
+    assert vectors.dtype == np.float32
+    expected = np.stack([naive(folder, text, 12, pooling) for text in TEXTS])
+    np.testing.assert_allclose(vectors, expected, atol=FP32_PADDING_ATOL)
+    other = np.stack([naive(folder, text, 12, {"mean": "cls", "cls": "mean"}[pooling]) for text in TEXTS])
+    assert not np.allclose(vectors, other, atol=1e-2)  # control: the other pooling is another vector
+    assert is_bge_m3(folder) == (fixture == "tiny_bge_m3")
+
+
+def test_only_the_head_of_a_text_is_tokenised(tiny_encoder: Path, monkeypatch) -> None:
+    encoder = load_encoder(str(tiny_encoder), max_tokens=8, batch_size=4)
+    seen: list[int] = []
+    encode = encoder._model.encode
+    monkeypatch.setattr(
+        encoder._model, "encode", lambda texts, **k: seen.extend(map(len, texts)) or encode(texts, **k)
+    )
+    long, short = encoder.embed(["sail wind " * 100_000, "sail wind " * 50], 2)
+    assert max(seen) == encoder.head_chars == 128
+    np.testing.assert_allclose(long, short, atol=FP32_PADDING_ATOL)
+
+
+def test_chunks_do_not_change_vectors(tiny_encoder: Path, monkeypatch) -> None:
+    encoder = load_encoder(str(tiny_encoder), max_tokens=12, batch_size=2)
+    whole = encoder.embed(TEXTS, len(TEXTS))
+    monkeypatch.setattr("megatron_l0moe.data.embedding.CHUNK_DOCUMENTS", 2)
+    np.testing.assert_allclose(encoder.embed(iter(TEXTS), len(TEXTS)), whole, atol=FP32_PADDING_ATOL)
+
+
+def test_more_tokens_than_positions(tiny_encoder: Path, tiny_bge_m3: Path) -> None:
+    with pytest.raises(L0MoEError, match=r"data\.embedding_max_tokens \(67\) is more than the 66 tokens"):
+        load_encoder(str(tiny_encoder), max_tokens=67, batch_size=2)
+    with pytest.raises(L0MoEError, match="more than the 64 tokens"):  # two positions belong to the padding id
+        load_encoder(str(tiny_bge_m3), max_tokens=65, batch_size=2)
+
+
+def test_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "nowhere"), "models/all-minilm", "owner/not-in-the-cache"):
+        with pytest.raises(
+            L0MoEError, match="neither a folder nor in the local Hugging Face cache; download it first"
+        ):
+            find_model(name)
+
+
+def test_incomplete_and_damaged_model(tmp_path: Path, tiny_encoder: Path) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(L0MoEError, match=r"cannot be loaded .* download the model again"):
+        load_encoder(str(folder), max_tokens=8, batch_size=2)
+    weights.unlink()
+    with pytest.raises(L0MoEError, match=r"lacks model\.safetensors; set data\.embedding_model"):
+        load_encoder(str(folder), max_tokens=8, batch_size=2)
+
+
+def test_pooling_must_be_known(tmp_path: Path) -> None:
+    with pytest.raises(L0MoEError, match=r"lacks 1_Pooling/config\.json"):
+        pooling_method(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    file = tmp_path / "1_Pooling" / "config.json"
+    file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(L0MoEError, match="asks for pooling max_tokens"):
+        pooling_method(tmp_path)

@@ -1,0 +1,130 @@
+"""Markers, manifests, and what is refused or cleared."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_l0moe.data import manifest
+from megatron_l0moe.data.manifest import Stage, begin, clear, finish, is_done, sha256_file, write_json
+from megatron_l0moe.errors import L0MoEError
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage(name="curate", folder=tmp_path / "run" / "curate", config_hash="aaaa")
+
+
+def made(stage: Stage) -> Stage:
+    begin(stage, resumable=False)
+    (stage.folder / "out.bin").write_bytes(b"12345")
+    finish(stage, ["l0moe", "curate"], {"tokens": 5})
+    return stage
+
+
+def test_finish_makes_it_done(stage: Stage) -> None:
+    assert not is_done(stage)
+    made(stage)
+    assert is_done(stage)
+    record = json.loads((stage.folder / "manifest.json").read_text())
+    assert record["outputs"] == {"out.bin": 5}
+    assert record["numbers"] == {"tokens": 5}
+    assert record["command"] == ["l0moe", "curate"]
+    assert record["versions"]["python"].startswith("3.")
+
+
+def test_manifest_without_marker_is_not_done(stage: Stage) -> None:
+    made(stage)
+    (stage.folder / "DONE").unlink()
+    assert not is_done(stage)
+
+
+def test_other_settings_are_refused(stage: Stage) -> None:
+    made(stage)
+    other = Stage(name="curate", folder=stage.folder, config_hash="bbbb")
+    with pytest.raises(
+        L0MoEError, match=r"other settings \(aaaa\).*\(bbbb\); give the recipe another name, or remove"
+    ):
+        is_done(other)
+
+
+def test_inputs_made_anew_are_noticed(stage: Stage, tmp_path: Path) -> None:
+    made(stage)
+    after = Stage(name="moe", folder=tmp_path / "run" / "moe", config_hash="cccc", inputs=(stage.folder,))
+    finish(after, [], {})
+    assert is_done(after)
+    finish(stage, [], {"tokens": 6})
+    with pytest.raises(L0MoEError, match="was made from an earlier curate than the one there now"):
+        is_done(after)
+
+
+def test_unfinished_input_is_named(stage: Stage, tmp_path: Path) -> None:
+    after = Stage(name="moe", folder=tmp_path / "run" / "moe", config_hash="cccc", inputs=(stage.folder,))
+    with pytest.raises(L0MoEError, match=r"The stage moe needs .*curate, which is not finished"):
+        finish(after, [], {})
+
+
+def test_half_written_folder_is_cleared(stage: Stage, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "keep").touch()
+    (stage.folder / "sub").mkdir(parents=True)
+    (stage.folder / "sub" / "half").touch()
+    (stage.folder / "link").symlink_to(elsewhere)
+    begin(stage, resumable=False)
+    assert list(stage.folder.iterdir()) == []
+    assert (elsewhere / "keep").exists()
+
+
+def test_finished_folder_is_never_cleared(stage: Stage) -> None:
+    made(stage)
+    with pytest.raises(AssertionError):
+        clear(stage)
+    assert (stage.folder / "out.bin").exists()
+
+
+def test_resumable_folder_is_kept(stage: Stage) -> None:
+    begin(stage, resumable=True)
+    (stage.folder / "checkpoints").mkdir()
+    begin(stage, resumable=True)
+    assert (stage.folder / "checkpoints").is_dir()
+
+
+def test_resumable_folder_of_other_settings_is_refused(stage: Stage) -> None:
+    begin(stage, resumable=True)
+    (stage.folder / "checkpoints").mkdir()
+    with pytest.raises(L0MoEError, match="holds unfinished work that was started with other settings"):
+        begin(Stage(name="curate", folder=stage.folder, config_hash="bbbb"), resumable=True)
+    assert (stage.folder / "checkpoints").is_dir()
+
+
+def test_resumable_folder_without_its_note_is_cleared(stage: Stage) -> None:
+    (stage.folder / "checkpoints").mkdir(parents=True)
+    begin(stage, resumable=True)
+    assert not (stage.folder / "checkpoints").exists()
+
+
+def test_sha256_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "f").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def no_rename(source: str, target: Path) -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(manifest.os, "replace", no_rename)
+    with pytest.raises(OSError, match="no"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_not_a_number_is_not_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", float("nan"))

@@ -1,0 +1,45 @@
+"""Stands in for `python -m megatron_l0moe STAGE RECIPE --runs-dir DIR`: each stage writes one small file.
+
+FAKE_FAIL=stage raises there, FAKE_REFUSE=stage ends with a sentence for the user, FAKE_HANG=stage waits.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_l0moe.data.manifest import Stage
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.pipeline import carry_out
+from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.recipe import load_recipe
+
+
+def main() -> None:
+    """Do one stage."""
+    name, recipe, runs_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[4])
+    run = Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir)
+    with (runs_dir / "calls").open("a") as calls:
+        calls.write(f"{name}\n")
+
+    def work(stage: Stage) -> dict[str, object]:
+        (stage.folder / "half").write_text("half")
+        if os.environ.get("FAKE_FAIL") == name:
+            raise RuntimeError("the disk is on fire")
+        if os.environ.get("FAKE_REFUSE") == name:
+            raise L0MoEError("The corpus is empty; add shards.")
+        if os.environ.get("FAKE_HANG") == name:
+            (run.folder / "hanging").write_text(f"{os.getpid()}")
+            time.sleep(100)
+        (stage.folder / "out").write_text(name)
+        return {"fake": True}
+
+    try:
+        carry_out(run, name, work)
+    except L0MoEError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The commands of the training jobs, word by word. After a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_recipe import make_run, toy_architecture
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import jobs
+from megatron_l0moe.launch.stages import Run
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+LAYOUT = {"processes": 8, "nodes": 2, "tensor": 2, "pipeline": 2, "expert": 2, "threads": 3}
+
+
+def golden_run(tmp_path: Path, **changes: Any) -> Run:
+    run = make_run(tmp_path, **changes)
+    return Run(recipe=run.recipe, recipe_file=Path("recipe.yaml"), runs_dir=Path("runs"))
+
+
+def one_flag_a_line(job: jobs.Job) -> str:
+    lines = [f"{name}={value}" for name, value in job.env.items()]
+    for word in job.command:
+        if word.startswith("-") or not lines[-1].startswith("-") or " " in lines[-1]:
+            lines.append(shlex.quote(word))
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return "\n".join(lines) + "\n"
+
+
+def test_expert_job(tmp_path: Path) -> None:
+    check_golden(
+        "expert_job.txt", jobs.expert_job(golden_run(tmp_path), toy_architecture(), 3, python="python")
+    )
+
+
+def test_moe_job_in_a_layout(tmp_path: Path) -> None:
+    run = golden_run(
+        tmp_path,
+        moe_training={
+            "parallel": LAYOUT,
+            "router_learning_rate": 3e-3,
+            "sequences_per_domain": 2,
+            "flags": {"bf16": True, "lr-warmup-iters": 2},
+        },
+        data__tokens_per_set=2560,
+    )
+    check_golden("moe_job.txt", jobs.moe_job(run, toy_architecture(), python="python"))
+
+
+def test_logits_job(tmp_path: Path) -> None:
+    check_golden("logits_job.txt", jobs.logits_job(golden_run(tmp_path), toy_architecture(), python="python"))
+
+
+def check_golden(name: str, job: jobs.Job) -> None:
+    path, text = GOLDEN / name, one_flag_a_line(job)
+    if os.environ.get("L0MOE_UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def value(job: jobs.Job, flag: str) -> str:
+    return job.command[job.command.index(flag) + 1]
+
+
+def test_schedule_by_hand(tmp_path: Path) -> None:
+    job = jobs.expert_job(make_run(tmp_path), toy_architecture(), 0)
+    assert value(job, "--train-iters") == "10"
+    assert value(job, "--lr-wsd-decay-iters") == "1"  # 10 %
+    assert value(job, "--lr-warmup-iters") == "2"  # 20 %
+    moe = jobs.moe_job(make_run(tmp_path), toy_architecture())
+    assert value(moe, "--train-iters") == "20"
+    assert value(moe, "--lr-wsd-decay-iters") == "2"
+    assert value(moe, "--lr-warmup-iters") == "1"  # 6 % of 20 is 1.2
+
+
+def test_one_step_has_no_warmup(tmp_path: Path) -> None:
+    job = jobs.expert_job(make_run(tmp_path, data__tokens_per_expert=64), toy_architecture(), 0)
+    assert value(job, "--train-iters") == "1"
+    assert value(job, "--lr-warmup-iters") == "0"
+
+
+def test_layer_pattern(tmp_path: Path) -> None:
+    pattern = value(jobs.moe_job(make_run(tmp_path), toy_architecture()), "--moe-layer-freq")
+    assert eval(pattern) == [0, 1, 1, 1]
+
+
+def test_recipe_flags_replace_defaults(tmp_path: Path) -> None:
+    run = make_run(tmp_path, expert_training__flags={"weight-decay": 0.0, "bf16": True})
+    job = jobs.expert_job(run, toy_architecture(), 0)
+    assert job.command.count("--weight-decay") == 1
+    assert value(job, "--weight-decay") == "0.0"
+    assert "--bf16" in job.command
+
+
+@pytest.mark.parametrize("name", ["save", "num-experts", "hidden-size", "swiglu"])
+def test_owned_flags_are_refused(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path, moe_training__flags={name: 1})
+    with pytest.raises(L0MoEError, match=rf"moe_training\.flags may not set '{name}'"):
+        jobs.moe_job(run, toy_architecture())
+
+
+def test_sequence_parallel_goes_with_tensor_parallel(tmp_path: Path) -> None:
+    run = make_run(tmp_path, moe_training__parallel={"processes": 2, "tensor": 2})
+    assert "--sequence-parallel" in jobs.moe_job(run, toy_architecture()).command
+    assert "--sequence-parallel" not in jobs.expert_job(run, toy_architecture(), 0).command

@@ -1,0 +1,172 @@
+"""Real processes, short ones: logs, failures, stopping, and that nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_l0moe.launch.run import CommandFailedError, last_meaningful_line, run_command
+
+PATIENCE = 20.0  # seconds; process starts are slow on a loaded machine
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "a.log"
+    run_command(python("import sys; print('out'); print('err', file=sys.stderr)"), log=log)
+    run_command(python("import os; print(os.environ['X'])"), log=log, env={"X": "again"})
+    lines = [line for line in log.read_text().splitlines() if not line.startswith("$ ")]
+    assert sorted(lines[:2]) == ["err", "out"]
+    assert lines[2] == "again"
+
+
+def test_failure_names_code_line_and_log(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    code = "import sys; print('warming up'); raise ValueError('rank is bad')"
+    with pytest.raises(
+        CommandFailedError, match=r"exit code 1: ValueError: rank is bad; its log is .*a\.log"
+    ) as caught:
+        run_command(python(code), log=log)
+    assert caught.value.code == 1
+
+
+def test_killed_child_is_called_so(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(
+        CommandFailedError, match=r"was killed \(often: not enough memory\): it printed nothing"
+    ):
+        run_command(python(code), log=tmp_path / "a.log")
+
+
+def test_poll_is_called(tmp_path: Path) -> None:
+    calls: list[int] = []
+    code = "import time; time.sleep(0.3)"
+    run_command(python(code), log=tmp_path / "a.log", poll=lambda: calls.append(1), interval=0.05)
+    assert len(calls) >= 3
+
+
+def test_orphan_in_its_own_session_is_ended(tmp_path: Path) -> None:
+    """What torchrun's workers are when torchrun is killed."""
+    note = tmp_path / "pid"
+    worker = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    code = (
+        "import subprocess, sys, time, os\n"
+        f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
+        f"while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read(): time.sleep(0.02)\n"
+    )
+    run_command(python(code), log=tmp_path / "a.log")
+    assert not alive(int(note.read_text()))
+
+
+def test_other_children_are_left_alone(tmp_path: Path) -> None:
+    bystander = subprocess.Popen(python("import time; time.sleep(100)"))
+    try:
+        run_command(python("pass"), log=tmp_path / "a.log")
+        assert alive(bystander.pid)
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+from megatron_l0moe.launch.run import run_command
+note = sys.argv[1]
+child = (
+    "import os, subprocess, sys, time\\n"
+    "g = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\\n"
+    f"open({note!r}, 'w').write(str(os.getpid()) + ' ' + str(g.pid) + ' .')\\n"
+    "time.sleep(100)\\n"
+)
+try:
+    run_command([sys.executable, "-c", child], log=Path(note + ".log"), grace=2.0)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> tuple["subprocess.Popen[bytes]", list[int]]:
+    """A process that runs a command that has a child of its own; yields it and the pids below it."""
+    note = tmp_path / "note"
+    process = subprocess.Popen([sys.executable, "-c", RUNNER, str(note)])
+    wait_until(lambda: note.is_file() and note.read_text().endswith("."))
+    return process, [int(word) for word in note.read_text().split()[:2]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_stopping_ends_the_whole_tree(
+    runner: tuple["subprocess.Popen[bytes]", list[int]], number: int
+) -> None:
+    process, below = runner
+    process.send_signal(number)
+    assert process.wait(PATIENCE) == 130
+    assert [alive(pid) for pid in below] == [False, False]
+
+
+def test_kill_minus_9_ends_the_child(runner: tuple["subprocess.Popen[bytes]", list[int]]) -> None:
+    process, (child, grandchild) = runner
+    process.kill()
+    process.wait()
+    try:
+        wait_until(lambda: not alive(child))
+    finally:
+        for pid in (child, grandchild):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\nb\n", "b"),
+        ("", "it printed nothing"),
+        (
+            "[rank0]: megatron_l0moe.errors.L0MoEError: The corpus is empty.\n\nlater\n",
+            "The corpus is empty.",
+        ),
+        ("Error: bad index.\nE1121 torch.distributed.elastic failed\n", "bad index."),
+        (
+            "RuntimeError: one\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
+            "RuntimeError: one",
+        ),
+        ("ValueError: first\nKeyError: 'second'\nbye\n", "KeyError: 'second'"),
+    ],
+)
+def test_last_meaningful_line(tmp_path: Path, text: str, line: str) -> None:
+    log = tmp_path / "log"
+    log.write_text(text)
+    assert last_meaningful_line(log) == line
+
+
+def test_last_meaningful_line_of_this_command_only(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ValueError: of yesterday\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write("all is well\n")
+    assert last_meaningful_line(log, start) == "all is well"

@@ -1,0 +1,103 @@
+"""The table of the chain, and which change of a recipe invalidates which stage."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_recipe import make_run
+
+import megatron_l0moe
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES, config_hash, selection, spec_of, stages
+
+PACKAGE = Path(megatron_l0moe.__file__).parent
+
+
+def invalidated(tmp_path: Path, **changes: Any) -> set[str]:
+    before, after = make_run(tmp_path).recipe, make_run(tmp_path, **changes).recipe
+    return {name for name in STAGE_NAMES if config_hash(name, before) != config_hash(name, after)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages_after"),
+    [
+        ({"evaluation__repeats": 9}, {"evaluate", "report"}),
+        ({"moe_training__learning_rate": 0.5}, {"moe", "export", "evaluate", "report"}),
+        ({"moe_training__flags": {"bf16": True}}, {"moe", "export", "evaluate", "report"}),
+        (
+            {"expert_training__mask_learning_rate": 0.5},
+            {"experts", "assemble", "moe", "export", "evaluate", "report"},
+        ),
+        ({"data__beta": 0.25}, set(STAGE_NAMES) - {"convert"}),
+        ({"model__top_k": 1}, {"assemble", "moe", "export", "evaluate", "report"}),
+        ({"model__path": "models/other"}, set(STAGE_NAMES)),
+        ({"seed": 2}, set(STAGE_NAMES) - {"convert"}),
+        # Not settings of the result: where and how fast it is computed.
+        ({"moe_training__parallel": {"processes": 2, "expert": 2, "threads": 3}}, set()),
+        ({"expert_training__save_interval": 7, "moe_training__save_interval": 7}, set()),
+    ],
+)
+def test_what_a_change_invalidates(tmp_path: Path, changes: dict[str, Any], stages_after: set[str]) -> None:
+    assert invalidated(tmp_path, **changes) == stages_after
+
+
+def test_inputs_come_before(tmp_path: Path) -> None:
+    for position, spec in enumerate(CHAIN):
+        assert set(spec.inputs) <= set(STAGE_NAMES[:position])
+
+
+def test_experts_have_one_folder_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert [stage.folder.name for stage in stages(run, "experts")] == ["000", "001", "002", "003"]
+    (assemble,) = stages(run, "assemble")
+    assert [folder.name for folder in assemble.inputs] == ["convert", "000", "001", "002", "003"]
+
+
+def test_selection() -> None:
+    assert [spec.name for spec in selection("moe", "evaluate")] == ["moe", "export", "evaluate"]
+    assert selection(None, None) == CHAIN
+    with pytest.raises(L0MoEError, match=r"There is no stage 'expert' \(did you mean 'experts'\?\)"):
+        selection("expert", None)
+    with pytest.raises(L0MoEError, match="--from moe comes after --until curate"):
+        selection("moe", "curate")
+
+
+@pytest.mark.parametrize(
+    ("folder", "stage"), [("data", "curate"), ("evaluation", "evaluate"), ("reports", "report")]
+)
+def test_stage_declares_every_setting_that_its_code_reads(folder: str, stage: str) -> None:
+    """A setting that is read but not declared would let a stale result pass for a new one."""
+    declared: set[str] = set()
+    pending = [stage]
+    while pending:
+        spec = spec_of(pending.pop())
+        declared |= set(spec.settings)
+        pending += spec.inputs
+    for file in sorted((PACKAGE / folder).glob("*.py")):
+        for path in recipe_reads(ast.parse(file.read_text(encoding="utf-8"))):
+            covered = path in declared or path.split(".")[0] in declared
+            assert covered or path in {"moe_global_batch_size", "expert_steps", "moe_steps", "name"}, (
+                f"{file}: {path}"
+            )
+
+
+def recipe_reads(tree: ast.Module) -> set[str]:
+    """Return the settings read as `recipe.section.key` or `recipe.key`, without sections that are passed on whole."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            parts: list[str] = []
+            inner: ast.expr = node
+            while isinstance(inner, ast.Attribute):
+                parts.insert(0, inner.attr)
+                inner = inner.value
+            if isinstance(inner, ast.Name) and inner.id == "recipe":
+                found.add(".".join(parts[:2]))
+    sections = {"model", "data", "expert_training", "moe_training", "evaluation"}
+    return {path for path in found if path not in sections} - {"model_dump", "model_dump_json"}
+
+
+def test_reads_are_found() -> None:
+    tree = ast.parse("d = recipe.data\nx = recipe.model.top_k\ny = other.model.path\nz = recipe.seed")
+    assert recipe_reads(tree) == {"model.top_k", "seed"}

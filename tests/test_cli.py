@@ -1,0 +1,171 @@
+"""The command as a person meets it: help, exit codes, one sentence on stderr."""
+
+import errno
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from toy_recipe import write_model, write_recipe
+from typer.testing import CliRunner
+
+import megatron_l0moe
+from megatron_l0moe import cli
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import pipeline
+from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
+
+HELP_SECONDS = 1.5
+"""What a person accepts; the best of three runs counts, because the test machine may be busy."""
+
+
+def l0moe(*words: str) -> "subprocess.CompletedProcess[str]":
+    root = Path(megatron_l0moe.__file__).parent.parent
+    command = [sys.executable, "-m", "megatron_l0moe", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+
+
+def invoke(*words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, list(words))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_names_every_stage_and_is_quick() -> None:
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = l0moe("--help")
+        times.append(time.monotonic() - started)
+        assert done.returncode == 0
+    for name in ("run", *STAGE_NAMES):
+        assert f" {name} " in done.stdout
+    assert "examples/quickstart.yaml" in done.stdout
+    assert min(times) < HELP_SECONDS
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom megatron_l0moe import cli\n"
+        "heavy = {'torch', 'transformers', 'megatron', 'matplotlib', 'numpy', 'faiss'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    assert l0moe_python(code) == ""
+
+
+def test_chain_imports_no_torch() -> None:
+    code = (
+        "import sys\nimport megatron_l0moe.launch.pipeline, megatron_l0moe.launch.dryrun\n"
+        "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    )
+    assert l0moe_python(code) == ""
+
+
+def l0moe_python(code: str) -> str:
+    root = Path(megatron_l0moe.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    return done.stderr
+
+
+def test_version() -> None:
+    assert invoke("--version") == (0, f"{megatron_l0moe.__version__}\n", "")
+
+
+def test_unknown_key_ends_with_one_sentence(tmp_path: Path) -> None:
+    done = l0moe("run", str(write_recipe(tmp_path, data__seq_lenght=1)))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "unknown key 'data.seq_lenght' (did you mean 'seq_length'?)" in done.stderr
+
+
+def test_missing_model_ends_with_one_sentence(tmp_path: Path) -> None:
+    code, out, err = invoke("run", str(write_recipe(tmp_path)), "--runs-dir", str(tmp_path / "runs"))
+    assert (code, out) == (2, "")
+    assert err.startswith("Model folder models/toy does not exist")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_of_some_stages(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    recipe = write_recipe(tmp_path, model__path=str(model))
+    runs = tmp_path / "runs"
+    words = ("--dry-run", "--from", "experts", "--until", "assemble", "--runs-dir", str(runs))
+    code, out, err = invoke("run", str(recipe), *words)
+    assert (code, err) == (0, "")
+    assert "3. experts:" in out
+    assert "4. assemble:" in out
+    assert "5. moe:" not in out
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "examples").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_examples_have_a_plan(path: Path) -> None:
+    code, out, err = invoke("run", str(path), "--dry-run")
+    assert (code, err) == (0, "")
+    assert all(f". {spec.name}: {spec.does}" in out for spec in CHAIN)
+
+
+def test_unknown_stage(tmp_path: Path) -> None:
+    code, _, err = invoke("run", str(write_recipe(tmp_path)), "--dry-run", "--from", "expert")
+    assert code == 2
+    assert "There is no stage 'expert' (did you mean 'experts'?)" in err
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+def wrapped_disk_full() -> Exception:
+    error = RuntimeError("writing failed")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "runs/x/file")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (L0MoEError("One sentence."), 2, "One sentence.\n"),
+        (KeyboardInterrupt(), 130, "Stopped; run the same command to go on.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x/file"),
+            2,
+            "No space left on the disk that holds runs/x/file; free some and run the same command to go on.\n",
+        ),
+        (
+            wrapped_disk_full(),
+            2,
+            "No space left on the disk that holds runs/x/file; free some and run the same command to go on.\n",
+        ),
+    ],
+    ids=["user error", "interrupt", "disk full", "disk full inside"],
+)
+def test_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    monkeypatch.setattr(pipeline, "carry_out", raising(error))
+    assert invoke("convert", str(write_recipe(tmp_path))) == (code, "", message)
+
+
+def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "carry_out", raising(KeyError("bug")))
+    result = CliRunner().invoke(cli.app, ["convert", str(write_recipe(tmp_path))])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, KeyError)
+
+
+def test_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*args: object, **kwargs: object) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    monkeypatch.setattr(pipeline, "carry_out", write)
+    code, _, err = invoke("convert", str(write_recipe(tmp_path)))
+    assert code == 2
+    assert err.startswith("No space left on the disk that holds")

@@ -1,0 +1,110 @@
+"""The structure of the package, read from its source: who may import what, how long a file may be."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megatron_l0moe
+
+PACKAGE = Path(megatron_l0moe.__file__).parent
+ROOT = PACKAGE.parent
+MAX_LINES = 400
+WITHOUT_TORCH = (
+    "launch/",
+    "reports/",
+    "planning/",
+    "recipe.py",
+    "cli.py",
+    "errors.py",
+    "data/manifest.py",
+    "conversion/architecture.py",
+)
+TORCH_USERS = {"torch", "megatron", "transformers", "FlagEmbedding", "safetensors.torch"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the full names of imported modules, also those inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_file(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    names = set(imports(ast.parse(text)))
+    if not relative(path).startswith(("training/", "runtime/")):
+        assert not [name for name in names if within(name, "megatron.training")]
+    if relative(path).startswith(WITHOUT_TORCH):
+        assert not [name for name in names if any(within(name, user) for user in TORCH_USERS)]
+    assert len(text.splitlines()) <= MAX_LINES
+    assert path.stem not in {"utils", "helpers", "misc", "common"}
+    assert text.isascii()
+
+
+def test_rules_can_fail() -> None:
+    tree = ast.parse("def f():\n    from megatron.training import pretrain\n    import torch.nn")
+    assert {"megatron.training", "torch.nn"} <= set(imports(tree))
+    assert within("torch.nn", "torch")
+    assert not within("torchvision", "torch")
+
+
+def test_only_the_top_imports_the_top() -> None:
+    """Modules and data know nothing of the command line, the chain or the training jobs."""
+    tops = (
+        "megatron_l0moe.cli",
+        "megatron_l0moe.launch",
+        "megatron_l0moe.training",
+        "megatron_l0moe.reports",
+    )
+    for path in FILES:
+        if relative(path).startswith(
+            ("modules/", "data/", "experts/", "conversion/", "planning/", "runtime/")
+        ):
+            names = imports(ast.parse(path.read_text(encoding="utf-8")))
+            assert not [name for name in names if any(within(name, top) for top in tops)], relative(path)
+
+
+def test_third_party_imports_are_declared() -> None:
+    """What the package imports at run time is in pyproject.toml, and what is declared is used."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.split("dependencies = [", 1)[1].split("]\n", 1)[0]
+    declared = {re.split(r"[=<>\[]", name)[0].lower() for name in re.findall(r'^\s*"([^"]+)"', block, re.M)}
+    distributions = {
+        "yaml": "pyyaml",
+        "megatron": "megatron-core",
+        "FlagEmbedding": "flagembedding",
+        "huggingface_hub": "huggingface-hub",
+        "pynvml": "nvidia-ml-py",
+    }
+    optional = {"faiss", "transformer_engine", "apex", "megatron_l0moe"}
+    roots = {
+        name.split(".")[0] for path in FILES for name in imports(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    needed = {
+        distributions.get(root, root).lower() for root in roots - optional - set(sys.stdlib_module_names)
+    }
+    assert needed - declared == set()
+
+
+def test_no_private_places_or_hosts() -> None:
+    """No paths of the machine that this was written on and no addresses in what decides an installation."""
+    for name in ("constraints.txt", "pyproject.toml", "Makefile", ".ci/run", "scripts/setup.sh"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert not re.search(r"https?://|file:|/work/|/root/|@ ", text), name

@@ -1,0 +1,154 @@
+"""Every rule of a recipe, and what it says when it is broken."""
+
+from pathlib import Path
+
+import pytest
+from toy_recipe import write_recipe
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import load_recipe, section_hash
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.expert_steps > 0
+    assert recipe.moe_steps > 0
+
+
+def test_examples_exist() -> None:
+    assert [path.stem for path in EXAMPLES] == ["llama3_8b", "mistral_7b", "quickstart", "qwen2_7b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dense_layers", "expert_ffn"),
+    [("llama3_8b", 8, 1024), ("mistral_7b", 8, 1024), ("qwen2_7b", 4, 1280)],
+)
+def test_paper_sizes(name: str, dense_layers: int, expert_ffn: int) -> None:
+    recipe = load_recipe(EXAMPLES[0].parent / f"{name}.yaml")
+    assert (recipe.model.dense_layers, recipe.model.expert_ffn) == (dense_layers, expert_ffn)
+    assert recipe.model.num_experts == 64
+    assert recipe.data.tokens_per_expert * 64 == 12_000_000_000
+    assert (recipe.data.iterations, recipe.data.tokens_per_set) == (21, 900_000_000)
+    assert recipe.moe_global_batch_size == 2 * 64
+
+
+def test_steps_by_hand(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path))
+    assert recipe.expert_steps == 640 // (32 * 2)  # 10
+    assert recipe.moe_steps == 2 * (1280 // (32 * 4))  # two sets of 10
+
+
+def test_initial_tokens_add_steps(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, data__include_initial_tokens=256))
+    assert recipe.moe_steps == 2 * 10 + 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__seq_lenght": 32}, r"unknown key 'data\.seq_lenght' \(did you mean 'seq_length'\?\)"),
+        ({"modle": {}}, r"unknown key 'modle' \(did you mean 'model'\?\)"),
+        (
+            {"moe_training__parallel__tensr": 2},
+            r"unknown key 'moe_training\.parallel\.tensr' \(did you mean 'tensor'\?\)",
+        ),
+        ({"model__path": None}, r"the key 'model\.path' is required"),
+        ({"model__num_experts": "4"}, r"model\.num_experts: Input should be a valid integer, got '4'"),
+        ({"model__num_experts": 1}, r"model\.num_experts: Input should be greater than or equal to 2, got 1"),
+        ({"name": "a/b"}, r"name may hold letters, digits, '\.', '_' and '-' only, got 'a/b'"),
+        ({"model__top_k": 5}, r"model\.top_k \(5\) must be at most model\.num_experts \(4\)"),
+        (
+            {"model__expert_ffn": 15, "moe_training__parallel": {"tensor": 2, "processes": 2}},
+            r"model\.expert_ffn \(15\) must be divisible by moe_training\.parallel\.tensor \(2\); "
+            r"the nearest width that fits is 16",
+        ),
+        (
+            {"moe_training__parallel": {"expert": 3, "processes": 3}},
+            r"num_experts \(4\) must be divisible by moe_training\.parallel\.expert \(3\); "
+            r"the nearest size that fits is 2",
+        ),
+        (
+            {"expert_training__parallel": {"expert": 2, "processes": 2}},
+            r"expert_training\.parallel\.expert \(2\) must be 1",
+        ),
+        (
+            {"moe_training__parallel": {"tensor": 2, "processes": 3}},
+            r"moe_training\.parallel\.processes \(3\) must be divisible by tensor \* pipeline \* expert \(2\); "
+            r"the nearest number that fits is 4",
+        ),
+        (
+            {"moe_training__parallel": {"processes": 4, "nodes": 3}},
+            r"processes \(4\) must be divisible by moe_training\.parallel\.nodes \(3\)",
+        ),
+        (
+            {"expert_training": {"global_batch_size": 3, "micro_batch_size": 2}},
+            r"expert_training\.global_batch_size \(3\) must be divisible by micro_batch_size \* data-parallel .* \(2\)",
+        ),
+        (
+            {"moe_training__parallel__processes": 3},
+            r"sequences_per_domain \* num_experts \(4\) must be divisible by .* \(3\)",
+        ),
+        (
+            {"data__tokens_per_expert": 63},
+            r"data\.tokens_per_expert \(63\) must be at least one training step, .* 64",
+        ),
+        ({"data__tokens_per_set": 127}, r"data\.tokens_per_set \(127\) must be at least one .* 128"),
+        ({"data__include_initial_tokens": 1}, r"data\.include_initial_tokens \(1\) must be at least one"),
+        (
+            {"moe_training__flags": {"--lr-warmup": 1}},
+            r"flag '--lr-warmup' must be written .* write 'lr-warmup'",
+        ),
+        ({"moe_training__flags": {"clip_grad": 1}}, r"write 'clip-grad'"),
+        ({"moe_training__flags": {"bf16": False}}, r"flag 'bf16' is false, which means nothing"),
+        (
+            {"moe_training__flags": {"x": [1]}},
+            r"moe_training\.flags\.x must be true, a number or text, got \[1\]",
+        ),
+    ],
+)
+def test_broken_rule(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(L0MoEError, match=message) as caught:
+        load_recipe(write_recipe(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "recipe.yaml") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("- 1\n- 2\n", "must be a mapping with the keys name, seed, model"),
+        ("name: a\nname: b\n", r"the key 'name' is there twice \(line 2\)"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_broken_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    with pytest.raises(L0MoEError, match=message):
+        load_recipe(file)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(L0MoEError, match=r"none\.yaml does not exist; see examples/"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_numbers_in_scientific_form(tmp_path: Path) -> None:
+    file = write_recipe(tmp_path)
+    file.write_text(
+        file.read_text() + "moe_training: {learning_rate: 3e-4, flags: {init-method-std: 1E+2}}\n"
+    )
+    recipe = load_recipe(file)
+    assert recipe.moe_training.learning_rate == 3e-4
+    assert recipe.moe_training.flags == {"init-method-std": 100.0}
+
+
+def test_section_hash_is_stable_and_sees_changes() -> None:
+    assert section_hash({"a": 1, "b": 2}) == section_hash({"b": 2, "a": 1})
+    assert section_hash({"a": 1}) != section_hash({"a": 2})
+    assert section_hash("x", {}) != section_hash("y", {})
