@@ -1,0 +1,40 @@
+"""Convert a dense Hugging Face checkpoint (or a GGUF file) to a Megatron checkpoint.
+
+Example: python checkpoints_conversion/hf_to_megatron.py models/smollm2-135m-instruct --out converted
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from megatron_l0moe.conversion.convert import convert_dense
+from megatron_l0moe.conversion.gguf import gguf_to_hf
+from megatron_l0moe.errors import L0MoEError
+
+
+def main() -> int:
+    """Return the exit code: 0, or 2 for a problem that the user can fix."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path, help="Hugging Face checkpoint folder, or a .gguf file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="writes OUT/megatron (from a .gguf: a Hugging Face checkpoint)",
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        convert = gguf_to_hf if arguments.source.suffix == ".gguf" else convert_dense
+        result = convert(arguments.source, arguments.out)
+    except L0MoEError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""The shape of a dense model: read from a Hugging Face config, written as Megatron's flags. No torch.
+
+Sizes are global (not those of one tensor-parallel rank).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_l0moe.errors import L0MoEError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFamily:
+    """What tells the dense families apart in config.json; their tensors are in `families.py`."""
+
+    model_type: str
+    hf_architecture: str
+    qkv_bias: bool
+    """Whether the q, k and v projections have biases (all else has none in every family)."""
+    max_position_embeddings: int
+    """The default of transformers, for a config.json that leaves it out."""
+
+
+DENSE_FAMILIES = {
+    family.model_type: family
+    for family in (
+        DenseFamily(
+            model_type="llama",
+            hf_architecture="LlamaForCausalLM",
+            qkv_bias=False,
+            max_position_embeddings=2048,
+        ),
+        DenseFamily(
+            model_type="mistral",
+            hf_architecture="MistralForCausalLM",
+            qkv_bias=False,
+            max_position_embeddings=131072,
+        ),
+        DenseFamily(
+            model_type="qwen2",
+            hf_architecture="Qwen2ForCausalLM",
+            qkv_bias=True,
+            max_position_embeddings=32768,
+        ),
+    )
+}
+
+# Megatron hard-codes these three of Llama-3.1's RoPE scaling (core/models/common/embeddings/
+# rotary_pos_embedding.py, _apply_scaling); only the factor is a flag.
+MEGATRON_LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes and switches of a dense Llama-like model (RMSNorm, SwiGLU, RoPE, grouped queries)."""
+
+    family: str
+    """`model_type` of config.json: a key of `DENSE_FAMILIES`."""
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    """KV heads."""
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rotary_base: float
+    rope_scaling: dict[str, Any] | None
+    """Transformers' dictionary for the type `llama3`, without the base; None: plain RoPE."""
+    tied_embeddings: bool
+    qkv_bias: bool
+    max_position_embeddings: int
+
+    @classmethod
+    def from_hf(cls, folder: Path) -> "Architecture":
+        """Read config.json of a Hugging Face checkpoint (transformers 4.x or 5.x form).
+
+        Raises:
+            L0MoEError: no such folder, no or broken config.json, or a model that is not supported.
+        """
+        return cls.from_config(read_config(folder), folder / "config.json")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], source: Path) -> "Architecture":
+        """Build from the dictionary of a config.json; `source` names it in messages."""
+        family = _family(config, source)
+        hidden = _integer(config, "hidden_size", source)
+        heads = _integer(config, "num_attention_heads", source)
+        groups = config.get("num_key_value_heads")
+        head_dim = config.get("head_dim")
+        base, scaling = _rope(config, source)
+        _refuse_what_megatron_lacks(config, family, source)
+        architecture = cls(
+            family=family.model_type,
+            hidden_size=hidden,
+            ffn_hidden_size=_integer(config, "intermediate_size", source),
+            num_layers=_integer(config, "num_hidden_layers", source),
+            num_attention_heads=heads,
+            num_query_groups=heads if groups is None else int(groups),
+            head_dim=hidden // heads if head_dim is None else int(head_dim),
+            vocab_size=_integer(config, "vocab_size", source),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rotary_base=base,
+            rope_scaling=scaling,
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias,
+            max_position_embeddings=int(
+                config.get("max_position_embeddings", family.max_position_embeddings)
+            ),
+        )
+        if heads % architecture.num_query_groups:
+            raise L0MoEError(
+                f"{source}: num_attention_heads ({heads}) must be divisible by num_key_value_heads "
+                f"({architecture.num_query_groups})."
+            )
+        return architecture
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """Return config.json's dictionary in the transformers 4.57 form, which 5.x reads too.
+
+        The 5.x form (`rope_parameters`) must not be written: 4.x ignores it and silently takes base 10000.
+        """
+        family = DENSE_FAMILIES[self.family]
+        return {
+            "architectures": [family.hf_architecture],
+            "model_type": family.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_query_groups,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": self.rope_scaling,
+            "tie_word_embeddings": self.tied_embeddings,
+            "torch_dtype": dtype,
+            "use_cache": True,
+            "initializer_range": 0.02,
+            "attention_dropout": 0.0,
+            **({"sliding_window": None} if self.family == "mistral" else {}),
+            **({"use_sliding_window": False} if self.family == "qwen2" else {}),
+            **({"attention_bias": False, "mlp_bias": False} if self.family == "llama" else {}),
+        }
+
+    def megatron_arguments(self) -> dict[str, Any]:
+        """Return the values that Megatron's own parser makes of `megatron_flags`, by attribute name."""
+        return {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "group_query_attention": True,
+            "num_query_groups": self.num_query_groups,
+            "kv_channels": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "normalization": "RMSNorm",
+            "norm_epsilon": self.rms_norm_eps,
+            "swiglu": True,
+            "position_embedding_type": "rope",
+            "add_position_embedding": True,
+            "rotary_base": self.rotary_base,
+            "rotary_percent": 1.0,
+            "use_rope_scaling": self.rope_scaling is not None,
+            "add_bias_linear": False,
+            "add_qkv_bias": self.qkv_bias,
+            "untie_embeddings_and_output_weights": not self.tied_embeddings,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+        }
+
+    def megatron_flags(self) -> list[str]:
+        """Return Megatron's command-line flags of the dense model, without those of tokenizer and run."""
+        values = self.megatron_arguments()
+        flags = ["--group-query-attention", "--swiglu", "--disable-bias-linear"]
+        named = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "max_position_embeddings",
+            "normalization",
+            "norm_epsilon",
+            "position_embedding_type",
+            "rotary_percent",
+            "attention_dropout",
+            "hidden_dropout",
+        )
+        for name in named:
+            flags += [f"--{name.replace('_', '-')}", str(values[name])]
+        flags += ["--rotary-base", str(int(self.rotary_base))]
+        if self.rope_scaling is not None:
+            flags += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling["factor"])]
+        if self.qkv_bias:
+            flags.append("--add-qkv-bias")
+        if not self.tied_embeddings:
+            flags.append("--untie-embeddings-and-output-weights")
+        return flags
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a Hugging Face checkpoint folder as a dictionary."""
+    if not folder.is_dir():
+        raise L0MoEError(
+            f"Model folder {folder} does not exist; give the folder of a Hugging Face checkpoint "
+            "(config.json, *.safetensors, tokenizer)."
+        )
+    file = folder / "config.json"
+    if not file.is_file():
+        raise L0MoEError(
+            f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, as "
+            "`save_pretrained` or `hf download` writes it."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise L0MoEError(f"{file} is not valid JSON ({error}); copy it again.") from error
+    if not isinstance(config, dict):
+        raise L0MoEError(f"{file} must hold a JSON object; copy it again.")
+    return config
+
+
+def _family(config: dict[str, Any], source: Path) -> DenseFamily:
+    known = {family.hf_architecture: family for family in DENSE_FAMILIES.values()}
+    names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
+    if names[0] not in known:
+        raise L0MoEError(
+            f"{source} is a model of architecture {names[0]}, which is not supported; "
+            f"supported are {', '.join(sorted(known))}."
+        )
+    return known[names[0]]
+
+
+def _integer(config: dict[str, Any], key: str, source: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise L0MoEError(f"{source}: {key} must be a whole number above 0, got {value!r}.")
+    return value
+
+
+def _rope(config: dict[str, Any], source: Path) -> tuple[float, dict[str, Any] | None]:
+    """Return RoPE's base and its scaling (None or Llama-3.1's) from either form of config.json."""
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    base = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
+    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1.0):
+        raise L0MoEError(f"{source}: partial_rotary_factor {partial} is not supported, it must be 1.")
+    if float(base) != int(base):
+        raise L0MoEError(f"{source}: rope_theta must be a whole number for Megatron, got {base}.")
+    if kind == "default":
+        return float(base), None
+    if kind != "llama3":
+        raise L0MoEError(
+            f"{source}: RoPE scaling of type {kind!r} is not supported; supported are 'default' and 'llama3'."
+        )
+    for key, value in MEGATRON_LLAMA3_SCALING.items():
+        if parameters.get(key) != value:
+            raise L0MoEError(
+                f"{source}: RoPE scaling has {key} = {parameters.get(key)}, but Megatron computes with "
+                f"{value} only; other values cannot be expressed."
+            )
+    return float(base), {
+        "rope_type": "llama3",
+        "factor": float(parameters["factor"]),
+        **MEGATRON_LLAMA3_SCALING,
+    }
+
+
+def _refuse_what_megatron_lacks(config: dict[str, Any], family: DenseFamily, source: Path) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise L0MoEError(f"{source}: hidden_act must be 'silu' (SwiGLU), got {activation!r}.")
+    for key in ("attention_bias", "mlp_bias"):
+        if family.model_type != "qwen2" and config.get(key):
+            raise L0MoEError(f"{source}: {key} = true is not supported for {family.hf_architecture}.")
+    window = config.get("sliding_window")
+    if family.model_type == "qwen2" and not config.get("use_sliding_window", False):
+        window = None
+    if window is not None:
+        raise L0MoEError(
+            f"{source}: sliding_window = {window} is not supported; if you train and serve sequences of at "
+            f"most {window} tokens, set it to null in a copy of the checkpoint."
+        )

@@ -1,0 +1,115 @@
+"""The stage `convert`: a dense Hugging Face checkpoint becomes a Megatron checkpoint, one tensor at a time."""
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.conversion.families import dense_rules, extra_states, ignored_hf_names
+from megatron_l0moe.conversion.mapping import Piece, Rule, check_names, check_shape, hf_shapes
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointWriter, common_state
+from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
+from megatron_l0moe.errors import L0MoEError
+
+logger = logging.getLogger(__name__)
+
+MEGATRON_FOLDER = "megatron"
+LOG_SECONDS = 5.0
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def convert_dense(hf: Path, out: Path) -> dict[str, object]:
+    """Write `out/megatron`, a Megatron torch_dist checkpoint (`release`) of a dense Hugging Face model.
+
+    Tensors keep their dtype. It can be loaded at any TP/PP size.
+
+    Returns:
+        Numbers for the manifest: parameters, tensors, bytes, seconds, the architecture.
+
+    Raises:
+        L0MoEError: a checkpoint that is missing, damaged, not supported, or not what its config says.
+    """
+    start = time.monotonic()
+    architecture = Architecture.from_hf(hf)
+    source = SafetensorsFolder(hf)
+    rules = dense_rules(architecture)
+    expected = hf_shapes(rules)
+    check_names(source.names - _redundant(architecture, source), set(expected), str(hf))
+    for name, shape in expected.items():
+        check_shape(name, source.shape(name), {name: shape}, str(hf))
+
+    def read(name: str) -> torch.Tensor:
+        tensor = source.read(name)
+        if tensor.dtype not in _FLOATS:
+            raise L0MoEError(
+                f"{hf}: the tensor {name} is {tensor.dtype}; quantised or integer weights are not supported, "
+                "convert the model to bfloat16 or float32 first."
+            )
+        refuse_non_finite(name, tensor)
+        return tensor
+
+    common = common_state(
+        architecture.megatron_arguments(),
+        {"stage": "dense", "architecture": asdict(architecture)},
+        architecture.vocab_size,
+    )
+    with CheckpointWriter(out / MEGATRON_FOLDER, common) as writer:
+        parameters, size = write_pieces(writer, rules, read)
+        for name, shards in extra_states(architecture, None).items():
+            writer.write_empty_state(name, shards)
+    seconds = time.monotonic() - start
+    logger.info("converted %s: %d parameters in %.1f s", hf, parameters, seconds)
+    return {
+        "architecture": asdict(architecture),
+        "parameters": parameters,
+        "tensors": len(expected),
+        "bytes": size,
+        "seconds": seconds,
+    }
+
+
+def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: Any) -> tuple[int, int]:
+    """Run rules towards Megatron; return the numbers of values and of bytes written."""
+    values = size = 0
+    logged = time.monotonic()
+    for done, rule in enumerate(rules):
+        for piece in rule.to_megatron(read):
+            write_piece(writer, piece)
+            values += piece.tensor.numel()
+            size += piece.tensor.numel() * piece.tensor.element_size()
+        if time.monotonic() - logged > LOG_SECONDS:
+            logged = time.monotonic()
+            logger.info("%d of %d rules, %.2f GB", done + 1, len(rules), size / 1e9)
+    return values, size
+
+
+def write_piece(writer: CheckpointWriter, piece: Piece) -> None:
+    """Write a whole tensor, or one row of a tensor stacked over experts."""
+    if piece.row is None:
+        writer.write(piece.name, piece.tensor)
+        return
+    assert piece.rows is not None
+    tail = piece.tensor.shape
+    writer.write(
+        piece.name,
+        piece.tensor[None],
+        offset=(piece.row, *[0] * len(tail)),
+        shape=(piece.rows, *tail),
+    )
+
+
+def _redundant(architecture: Architecture, source: SafetensorsFolder) -> set[str]:
+    """Names of tensors that carry nothing: computed ones, and a tied output layer stored a second time."""
+    names = source.names & ignored_hf_names(architecture)
+    if architecture.tied_embeddings and "lm_head.weight" in source.names:
+        if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+            raise L0MoEError(
+                f"{source.folder}: config.json says tie_word_embeddings = true, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false in a copy of the checkpoint."
+            )
+        names.add("lm_head.weight")
+    return names

@@ -1,0 +1,107 @@
+"""The evaluate stage: perplexity before and after, router load, and speed; each written as soon as it is known."""
+
+import gc
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_l0moe.conversion.export import export_moe
+from megatron_l0moe.data.manifest import write_json
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.heldout import HeldoutSequence, read_heldout
+from megatron_l0moe.evaluation.models import load_model
+from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
+from megatron_l0moe.evaluation.router_load import RouterLoad
+from megatron_l0moe.evaluation.speed import measure_speed
+from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters
+from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.runtime.cpu import device
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
+    """Measure the dense model, the assembled L0-MoE before MoE training and the exported one after it.
+
+    Args:
+        recipe: names the dense model, the shapes, and the sizes of the speed test.
+        run: the run folder; curate/, assemble/ and export/ are read.
+        out: perplexity.json, router_load.json and speed.json are written here.
+
+    Returns:
+        The headline numbers.
+
+    Raises:
+        L0MoEError: a stage that this one reads has not run, or a model cannot be measured.
+    """
+    dense_dir, export_dir = Path(recipe.model.path), run / "export"
+    for folder, stage in ((run / "assemble" / "megatron", "assemble"), (export_dir, "export")):
+        if not folder.is_dir():
+            raise L0MoEError(f"{folder} does not exist; run the {stage} stage first.")
+    sequences = read_heldout(run / "curate" / "heldout.jsonl")
+    dtype = recipe.evaluation.dtype
+    tables: dict[str, PerplexityTable] = {}
+    seconds: dict[str, float] = {}
+
+    def record(name: str, table: PerplexityTable, start: float) -> None:
+        tables[name], seconds[name] = table, time.monotonic() - start
+        write_json(out / "perplexity.json", {key: value.to_json() for key, value in tables.items()})
+        logger.info("perplexity of %s: %.2f (%d tokens)", name, table.overall, table.tokens)
+
+    start = time.monotonic()
+    record("l0moe_untrained", _untrained(recipe, run, out / "untrained", sequences), start)
+    start = time.monotonic()
+    dense = load_model(dense_dir, dtype=dtype, device=device())
+    record("dense", measure(dense, sequences), start)
+    start = time.monotonic()
+    moe = load_model(export_dir, dtype=dtype, device=device())
+    with RouterLoad(moe) as load:
+        record("l0moe", measure(moe, sequences, router_load=load), start)
+    write_json(out / "router_load.json", {str(layer): domains for layer, domains in load.fractions().items()})
+
+    start = time.monotonic()
+    speed = measure_speed(
+        dense,
+        moe,
+        sequences,
+        counts=(checkpoint_counts(dense_dir), checkpoint_counts(export_dir)),
+        prefill_tokens=recipe.evaluation.prefill_tokens,
+        decode_tokens=recipe.evaluation.decode_tokens,
+        repeats=recipe.evaluation.repeats,
+    )
+    write_json(out / "speed.json", speed)
+    seconds["speed"] = time.monotonic() - start
+    return {
+        "perplexity": {name: table.overall for name, table in tables.items()},
+        "speed": {name: value for name, value in speed.items() if name.endswith("_ratio")},
+        "seconds": seconds,
+    }
+
+
+def checkpoint_counts(folder: Path) -> ParameterCounts:
+    """Count the parameters of a Hugging Face checkpoint folder from its config.json."""
+    return count_parameters(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _untrained(
+    recipe: Recipe, run: Path, folder: Path, sequences: Sequence[HeldoutSequence]
+) -> PerplexityTable:
+    """Export the assembled checkpoint to `folder`, measure it, and delete it again."""
+    try:
+        export_moe(
+            run / "assemble" / "megatron",
+            Path(recipe.model.path),
+            folder,
+            dense_layers=recipe.model.dense_layers,
+            top_k=recipe.model.top_k,
+        )
+        model = load_model(folder, dtype=recipe.evaluation.dtype, device=device())
+        table = measure(model, sequences)
+        del model  # its files are mapped into memory: free them before the folder goes
+        gc.collect()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return table

@@ -1,0 +1,1 @@
+"""Experts as state dicts: selection of units, extraction, merging."""

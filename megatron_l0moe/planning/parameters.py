@@ -1,0 +1,180 @@
+"""Parameter counts of a dense model and of its L0-MoE, from the fields of config.json alone (no torch).
+
+Legend: H hidden size, F FFN channels, E expert FFN channels, V vocabulary, K experts, k experts per token,
+B sequences decoded together.
+
+What is counted: every trainable weight of the Hugging Face checkpoint; tied embeddings once. Not counted:
+constants of the layout such as Ernie4.5-MoE's `moe_statics.e_score_correction_bias` (all zero in our export).
+Sizes are taken as if every weight had the same width in bytes (the fp32 routers are too small to matter).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_l0moe.errors import L0MoEError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Number of weights of one causal language model, by what they are."""
+
+    embedding: int
+    """The input embedding table [V, H]; with tied embeddings it is the LM head too."""
+    lm_head: int
+    """Weights that the output projection multiplies, [V, H], tied or not."""
+    tied: bool
+    attention: int
+    norms: int
+    dense_ffn: int
+    """FFNs that every token passes through."""
+    experts: int
+    """All K experts of all MoE layers."""
+    routers: int
+    num_experts: int
+    """K; 0 for a dense model."""
+    top_k: int
+    """k; 0 for a dense model."""
+
+    @property
+    def total(self) -> int:
+        """Weights that are stored, a tied embedding once."""
+        head = 0 if self.tied else self.lm_head
+        return self.embedding + head + self._shared_body + self.experts
+
+    @property
+    def active(self) -> int:
+        """Weights that one token is multiplied with: LM head and k of K experts, without the embedding look-up."""
+        return self.lm_head + self._shared_body + self._one_expert * self.top_k
+
+    def read(self, batch: int) -> float:
+        """Expected weights read by one decode step of `batch` tokens that are routed uniformly and independently."""
+        return self.lm_head + self._shared_body + self._one_expert * self.distinct_experts(batch)
+
+    def distinct_experts(self, batch: int) -> float:
+        """Expected number of distinct experts that `batch` tokens use in one MoE layer, K (1 - (1 - k/K)^B)."""
+        if not self.num_experts:
+            return 0.0
+        return self.num_experts * (1.0 - (1.0 - self.top_k / self.num_experts) ** batch)
+
+    @property
+    def _shared_body(self) -> int:
+        return self.attention + self.norms + self.dense_ffn + self.routers
+
+    @property
+    def _one_expert(self) -> int:
+        """Weights of one expert, in all MoE layers."""
+        return self.experts // self.num_experts if self.num_experts else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedBounds:
+    """Dense time over L0-MoE time if time were proportional to the weights multiplied (or read) per token."""
+
+    prefill: float
+    """Ratio of active weights: many tokens, compute bound. Attention scores, equal on both sides, are ignored."""
+    decode_b1: float
+    """Ratio of active weights = ratio of weights read for one token."""
+    decode_b8: float
+    """Ratio of weights read for eight tokens, expected number of distinct experts under uniform routing."""
+
+
+def count_parameters(config: Mapping[str, Any]) -> ParameterCounts:
+    """Count the weights of a Llama-like (Llama, Mistral, Qwen2) or Ernie4.5-MoE checkpoint from its config.json.
+
+    Raises:
+        L0MoEError: the model type is another one, or a size is missing.
+    """
+    family = config.get("model_type")
+    if family not in ("llama", "mistral", "qwen2", "ernie4_5_moe"):
+        raise L0MoEError(
+            f"config.json has model_type {family!r}; parameters are counted for llama, mistral, qwen2 and "
+            "ernie4_5_moe only."
+        )
+    hidden, layers, vocab = (_size(config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    moe_layers = _moe_layers(config) if family == "ernie4_5_moe" else 0
+    experts = _size(config, "moe_num_experts") if moe_layers else 0
+    bias = bool(config.get("use_bias" if family == "ernie4_5_moe" else "mlp_bias", False))
+    return ParameterCounts(
+        embedding=vocab * hidden,
+        lm_head=vocab * hidden,
+        tied=bool(config.get("tie_word_embeddings", family == "ernie4_5_moe")),
+        attention=layers * _attention(config, hidden),
+        norms=(2 * layers + 1) * hidden,
+        dense_ffn=(layers - moe_layers) * _ffn(hidden, _size(config, "intermediate_size"), bias=bias),
+        experts=moe_layers * experts * _ffn(hidden, _size(config, "moe_intermediate_size"), bias=False)
+        if moe_layers
+        else 0,
+        routers=moe_layers * experts * hidden,
+        num_experts=experts,
+        top_k=_size(config, "moe_k") if moe_layers else 0,
+    )
+
+
+def l0moe_counts(
+    dense: Mapping[str, Any], *, dense_layers: int, num_experts: int, expert_ffn: int, top_k: int
+) -> ParameterCounts:
+    """Count the weights of the L0-MoE that a recipe makes of the dense model whose config.json is `dense`."""
+    base = count_parameters(dense)
+    hidden, layers = _size(dense, "hidden_size"), _size(dense, "num_hidden_layers")
+    if not 0 <= dense_layers < layers:
+        raise L0MoEError(
+            f"model.dense_layers ({dense_layers}) must be smaller than the model's {layers} layers; "
+            f"use at most {layers - 1}."
+        )
+    moe_layers = layers - dense_layers
+    return ParameterCounts(
+        embedding=base.embedding,
+        lm_head=base.lm_head,
+        tied=base.tied,
+        attention=base.attention,
+        norms=base.norms,
+        dense_ffn=base.dense_ffn // layers * dense_layers,
+        experts=moe_layers * num_experts * _ffn(hidden, expert_ffn, bias=False),
+        routers=moe_layers * num_experts * hidden,
+        num_experts=num_experts,
+        top_k=top_k,
+    )
+
+
+def speed_bounds(dense: ParameterCounts, moe: ParameterCounts, *, batch: int = 8) -> SpeedBounds:
+    """Return the speed-ups that the counts allow (> 1: the L0-MoE is faster); `batch` is that of batched decode."""
+    active = dense.active / moe.active
+    return SpeedBounds(prefill=active, decode_b1=active, decode_b8=dense.read(batch) / moe.read(batch))
+
+
+def _attention(config: Mapping[str, Any], hidden: int) -> int:
+    heads = _size(config, "num_attention_heads")
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, kv_heads * head_dim
+    weights = 2 * hidden * q + 2 * hidden * kv
+    if config.get("model_type") == "qwen2":
+        return int(weights + q + 2 * kv)  # Qwen2 always has biases on q, k, v and none on o
+    biased = config.get("attention_bias") or config.get("use_bias")
+    return int(weights + (q + 2 * kv + hidden if biased else 0))
+
+
+def _ffn(hidden: int, channels: int, *, bias: bool) -> int:
+    return 3 * hidden * channels + (2 * channels + hidden if bias else 0)
+
+
+def _moe_layers(config: Mapping[str, Any]) -> int:
+    layers = _size(config, "num_hidden_layers")
+    if config.get("moe_num_shared_experts") or config.get("moe_layer_interval", 1) != 1:
+        raise L0MoEError(
+            "config.json describes shared experts or MoE layers at an interval, which an L0-MoE never has; "
+            "point to a folder written by the export stage."
+        )
+    end = config.get("moe_layer_end_index", -1)
+    last = layers - 1 if end in (-1, None) else int(end)
+    return last - int(config.get("moe_layer_start_index", 1)) + 1
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 0:
+        raise L0MoEError(
+            f"config.json has {key} = {value!r}, which must be a whole number; take it from the model's own config."
+        )
+    return value

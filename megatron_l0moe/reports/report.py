@@ -1,0 +1,59 @@
+"""The report stage: summary.json, then report.html from it."""
+
+import logging
+from pathlib import Path
+
+from megatron_l0moe.data.manifest import write_json, write_text
+from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.reports.collect import Json, collect
+from megatron_l0moe.reports.page import WORSE, render, show
+from megatron_l0moe.reports.plots import draw
+from megatron_l0moe.reports.summary import build_summary
+
+logger = logging.getLogger(__name__)
+
+
+def report(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
+    """Write `run`/summary.json and `out`/report.html.
+
+    Returns:
+        The five summary lines, for the manifest.
+
+    Raises:
+        L0MoEError: something is missing; the message names the stage to run.
+    """
+    summary = build_summary(collect(recipe, run))
+    page = render(summary, draw(summary))
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.html", page)
+    write_json(run / "summary.json", summary)
+    logger.info("report: %s (%d kB)", out / "report.html", len(page) // 1000)
+    return {"summary": summary_lines(summary)}
+
+
+def summary_lines(summary: Json) -> list[str]:
+    """Return the five lines that a run ends with."""
+    ppl, ratio = summary["perplexity"], summary["perplexity"]["ratio"]["l0moe"]["overall"]
+    speed, bounds = summary["speed"], summary["speed"]["bounds"]
+    parameters, tokens, parity = summary["parameters"], summary["tokens"], summary["parity"]
+    dense, before, after = (
+        show(ppl[name]["overall"], "ppl") for name in ("dense", "l0moe_untrained", "l0moe")
+    )
+    verdict = ": quality is still poor at this budget" if ratio > WORSE else ""
+    return [
+        f"Perplexity on held-out text: dense {dense}, L0-MoE {after} = {ratio:.2f} times dense "
+        f"({before} before MoE training)",
+        f"Speed against dense: prefill {speed['prefill_ratio']:.2f}x (bound {bounds['prefill']:.2f}), "
+        f"decode batch 1 {speed['decode_b1_ratio']:.2f}x ({bounds['decode_b1']:.2f}), "
+        f"batch 8 {speed['decode_b8_ratio']:.2f}x ({bounds['decode_b8']:.2f})",
+        f"Parameters: dense {_millions(parameters['dense'])}; L0-MoE {_millions(parameters['total'])}, of which "
+        f"{_millions(parameters['active'])} active for each token",
+        f"Parity of Megatron and the exported model: logits within {show(parity['megatron_vs_hf_max_abs'], 'sci')} "
+        f"on {parity['positions']} positions, {parity['near_tie_count']} router near-ties",
+        f"Training: {tokens['expert']:,} tokens for the experts + {tokens['moe']:,} for the MoE = "
+        f"{show(tokens['percent_of_paper'], 'percent')} % of the paper's 30 billion{verdict}",
+    ]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"

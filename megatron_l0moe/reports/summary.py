@@ -1,0 +1,266 @@
+"""The summary: every number of a run in one JSON object. The page shows nothing that is not in it.
+
+Measurements of time lie under `speed` and `seconds`, what names the place and date under `provenance`;
+`deterministic_part` is the rest, which two runs of one recipe must share.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.parameters import count_parameters
+from megatron_l0moe.reports.collect import ExpertFiles, Json, RunFiles
+
+PAPER_TOKENS = 30_000_000_000
+"""Tokens that the paper trains on (section 4.1)."""
+CURVE_POINTS = 120
+"""A curve of a long training is thinned to so many points."""
+LAYER_CURVES = 8
+"""Experts whose retention is kept layer by layer."""
+TIME_KEYS = ("speed", "seconds", "provenance")
+
+
+def build_summary(files: RunFiles) -> Json:
+    """Compute the summary of a run from its files."""
+    model = files.recipe.model
+    return {
+        "name": files.recipe.name,
+        "recipe": files.recipe.model_dump(),
+        "perplexity": files.perplexity | {"ratio": _perplexity_ratio(files.perplexity)},
+        "speed": files.speed,
+        "parameters": _parameters(files),
+        "experts": _experts(files),
+        "parity": _parity(files.parity),
+        "tokens": _tokens(files),
+        "ccm": _ccm(files.ccm),
+        "corpus": {key: value for key, value in files.curate.items() if key != "seconds"},
+        "router": {
+            "load": files.router_load,
+            "mean_load": _mean_load(files.router_load),
+            "largest_share": _largest_share(files.router_load),
+            "uniform_share": 1.0 / model.num_experts,
+        },
+        "training": {
+            "experts": [_expert_training(k, expert) for k, expert in enumerate(files.experts)],
+            "moe": _loss(files.moe_metrics)
+            | {
+                name: _curve(files.moe_metrics, name)
+                for name in ("balance_loss", "z_loss")
+                if name in files.moe_metrics[-1]
+            },
+        },
+        "seconds": _seconds(files),
+        "provenance": {folder: _provenance(manifest) for folder, manifest in files.manifests.items()},
+    }
+
+
+def deterministic_part(summary: Json) -> Json:
+    """Return the summary without measurements of time and without place and date, at every depth."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(inner) for key, inner in value.items() if key not in TIME_KEYS}
+        if isinstance(value, list):
+            return [strip(inner) for inner in value]
+        return value
+
+    result: Json = strip(summary)
+    return result
+
+
+def mean_pairwise_iou(sets: Sequence[npt.NDArray[np.int64]]) -> float:
+    """Return the mean of |A and B| / |A or B| over all pairs; 1 = the same units, 0 = none shared."""
+    pairs = list(itertools.combinations(sets, 2))
+    return math.fsum(len(np.intersect1d(a, b)) / len(np.union1d(a, b)) for a, b in pairs) / len(pairs)
+
+
+def chance_iou(width: int, channels: int) -> float:
+    """Return the IoU at the expected overlap of two random choices of `width` out of `channels` units, r/(2-r)."""
+    fraction = width / channels
+    return fraction / (2.0 - fraction)
+
+
+def thin(count: int, limit: int = CURVE_POINTS) -> list[int]:
+    """Return at most `limit` indices out of `count`, evenly spread, with the first and the last."""
+    if count <= limit:
+        return list(range(count))
+    return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
+
+
+def _perplexity_ratio(perplexity: Json) -> Json:
+    dense = perplexity["dense"]
+    ratios: Json = {}
+    for name in ("l0moe_untrained", "l0moe"):
+        table = perplexity[name]
+        ratios[name] = {"overall": table["overall"] / dense["overall"]} | {
+            group: {key: value / dense[group][key] for key, value in table[group].items()}
+            for group in ("per_domain", "per_cluster")
+        }
+    return ratios
+
+
+def _parameters(files: RunFiles) -> Json:
+    dense, moe = count_parameters(files.dense_config), count_parameters(files.export_config)
+    return {
+        "dense": dense.total,
+        "dense_active": dense.active,
+        "total": moe.total,
+        "active": moe.active,
+        "experts": moe.experts,
+        "routers": moe.routers,
+        "active_share": moe.active / dense.active,
+        "distinct_experts_of_8_tokens": moe.distinct_experts(8),
+    }
+
+
+def _experts(files: RunFiles) -> Json:
+    widths = {
+        layer: sorted({len(expert.units[layer]) for expert in files.experts})
+        for layer in files.experts[0].units
+    }
+    for layer, found in widths.items():
+        if found != [files.recipe.model.expert_ffn]:
+            raise L0MoEError(
+                f"The experts of layer {layer} have the widths {found}, the recipe says model.expert_ffn = "
+                f"{files.recipe.model.expert_ffn}; remove the experts folder and run the experts stage again."
+            )
+    channels = files.dense_config["intermediate_size"]
+    iou = {
+        str(layer): mean_pairwise_iou([expert.units[layer] for expert in files.experts]) for layer in widths
+    }
+    return {
+        "count": len(files.experts),
+        "dense_width": channels,
+        "kept_fraction": files.recipe.model.expert_ffn / channels,
+        "width_per_layer": {str(layer): found[0] for layer, found in widths.items()},
+        "iou": iou,
+        "iou_mean": math.fsum(iou.values()) / len(iou),
+        "iou_chance": chance_iou(files.recipe.model.expert_ffn, channels),
+    }
+
+
+def _parity(parity: Json) -> Json:
+    near_ties = parity.get("near_ties", [])
+    return {
+        "megatron_vs_hf_max_abs": parity["max_abs"],
+        "positions": parity["positions"],
+        "near_ties": near_ties,
+        "near_tie_count": len(near_ties),
+        **{name: parity[name] for name in ("median_abs", "tolerance") if name in parity},
+    }
+
+
+def _tokens(files: RunFiles) -> Json:
+    runs = [int(expert.metrics[-1]["tokens"]) for expert in files.experts]
+    moe = int(files.moe_metrics[-1]["tokens"])
+    total = sum(runs) + moe
+    return {
+        "expert": sum(runs),
+        "expert_runs": runs,
+        "moe": moe,
+        "total": total,
+        "paper": PAPER_TOKENS,
+        "percent_of_paper": 100.0 * total / PAPER_TOKENS,
+    }
+
+
+def _ccm(ccm: Json) -> Json:
+    """Add what the plot shows: the iterations' rows in training order."""
+    order = ccm["order"]
+    return ccm | {
+        "in_training_order": [
+            {"iteration": number, "d_ds": ccm["d_ds"][number - 1], "ccm": ccm["ccm"][number - 1]}
+            for number in order
+        ]
+    }
+
+
+def _mean_load(load: Json) -> Json:
+    """Return {domain: [K shares]}, the mean over MoE layers."""
+    layers = list(load.values())
+    return {
+        domain: [
+            math.fsum(column) / len(layers)
+            for column in zip(*(layer[domain] for layer in layers), strict=True)
+        ]
+        for domain in layers[0]
+    }
+
+
+def _largest_share(load: Json) -> Json:
+    """Return {layer: {domain: share of the busiest expert}}."""
+    return {
+        layer: {domain: max(shares) for domain, shares in domains.items()} for layer, domains in load.items()
+    }
+
+
+def _expert_training(k: int, expert: ExpertFiles) -> Json:
+    rows = expert.metrics
+    result = _loss(rows)
+    layers = rows[-1]["retention"]
+    result["retention"] = {
+        "mean": _series(rows, [math.fsum(row["retention"].values()) / len(row["retention"]) for row in rows]),
+        "target": _curve(rows, "retention_target"),
+        "last": layers,
+    }
+    if k < LAYER_CURVES:
+        result["retention"]["layers"] = {
+            layer: _series(rows, [row["retention"][layer] for row in rows]) for layer in layers
+        }
+    result["frozen_from"] = next((row["iteration"] for row in rows if row.get("frozen")), None)
+    return result
+
+
+def _loss(rows: Sequence[Json]) -> Json:
+    losses = [row["lm_loss"] for row in rows]
+    tenth = max(len(rows) // 10, 1)
+    return {
+        "steps": rows[-1]["iteration"],
+        "tokens": rows[-1]["tokens"],
+        "step": _series(rows, [row["iteration"] for row in rows]),
+        "lm_loss": _series(rows, losses),
+        "first_loss": math.fsum(losses[:tenth]) / tenth,
+        "last_loss": math.fsum(losses[-tenth:]) / tenth,
+    }
+
+
+def _curve(rows: Sequence[Json], name: str) -> list[Any]:
+    return _series(rows, [row.get(name) for row in rows])
+
+
+def _series(rows: Sequence[Json], values: Sequence[Any]) -> list[Any]:
+    return [values[index] for index in thin(len(rows))]
+
+
+def _seconds(files: RunFiles) -> Json:
+    def spent(rows: Iterable[Json]) -> float:
+        return math.fsum(float(row["seconds"]) for row in rows)
+
+    seconds: Json = {
+        "experts": [spent(expert.metrics) for expert in files.experts],
+        "moe": spent(files.moe_metrics),
+    }
+    if "seconds" in files.curate:
+        seconds["curate"] = files.curate["seconds"]
+    evaluate = files.manifests["evaluate"].get("numbers", {})
+    if "seconds" in evaluate:
+        seconds["evaluate"] = evaluate["seconds"]
+    return seconds
+
+
+def _provenance(manifest: Json) -> Json:
+    machine = manifest.get("machine", {})
+    return {
+        "config_hash": manifest.get("config_hash"),
+        "command": " ".join(str(word) for word in manifest.get("command", [])),
+        "commit": manifest.get("commit"),
+        "finished": manifest.get("finished"),
+        "platform": machine.get("platform"),
+        "cpus": machine.get("cpus"),
+        "versions": manifest.get("versions", {}),
+    }

@@ -1,0 +1,110 @@
+"""The whole chain on a toy model with every real part: Megatron's loop, faiss, FlagEmbedding, transformers.
+
+One uninterrupted run is made for the module; the tests read it. A second one is killed in its second expert run
+and started again with the same command.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chain import toy_world as toy
+
+from megatron_l0moe.reports.summary import deterministic_part
+
+pytestmark = pytest.mark.slow
+DEADLINE_SECONDS = 600
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def straight(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of an uninterrupted run."""
+    runs = tmp_path_factory.mktemp("straight")
+    done = toy.run(recipe, runs)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "toy"
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_summary_holds_every_promised_number(straight):
+    numbers = summary(straight)
+    for model in ("dense", "l0moe_untrained", "l0moe"):
+        table = numbers["perplexity"][model]
+        assert table["overall"] > 1
+        assert set(table["per_domain"]) == set(toy.TOPICS)
+    assert {"prefill_ratio", "decode_b1_ratio", "decode_b8_ratio"} <= set(numbers["speed"])
+    assert numbers["parameters"]["active"] <= numbers["parameters"]["total"]
+    assert numbers["experts"]["width_per_layer"] == [toy.EXPERT_FFN] * (toy.LAYERS - toy.DENSE) or set(
+        numbers["experts"]["width_per_layer"].values()
+    ) == {toy.EXPERT_FFN}
+    assert numbers["parity"]["megatron_vs_hf_max_abs"] < 1e-4
+    assert numbers["tokens"]["expert"] == 2 * 640
+    assert numbers["tokens"]["moe"] == 2 * 256
+    assert (straight / "report" / "report.html").is_file()
+
+
+def test_export_generates_in_a_process_without_this_package(straight):
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; "
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "out = m.generate(torch.arange(8)[None], max_new_tokens=4, do_sample=False); "
+        "assert not any('megatron' in name for name in sys.modules); print(out.shape[1])"
+    )
+    export = straight / "export"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(export)], capture_output=True, text=True, check=False, cwd=export
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "12"
+
+
+def test_a_second_command_does_nothing(straight, recipe):
+    before = {file: file.stat().st_mtime_ns for file in straight.rglob("DONE")}
+    start = time.monotonic()
+    done = toy.run(recipe, straight.parent)
+    assert done.returncode == 0, done.stderr
+    assert {file: file.stat().st_mtime_ns for file in straight.rglob("DONE")} == before
+    assert time.monotonic() - start < 30
+
+
+def test_kill_in_the_second_expert_run_changes_nothing(straight, recipe, tmp_path):
+    metrics = tmp_path / "toy" / "experts" / "001" / "metrics.jsonl"
+    with (tmp_path / "first.log").open("w") as log:
+        first = subprocess.Popen(
+            toy.command(recipe, tmp_path), stdout=log, stderr=log, env=toy.environment(), start_new_session=True
+        )
+        try:
+            _wait_for_lines(metrics, 6, first)
+        finally:
+            os.kill(first.pid, signal.SIGKILL)
+            first.wait()
+    done = toy.run(recipe, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    killed, whole = summary(tmp_path / "toy"), summary(straight)
+    assert deterministic_part(killed) == deterministic_part(whole)
+    for k in (0, 1):
+        one, other = (run / "experts" / f"{k:03d}" / "expert.safetensors" for run in (tmp_path / "toy", straight))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def _wait_for_lines(file: Path, lines: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < end:
+        assert process.poll() is None, f"the run ended with {process.returncode} before it could be killed"
+        if file.exists() and file.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{file} did not reach {lines} steps in {DEADLINE_SECONDS} s")

@@ -1,0 +1,165 @@
+"""config.json in both forms, Megatron's flags, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_l0moe.conversion.architecture import MEGATRON_LLAMA3_SCALING, Architecture
+from megatron_l0moe.errors import L0MoEError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {"factor": 8.0, **MEGATRON_LLAMA3_SCALING}
+
+
+def read(folder, **changes):
+    config = {**LLAMA, **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return Architecture.from_hf(folder)
+
+
+def test_both_forms_of_rope_give_the_same(tmp_path):
+    old = read(tmp_path, rope_scaling={"rope_type": "llama3", **LLAMA3})
+    new = read(
+        tmp_path, rope_theta=..., rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}
+    )
+    assert old == new
+    assert old.rope_scaling == {"rope_type": "llama3", **LLAMA3}
+    plain = read(tmp_path, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    assert plain == read(tmp_path)
+    assert plain.rope_scaling is None
+
+
+def test_sizes_and_defaults(tmp_path):
+    architecture = read(tmp_path, num_key_value_heads=...)
+    assert (architecture.head_dim, architecture.num_query_groups) == (8, 8)
+    assert read(tmp_path, head_dim=32).head_dim == 32
+    assert read(tmp_path, rope_theta=...).rotary_base == 10000.0
+    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": False}
+    assert read(tmp_path, **qwen2).qkv_bias
+    assert not read(tmp_path).qkv_bias
+
+
+def test_the_written_config_reads_back(tmp_path):
+    for changes in ({}, {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {"tie_word_embeddings": True}):
+        architecture = read(tmp_path, **changes)
+        (tmp_path / "config.json").write_text(json.dumps(architecture.hf_config("float32")))
+        assert Architecture.from_hf(tmp_path) == architecture
+
+
+def test_flags_by_hand(tmp_path):
+    flags = " ".join(read(tmp_path).megatron_flags())
+    assert flags == (
+        "--group-query-attention --swiglu --disable-bias-linear --num-layers 2 --hidden-size 64 "
+        "--ffn-hidden-size 128 --num-attention-heads 8 --num-query-groups 2 --kv-channels 8 "
+        "--max-position-embeddings 512 --normalization RMSNorm --norm-epsilon 1e-05 "
+        "--position-embedding-type rope --rotary-percent 1.0 --attention-dropout 0.0 --hidden-dropout 0.0 "
+        "--rotary-base 500000 --untie-embeddings-and-output-weights"
+    )
+    scaled = read(tmp_path, rope_scaling={"rope_type": "llama3", **LLAMA3}, tie_word_embeddings=True)
+    assert scaled.megatron_flags()[-5:] == [
+        "--rotary-base",
+        "500000",
+        "--use-rope-scaling",
+        "--rope-scaling-factor",
+        "8.0",
+    ]
+    assert "--add-qkv-bias" in read(tmp_path, architectures=["Qwen2ForCausalLM"]).megatron_flags()
+
+
+PARSE_FLAGS = """
+import json, sys
+from megatron_l0moe.runtime import cpu
+cpu.install()
+import argparse
+from megatron.training.arguments import add_megatron_arguments
+parser = add_megatron_arguments(argparse.ArgumentParser())
+jobs = json.loads(sys.argv[1])
+print("JSON" + json.dumps([{k: getattr(parser.parse_args(flags), k, "?") for k in names} for flags, names in jobs]))
+"""
+
+
+def test_megatrons_own_parser_makes_of_the_flags_what_the_checkpoint_says(tmp_path):
+    architectures = [
+        read(tmp_path),
+        read(tmp_path, rope_scaling={"rope_type": "llama3", **LLAMA3}, tie_word_embeddings=True),
+        read(tmp_path, architectures=["Qwen2ForCausalLM"]),
+    ]
+    # derived after parsing, in validate_args
+    expected = [
+        {k: v for k, v in a.megatron_arguments().items() if k != "norm_epsilon"} for a in architectures
+    ]
+    jobs = [
+        [a.megatron_flags(), [*e, "layernorm_epsilon"]] for a, e in zip(architectures, expected, strict=True)
+    ]
+    command = [sys.executable, "-c", PARSE_FLAGS, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parsed = json.loads(done.stdout.split("JSON")[1])
+    for got, wanted in zip(parsed, expected, strict=True):
+        assert got.pop("layernorm_epsilon") == 1e-5
+        assert got == wanted
+
+
+BAD_CONFIGS = {
+    "architecture": (
+        {"architectures": ["GemmaForCausalLM"]},
+        "architecture GemmaForCausalLM.*supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+    ),
+    "no architecture": ({"architectures": ..., "model_type": "bert"}, "architecture model_type bert"),
+    "size": ({"hidden_size": 0}, "hidden_size must be a whole number above 0, got 0"),
+    "no size": ({"vocab_size": ...}, "vocab_size must be a whole number above 0, got None"),
+    "groups": ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be divisible by.*\(3\)"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+    "bias": ({"attention_bias": True}, "attention_bias = true is not supported"),
+    "mlp bias": ({"mlp_bias": True}, "mlp_bias = true is not supported"),
+    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' is not supported"),
+    "llama3": (
+        {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 64}},
+        "original_max_position_embeddings = 64, but Megatron computes with 8192",
+    ),
+    "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    "base": ({"rope_theta": 10000.5}, "rope_theta must be a whole number"),
+    "window": (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+        "sliding_window = 4096 is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_unsupported_models_are_named(tmp_path, changes, message):
+    with pytest.raises(L0MoEError, match=message):
+        read(tmp_path, **changes)
+
+
+def test_missing_folder_and_broken_config(tmp_path):
+    with pytest.raises(L0MoEError, match="gone does not exist"):
+        Architecture.from_hf(tmp_path / "gone")
+    with pytest.raises(L0MoEError, match=r"has no config\.json"):
+        Architecture.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden')
+    with pytest.raises(L0MoEError, match="is not valid JSON"):
+        Architecture.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(L0MoEError, match="must hold a JSON object"):
+        Architecture.from_hf(tmp_path)
+
+
+def test_no_torch_is_imported():
+    code = "import sys, megatron_l0moe.conversion.architecture; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,145 @@
+"""Streamed safetensors: the library reads what we write, we read what it writes, damage is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_l0moe.conversion.safetensors_files import INDEX_NAME, SafetensorsFolder, SafetensorsWriter
+from megatron_l0moe.errors import L0MoEError
+
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(7).bfloat16(),
+    "c": torch.randn(2, 2, 2).half(),
+    "d": torch.arange(5),
+    "e": torch.tensor(2.5),
+    "f": torch.randn(6, 6).t()[1:3],
+    "g": torch.empty(0, 4),
+}
+
+
+def write(folder, tensors=TENSORS, **changes):
+    with SafetensorsWriter(folder, tensors, **changes) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    return folder
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype is tensor.dtype
+        assert torch.equal(got[name], tensor)
+
+
+def read_all(folder):
+    source = SafetensorsFolder(folder)
+    assert all(source.shape(name) == tuple(TENSORS[name].shape) for name in source.names)
+    return {name: source.read(name) for name in source.names}
+
+
+def test_one_file(tmp_path):
+    write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert_equal(load_file(tmp_path / "model.safetensors"), TENSORS)
+    assert_equal(read_all(tmp_path), TENSORS)
+
+
+def test_shards_with_an_index(tmp_path):
+    write(tmp_path, max_shard_bytes=60)
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    assert set(index["weight_map"]) == set(TENSORS)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in TENSORS.values())
+    merged = {}
+    for name in set(index["weight_map"].values()):
+        assert name.endswith(f"-of-{len(set(index['weight_map'].values())):05d}.safetensors")
+        merged.update(load_file(tmp_path / name))
+    assert_equal(merged, TENSORS)
+    assert_equal(read_all(tmp_path), TENSORS)
+
+
+def test_files_of_the_library_are_read(tmp_path):
+    tensors = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_equal(read_all(tmp_path), TENSORS)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_leave_nothing(tmp_path, value):
+    with pytest.raises(L0MoEError, match="x holds 1 values that are NaN or infinite"):
+        write(tmp_path / "out", {"a": torch.zeros(2), "x": torch.tensor([0.0, value])})
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_existing_checkpoint_is_kept(tmp_path):
+    write(tmp_path)
+    with pytest.raises(L0MoEError, match=r"already holds a checkpoint \(model\.safetensors\)"):
+        write(tmp_path, {"a": torch.zeros(1)})
+    assert_equal(read_all(tmp_path), TENSORS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(L0MoEError, match="file is a file"):
+        write(tmp_path / "file")
+
+
+def test_a_forgotten_tensor_is_our_bug(tmp_path):
+    with (
+        pytest.raises(AssertionError, match="never written"),
+        SafetensorsWriter(tmp_path, ["a", "b"]) as writer,
+    ):
+        writer.write("a", torch.zeros(1))
+
+
+def keep(folder, count):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:count])
+
+
+@pytest.mark.parametrize("count", [0, 5, 20, -1, -300])
+def test_truncated_at_any_place(tmp_path, count):
+    save_file({"a": torch.randn(100, 10)}, tmp_path / "model.safetensors")
+    keep(tmp_path, count)
+    with pytest.raises(L0MoEError, match=r"model\.safetensors is truncated or not a safetensors file"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_another_file_format(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0notJSON")
+    with pytest.raises(L0MoEError, match="not a safetensors file"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_folders_without_usable_weights(tmp_path):
+    with pytest.raises(L0MoEError, match=r"holds no \*\.safetensors file"):
+        SafetensorsFolder(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(L0MoEError, match=r"holds pickled weights \(pytorch_model\.bin\)"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_inconsistent_indices(tmp_path):
+    write(tmp_path, max_shard_bytes=60)
+    index_file = tmp_path / INDEX_NAME
+    index = json.loads(index_file.read_text())
+    first, other = sorted(set(index["weight_map"].values()))[:2]
+    index_file.write_text(json.dumps({"weight_map": {**index["weight_map"], "ghost": first}}))
+    with pytest.raises(L0MoEError, match=f"{first} holds the tensor ghost, but it does not"):
+        SafetensorsFolder(tmp_path)
+    index_file.write_text(json.dumps({"weight_map": {**index["weight_map"], "a": other}}))
+    with pytest.raises(L0MoEError, match="holds the tensor a, but it does not"):
+        SafetensorsFolder(tmp_path)
+    index_file.write_text("{}")
+    with pytest.raises(L0MoEError, match="is not a valid safetensors index"):
+        SafetensorsFolder(tmp_path)
+    index_file.write_text(json.dumps(index))
+    (tmp_path / other).unlink()
+    with pytest.raises(L0MoEError, match=f"{other} is missing, but {INDEX_NAME} names it"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_tensor_in_two_files_without_an_index(tmp_path):
+    for name in ("one", "two"):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(L0MoEError, match=r"tensor a is in both one\.safetensors and two\.safetensors"):
+        SafetensorsFolder(tmp_path)

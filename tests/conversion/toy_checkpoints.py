@@ -1,0 +1,117 @@
+"""Small random checkpoints of the true architectures, made with transformers, and expert runs made from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conversion.reference import Sizes
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, CheckpointWriter
+
+LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, VOCAB = 3, 32, 48, 4, 2, 16, 64
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": HEAD_DIM,  # 4 x 16 is not the hidden size, on purpose
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "llama-tied": lambda: LlamaConfig(**{**_COMMON, "tie_word_embeddings": True}),
+    "llama3.1": lambda: LlamaConfig(**_COMMON, rope_parameters=LLAMA3),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**{key: value for key, value in _COMMON.items() if key != "head_dim"}),
+}
+
+
+def save_model(
+    folder: Path, name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a random model; every parameter is random, norms and biases too."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(MODELS[name]())
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def sizes_of(folder: Path) -> Sizes:
+    config = AutoConfig.from_pretrained(folder)
+    rope = config.rope_parameters
+    return Sizes(
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        eps=config.rms_norm_eps,
+        base=rope["rope_theta"],
+        llama3_factor=rope.get("factor"),
+    )
+
+
+def write_expert_run(
+    folder: Path,
+    dense: Path,
+    *,
+    dense_layers: int = 1,
+    seed: int = 0,
+    keep: int | None = None,
+    settings: dict[str, Any] | None = None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+) -> Path:
+    """Write a checkpoint like that of an expert run: the dense tensors and gates; frozen to `keep` units if given."""
+    source = CheckpointReader(dense)
+    generator = torch.Generator().manual_seed(seed)
+    with CheckpointWriter(folder, {"iteration": 60, "l0moe": settings or {}}) as writer:
+        for name in sorted(source.model_names()):
+            writer.write(name, change(name, source.read(name)))
+        for layer in range(dense_layers, LAYERS):
+            log_alpha = 0.5 * torch.randn(FFN, generator=generator)
+            mask = torch.ones(FFN)
+            if keep is not None:
+                mask[torch.randperm(FFN, generator=generator)[keep:]] = 0
+            gates = {
+                "log_alpha": log_alpha,
+                "hard_mask": mask,
+                "frozen": torch.tensor([int(keep is not None)]),
+                "controller.lambdas": torch.zeros(2),
+                "input_mean": torch.randn(HIDDEN, generator=generator),
+                "input_count": torch.ones(1),
+            }
+            for key, tensor in gates.items():
+                name = f"decoder.layers.{layer}.mlp.gate.{key}"
+                writer.write(name, change(name, tensor))
+    return folder

@@ -1,0 +1,155 @@
+"""The masked model equals the extracted expert; the file holds exactly what was asked for."""
+
+import shutil
+
+import pytest
+import torch
+from conversion.reference import swiglu
+from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, save_model, write_expert_run
+from safetensors.torch import load_file, save_file
+
+from megatron_l0moe.conversion.convert import convert_dense
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.experts.expert_file import ExpertFile
+from megatron_l0moe.experts.extraction import extract_expert
+from megatron_l0moe.experts.selection import GateSettings, deterministic_gate, select_units
+
+WIDTH = 20
+# z is multiplied into `up` in float32 and rounded once; outputs are of size 10
+FLOAT32_ROUNDING_ATOL = 1e-5
+DENSE_LAYERS = 1
+GATES = {"l0_temperature": 0.7, "l0_stretch_low": -0.2, "l0_stretch_high": 1.3}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    convert_dense(save_model(folder / "hf"), folder)
+    return folder / "megatron"
+
+
+def masked_mlp(reader, layer, x, mask):
+    """SwiGLU of the full width whose activation is multiplied by the mask: what the expert run computes; float64."""
+    fc1 = reader.read(f"decoder.layers.{layer}.mlp.linear_fc1.weight").double()
+    down = reader.read(f"decoder.layers.{layer}.mlp.linear_fc2.weight").double()
+    out = torch.zeros_like(x)
+    for unit in range(FFN):
+        gate, up = x @ fc1[unit], x @ fc1[FFN + unit]
+        out += (gate * gate.sigmoid() * up * mask[unit])[:, None] * down[:, unit]
+    return out
+
+
+def expert_mlp(expert, layer, x):
+    return swiglu(x, *(expert.read(layer, part).double() for part in ("gate", "up", "down")))
+
+
+@pytest.mark.parametrize("keep", [None, WIDTH], ids=["learning", "frozen"])
+def test_masked_model_equals_extracted_expert(tmp_path, dense, keep):
+    run = write_expert_run(tmp_path / "run", dense, keep=keep, settings=GATES, seed=3)
+    result = extract_expert(run, tmp_path / "expert.safetensors", width=WIDTH)
+    assert result["frozen"] is (keep is not None)
+    reader, expert = CheckpointReader(run), ExpertFile(tmp_path / "expert.safetensors")
+    x = torch.randn(7, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for layer in range(DENSE_LAYERS, LAYERS):
+        log_alpha = reader.read(f"decoder.layers.{layer}.mlp.gate.log_alpha")
+        if keep is None:
+            z = deterministic_gate(
+                log_alpha, GateSettings(temperature=0.7, stretch_low=-0.2, stretch_high=1.3)
+            )
+            mask = torch.zeros(FFN)
+            units = select_units(log_alpha, WIDTH)
+            mask[units] = z[units]
+            assert 0 < float(mask[units].min()) < 1  # else folding is not tested
+        else:
+            mask = reader.read(f"decoder.layers.{layer}.mlp.gate.hard_mask")
+        expected = masked_mlp(reader, layer, x, mask.double())
+        got = expert_mlp(expert, layer, x)
+        torch.testing.assert_close(got, expected, atol=FLOAT32_ROUNDING_ATOL, rtol=0)
+        control = masked_mlp(reader, layer, x, mask.roll(1).double())
+        assert (got - control).abs().max() > 100 * FLOAT32_ROUNDING_ATOL
+
+
+def test_frozen_weights_are_copied_bit_by_bit(tmp_path, dense):
+    run = write_expert_run(tmp_path / "run", dense, keep=WIDTH)
+    extract_expert(run, tmp_path / "expert.safetensors", width=WIDTH)
+    reader, tensors = CheckpointReader(run), load_file(tmp_path / "expert.safetensors")
+    units = tensors["layers.2.units"]
+    fc1 = reader.read("decoder.layers.2.mlp.linear_fc1.weight")
+    assert torch.equal(tensors["layers.2.gate"], fc1[units])
+    assert torch.equal(tensors["layers.2.up"], fc1[FFN + units])
+    assert torch.equal(
+        tensors["layers.2.down"], reader.read("decoder.layers.2.mlp.linear_fc2.weight")[:, units]
+    )
+    assert torch.equal(tensors["layers.2.input_mean"], reader.read("decoder.layers.2.mlp.gate.input_mean"))
+
+
+def test_shapes_and_metadata(tmp_path, dense):
+    run = write_expert_run(
+        tmp_path / "run", dense, change=lambda n, t: t.bfloat16() if "linear_fc" in n else t
+    )
+    result = extract_expert(run, tmp_path / "expert.safetensors", width=WIDTH)
+    expert = ExpertFile(tmp_path / "expert.safetensors")
+    assert (expert.width, expert.layers, expert.hidden) == (WIDTH, [1, 2], HIDDEN)
+    assert result["moe_layers"] == [1, 2]
+    assert result["parameters"] == 2 * 3 * WIDTH * HIDDEN
+    tensors = load_file(tmp_path / "expert.safetensors")
+    assert set(tensors) == {
+        f"layers.{i}.{p}" for i in (1, 2) for p in ("gate", "up", "down", "units", "input_mean")
+    }
+    assert tensors["layers.1.up"].dtype is torch.bfloat16
+    assert tensors["layers.1.input_mean"].dtype is torch.float32
+    units = tensors["layers.1.units"]
+    assert units.tolist() == sorted(set(units.tolist()))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_iteration_of_a_run_is_found(tmp_path, dense):
+    run = write_expert_run(tmp_path / "run", dense)
+    (run / "release").rename(run / "iter_0000060")
+    (run / "latest_checkpointed_iteration.txt").write_text("60")
+    extract_expert(run, tmp_path / "expert.safetensors", width=WIDTH)
+
+
+def nan_mlp(name, tensor):
+    if name == "decoder.layers.2.mlp.linear_fc2.weight":
+        tensor[:] = torch.nan
+    return tensor
+
+
+def unfreeze_one(name, tensor):
+    return torch.zeros_like(tensor) if name == "decoder.layers.2.mlp.gate.frozen" else tensor
+
+
+def test_bad_runs_are_refused(tmp_path, dense):
+    out = tmp_path / "expert.safetensors"
+    with pytest.raises(L0MoEError, match="has no masks"):
+        extract_expert(dense, out, width=WIDTH)
+    with pytest.raises(L0MoEError, match="holds no Megatron checkpoint"):
+        extract_expert(tmp_path / "gone", out, width=WIDTH)
+    run = write_expert_run(tmp_path / "frozen", dense, keep=WIDTH)
+    with pytest.raises(L0MoEError, match=f"keeps {WIDTH} units, but the expert width is 8"):
+        extract_expert(run, out, width=8)
+    run = write_expert_run(tmp_path / "open", dense)
+    with pytest.raises(L0MoEError, match=r"width \(49\) must be between 1 and the layer's 48"):
+        extract_expert(run, out, width=FFN + 1)
+    run = write_expert_run(tmp_path / "nan", dense, change=nan_mlp)
+    with pytest.raises(L0MoEError, match="down of layer 2 holds"):
+        extract_expert(run, out, width=WIDTH)
+    run = write_expert_run(tmp_path / "half", dense, keep=WIDTH, change=unfreeze_one)
+    with pytest.raises(L0MoEError, match="1 of 2 masks are frozen"):
+        extract_expert(run, out, width=WIDTH)
+    assert not out.exists()
+
+
+def test_bad_expert_files_are_refused(tmp_path):
+    with pytest.raises(L0MoEError, match="does not exist"):
+        ExpertFile(tmp_path / "gone.safetensors")
+    save_file({"a": torch.zeros(1000)}, tmp_path / "other.safetensors")
+    with pytest.raises(L0MoEError, match="is not an expert file of version 1"):
+        ExpertFile(tmp_path / "other.safetensors")
+    shutil.copy(tmp_path / "other.safetensors", tmp_path / "short.safetensors")
+    with (tmp_path / "short.safetensors").open("r+b") as file:
+        file.truncate(200)
+    with pytest.raises(L0MoEError, match="is truncated"):
+        ExpertFile(tmp_path / "short.safetensors")

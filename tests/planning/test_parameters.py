@@ -1,0 +1,119 @@
+"""Parameter counts against real (tiny) transformers models, the paper's sizes, and bounds worked by hand."""
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.parameters import count_parameters, l0moe_counts, speed_bounds
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MOE = {
+    "moe_intermediate_size": 12,
+    "moe_k": 2,
+    "moe_num_experts": 4,
+    "moe_num_shared_experts": 0,
+    "moe_layer_start_index": 1,
+}
+LLAMA3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**TINY),
+        LlamaConfig(**TINY, attention_bias=True, mlp_bias=True),
+        LlamaConfig(**TINY, head_dim=16),
+        MistralConfig(**TINY),
+        Qwen2Config(**TINY),
+        Ernie4_5_MoeConfig(**TINY, **MOE),
+    ],
+    ids=["llama", "llama-bias", "llama-head-dim", "mistral", "qwen2", "ernie-moe"],
+)
+def test_total_equals_the_models_weights(config, tied):
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config)
+    weights = sum(w.numel() for name, w in model.named_parameters() if "e_score_correction_bias" not in name)
+    assert count_parameters(config.to_dict()).total == weights
+    config.tie_word_embeddings = not tied  # control
+    assert count_parameters(config.to_dict()).total != weights
+
+
+def test_recipe_and_exported_config_count_alike():
+    dense = LlamaConfig(**TINY, tie_word_embeddings=True).to_dict()
+    exported = Ernie4_5_MoeConfig(**TINY, **MOE, tie_word_embeddings=True).to_dict()
+    planned = l0moe_counts(dense, dense_layers=1, num_experts=4, expert_ffn=12, top_k=2)
+    assert planned == count_parameters(exported)
+
+
+def test_active_by_hand():
+    moe = count_parameters(Ernie4_5_MoeConfig(**TINY, **MOE, tie_word_embeddings=False).to_dict())
+    attention, norms = 3 * (2 * 32 * 32 + 2 * 32 * 16), 7 * 32
+    fixed = 96 * 32 + attention + norms + 3 * 32 * 48 + 2 * 4 * 32  # LM head, ..., one dense FFN, routers
+    assert moe.active == fixed + 2 * 2 * 3 * 32 * 12
+    assert moe.distinct_experts(1) == pytest.approx(2)
+    assert moe.distinct_experts(2) == pytest.approx(4 * (1 - 1 / 4))
+    assert moe.read(1) == pytest.approx(moe.active)
+    assert moe.read(2) == pytest.approx(fixed + 3 * 2 * 3 * 32 * 12)
+
+
+def test_paper_size_llama():
+    dense = count_parameters(LLAMA3_8B)
+    moe = l0moe_counts(LLAMA3_8B, dense_layers=8, num_experts=64, expert_ffn=1024, top_k=2)
+    assert dense.total / 1e9 == pytest.approx(8.03, abs=0.005)
+    assert moe.total / 1e9 == pytest.approx(23.14, abs=0.005)
+    assert moe.active / 1e9 == pytest.approx(3.89, abs=0.01)  # without the input embedding
+    bounds = speed_bounds(dense, moe)
+    assert bounds.prefill == bounds.decode_b1 == pytest.approx(1.93, abs=0.005)
+    assert bounds.decode_b8 == pytest.approx(0.99, abs=0.005)
+
+
+def test_batch_one_reads_the_active_weights():
+    dense = count_parameters(LLAMA3_8B)
+    moe = l0moe_counts(LLAMA3_8B, dense_layers=8, num_experts=64, expert_ffn=1024, top_k=2)
+    assert speed_bounds(dense, moe, batch=1).decode_b8 == pytest.approx(dense.active / moe.active)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"vocab_size": None}, "vocab_size = None"),
+        (
+            {"model_type": "ernie4_5_moe", **MOE, "moe_num_shared_experts": 1},
+            "shared experts",
+        ),
+    ],
+)
+def test_other_configs_are_refused(change, message):
+    with pytest.raises(L0MoEError, match=message):
+        count_parameters(LLAMA3_8B | change)
+
+
+def test_too_many_dense_layers():
+    with pytest.raises(
+        L0MoEError, match=r"model.dense_layers \(32\) must be smaller than the model's 32 layers"
+    ):
+        l0moe_counts(LLAMA3_8B, dense_layers=32, num_experts=4, expert_ffn=64, top_k=2)
