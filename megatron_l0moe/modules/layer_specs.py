@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_l0moe.modules.attention import LocalAttention
+from megatron_l0moe.modules.experts import PaddedExperts
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import RetentionConfig
@@ -62,6 +65,9 @@ def _layer(
     spec.submodules = parts
     is_dense = index < plan.dense_layers
     if not use_te:
+        attention = parts.self_attention = copy.copy(parts.self_attention)
+        attention.submodules = copy.copy(attention.submodules)
+        attention.submodules.core_attention = LocalAttention
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         is_moe = plan.stage == "moe" and not is_dense
         # Upstream's local spec also maps an MoE layer's norm to fc1, where its TE spec keeps it apart.
@@ -79,6 +85,8 @@ def _with_router(stock: Any, plan: LayerPlan) -> Any:
     assert stock.func is MoELayer, f"expected a partial of MoELayer, got {stock!r}"
     submodules = copy.copy(stock.keywords["submodules"])
     submodules.router = functools.partial(L0Router, router_config=plan.router)
+    if submodules.experts.func is SequentialMLP:
+        submodules.experts = functools.partial(PaddedExperts, **submodules.experts.keywords)
     return functools.partial(stock.func, *stock.args, **{**stock.keywords, "submodules": submodules})
 
 

@@ -201,6 +201,9 @@ def install() -> bool:
         return False
     if _installed:
         return True
+    # Numbers below 1e-38 (gradients of rare tokens, Adam's squares of them) take a CPU a hundred cycles each; GPUs
+    # flush them too. Set before the first parallel operation: worker threads inherit it when they are made.
+    torch.set_flush_denormal(True)
     for name, value in _cuda_surface().items():
         _replace(torch.cuda, name, value)
     _replace(torch.cuda.random, "get_rng_state", lambda *a, **k: torch.default_generator.get_state())
@@ -248,6 +251,21 @@ def install_training() -> None:
         "initialize_megatron",
         functools.partial(training.initialize_megatron, allow_no_cuda=True),
     )
+    _replace(training, "get_megatron_optimizer", _with_fused_adam(training.get_megatron_optimizer))
+
+
+def _with_fused_adam(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch's Adam run its fused CPU kernel, which reads each parameter once instead of ten times."""
+
+    @functools.wraps(original)
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = original(*args, **kwargs)
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            for group in part.param_groups if isinstance(part.optimizer, torch.optim.Adam) else ():
+                group.update(fused=True, foreach=False)
+        return optimizer
+
+    return get_megatron_optimizer
 
 
 def _module(name: str) -> ModuleType:

@@ -54,3 +54,12 @@ def platform_flags(given: Iterable[str], *, moe: bool = False) -> list[str]:
         if name not in names:
             added += [name] if value is None else [name, value]
     return added
+
+
+def expert_row_multiple() -> int:
+    """Return the multiple to which the rows of an expert's matrices are filled up.
+
+    oneDNN compiles a kernel for each new shape, which takes longer than the product itself; in steps of 128 rows an
+    MoE step has a dozen shapes instead of hundreds of new ones.
+    """
+    return 1 if has_cuda() else 128

@@ -84,7 +84,11 @@ def test_kill_in_the_second_expert_run_changes_nothing(straight, recipe, tmp_pat
     metrics = tmp_path / "toy" / "experts" / "001" / "metrics.jsonl"
     with (tmp_path / "first.log").open("w") as log:
         first = subprocess.Popen(
-            toy.command(recipe, tmp_path), stdout=log, stderr=log, env=toy.environment(), start_new_session=True
+            toy.command(recipe, tmp_path),
+            stdout=log,
+            stderr=log,
+            env=toy.environment(),
+            start_new_session=True,
         )
         try:
             _wait_for_lines(metrics, 6, first)
@@ -96,7 +100,9 @@ def test_kill_in_the_second_expert_run_changes_nothing(straight, recipe, tmp_pat
     killed, whole = summary(tmp_path / "toy"), summary(straight)
     assert deterministic_part(killed) == deterministic_part(whole)
     for k in (0, 1):
-        one, other = (run / "experts" / f"{k:03d}" / "expert.safetensors" for run in (tmp_path / "toy", straight))
+        one, other = (
+            run / "experts" / f"{k:03d}" / "expert.safetensors" for run in (tmp_path / "toy", straight)
+        )
         assert one.read_bytes() == other.read_bytes()
 
 

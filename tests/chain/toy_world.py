@@ -82,7 +82,12 @@ def environment() -> dict[str, str]:
 def run(recipe: Path, runs: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the chain to its end."""
     return subprocess.run(
-        command(recipe, runs, *words), capture_output=True, text=True, env=environment(), check=False, timeout=900
+        command(recipe, runs, *words),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+        timeout=900,
     )
 
 
@@ -146,5 +151,9 @@ def _write_encoder(folder: Path) -> None:
     )
     BertModel(config).save_pretrained(folder)
     (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    pooling = {
+        "word_embedding_dimension": 32,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_cls_token": False,
+    }
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling), encoding="utf-8")
