@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
+HELP = """Turn a pretrained dense LLM (Llama, Mistral) into an L0-MoE that is served like any other model.
 
 One recipe file describes a whole run. Start with `l0moe run examples/quickstart.yaml`: it does every stage that
 is not done yet, so the same command goes on after an interruption. `--dry-run` shows what would happen.

@@ -23,6 +23,7 @@ MINIMAL: dict[str, Any] = {
         "tokens_per_set": 1280,
     },
     "expert_training": {"global_batch_size": 2},
+    "evaluation": {"parity_positions": 16},
 }
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

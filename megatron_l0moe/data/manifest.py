@@ -145,7 +145,12 @@ def begin(stage: Stage, *, resumable: bool) -> None:
     started = stage.folder / STARTED
     identity = _identity(stage)
     if not started.is_file():
-        clear(stage)
+        if stage.folder.is_dir() and any(stage.folder.iterdir()):
+            raise L0MoEError(
+                f"{stage.folder} holds files that this command did not start, such as a training run by hand; move "
+                "them away, or remove the folder."
+            )
+        stage.folder.mkdir(parents=True, exist_ok=True)
         write_text(started, identity + "\n")
     elif started.read_text(encoding="utf-8").strip() != identity:
         raise L0MoEError(

@@ -18,6 +18,9 @@ LOGIT_ATOL = 1e-4
 NEAR_TIE_MARGIN = 1e-4
 """Relative gap of router probabilities that float32 rounding of the layers before can close."""
 
+LARGEST_NEAR_TIE_SHARE = 0.25
+"""Share of positions that near-ties may excuse: a wrong export is wrong everywhere."""
+
 
 def compare_logits(reference: Tensor, logits: Tensor, margins: Tensor) -> dict[str, Any]:
     """Compare logits [N, V] position by position.
@@ -25,7 +28,14 @@ def compare_logits(reference: Tensor, logits: Tensor, margins: Tensor) -> dict[s
     A difference above the tolerance is put down to a router near-tie only where the routers really were that close
     (``margins`` [N]) at that position or an earlier one, which attention carries on; such positions are named and
     left out of ``max_abs``.
+
+    Raises:
+        L0MoEError: logits that are not finite, or more near-ties than there can be.
     """
+    if not bool(torch.isfinite(reference).all() and torch.isfinite(logits).all()):
+        raise L0MoEError(
+            "The logits of Megatron or of the exported model are not finite; the training has diverged."
+        )
     differences = (reference - logits).abs().amax(dim=-1)
     near_ties: list[dict[str, float | int]] = []
     compared: list[float] = []
@@ -36,6 +46,11 @@ def compare_logits(reference: Tensor, logits: Tensor, margins: Tensor) -> dict[s
             near_ties.append({"position": position, "difference": difference, "margin": closest})
         else:
             compared.append(difference)
+    if len(near_ties) > len(differences) * LARGEST_NEAR_TIE_SHARE:
+        raise L0MoEError(
+            f"{len(near_ties)} of {len(differences)} positions differ between Megatron and the exported model, too "
+            "many to be router near-ties; do not use the export, and report this as a bug."
+        )
     return {
         "max_abs": max(compared, default=0.0),
         "median_abs": float(differences.median()),

@@ -34,7 +34,11 @@ OWNED_BY_THE_CHAIN = frozenset(
         *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file"),
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
         *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
-        *("tokenizer-type", "vocab-size"),
+        *("tokenizer-type", "vocab-size", "ckpt-format", "micro-batch-size", "train-samples", "finetune"),
+        # the exported layouts know softmax after top-k only
+        *("moe-router-pre-softmax", "moe-router-score-function", "moe-router-topk-scaling-factor"),
+        # end a job before its last step, with exit code 0
+        *("exit-interval", "exit-duration-in-mins", "exit-signal-handler"),
     }
 )
 """Flags that follow from the rest of the recipe or from the run folder, so `flags:` may not set them."""
@@ -60,7 +64,7 @@ def expert_job(run: Run, architecture: Architecture, k: int, *, python: str = sy
         | _checkpoints(folder, run.stage_folder("convert") / "megatron", training.save_interval)
         | _parallel(training.parallel)
         | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", folder)
-        | {"l0-mask-lr": training.mask_learning_rate}
+        | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
     )
     return _job(python, training.parallel, architecture, flags, training.flags, "expert_training")
 

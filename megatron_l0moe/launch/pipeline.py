@@ -80,6 +80,7 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
             if is_done(stage):
                 logger.info("%s is done.", stage.folder)
                 continue
+            _check_inputs(run, spec)
             input_digests(stage)
             begin(stage, resumable=spec.resumable)
             started = time.monotonic()
@@ -91,16 +92,18 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
 
 def train_expert(run: Run, stage: Stage) -> None:
     """Run the training job of one expert to its end, from its last checkpoint if it has one."""
+    preflight.check_one_node(run.recipe, "expert_training")
     k = int(stage.folder.name)
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
-    _run_job(job, stage.folder / "train.log")
+    _train(job, stage, run.recipe.expert_steps)
 
 
 def train_moe(run: Run, stage: Stage) -> None:
     """Run MoE training to its end, from its last checkpoint if it has one."""
+    preflight.check_one_node(run.recipe, "moe_training")
     logger.info("MoE training: %d steps.", run.recipe.moe_steps)
-    _run_job(jobs.moe_job(run, _architecture(run)), stage.folder / "train.log")
+    _train(jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 
 def write_logits(run: Run, stage: Stage) -> Path:
@@ -135,10 +138,32 @@ def peak_process_bytes() -> int:
 
 
 def _architecture(run: Run) -> Architecture:
-    preflight.check_one_node(run.recipe)
     architecture = Architecture.from_hf(Path(run.recipe.model.path))
     preflight.check_sizes(run.recipe, architecture)
     return architecture
+
+
+def _check_inputs(run: Run, spec: StageSpec) -> None:
+    """Refuse inputs that were made with other settings, or from inputs that have been made anew since."""
+    for name in spec.inputs:
+        for stage in stages(run, name):
+            is_done(stage)
+
+
+def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
+    """Run a training job to its last step; a job whose last checkpoint is there already is not started again."""
+    tracker = stage.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+
+    def is_trained() -> bool:
+        return tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == str(steps)
+
+    if not is_trained():
+        _run_job(job, stage.folder / "train.log")
+    if not is_trained():
+        raise L0MoEError(
+            f"Training in {stage.folder} ended without an error before its last step, {steps}; see "
+            f"{stage.folder / 'train.log'}, and run the same command to go on."
+        )
 
 
 def _run_job(job: jobs.Job, log: Path) -> None:
@@ -162,6 +187,11 @@ def _run_stage(run: Run, spec: StageSpec, progress: Progress, lock: tuple[int, .
         if failure.code == USER_ERROR_EXIT:
             raise L0MoEError(failure.last_line) from failure
         raise L0MoEError(f"Stage {spec.name} failed. {failure}") from failure
+    if not all(is_done(stage) for stage in stages(run, spec.name)):
+        raise L0MoEError(
+            f"Stage {spec.name} ended without finishing its work, perhaps because the recipe was edited meanwhile; "
+            f"see {run.log_file(spec.name)}, and run the same command to go on."
+        )
     progress.finish(spec)
 
 

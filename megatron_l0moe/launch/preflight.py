@@ -41,13 +41,23 @@ def check_sizes(recipe: Recipe, architecture: Architecture) -> None:
             f"data.seq_length ({recipe.data.seq_length}) must be at most the model's "
             f"max_position_embeddings, {architecture.max_position_embeddings}."
         )
+    if architecture.qkv_bias:
+        raise L0MoEError(
+            f"The family {architecture.family} has biases on q, k and v, which the export layout (Ernie4.5-MoE) cannot "
+            "hold for every engine; use a Llama or Mistral base."
+        )
+    if recipe.evaluation.parity_positions > recipe.data.seq_length:
+        raise L0MoEError(
+            f"evaluation.parity_positions ({recipe.evaluation.parity_positions}) must be at most data.seq_length "
+            f"({recipe.data.seq_length}); lower it."
+        )
     _check_layout("expert_training.parallel", recipe.expert_training.parallel, architecture)
     _check_layout("moe_training.parallel", recipe.moe_training.parallel, architecture)
 
 
-def check_one_node(recipe: Recipe) -> None:
-    """Refuse to start a recipe for several nodes on this machine."""
-    for section in ("expert_training", "moe_training"):
+def check_one_node(recipe: Recipe, *sections: str) -> None:
+    """Refuse to start jobs for several nodes on this machine; without sections: any job of the recipe."""
+    for section in sections or ("expert_training", "moe_training"):
         nodes = getattr(recipe, section).parallel.nodes
         if nodes > 1:
             raise L0MoEError(

@@ -39,8 +39,8 @@ class LocalAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout != 0 or attn_mask_type is not AttnMaskType.causal or config.context_parallel_size != 1:
             raise ValueError(
-                "The local attention is causal, without dropout and without context parallelism, got dropout "
-                f"{dropout}, mask {attn_mask_type}, context_parallel_size {config.context_parallel_size}; use Transformer Engine"
+                f"The local attention is causal, without dropout and context parallelism, got dropout {dropout}, mask "
+                f"{attn_mask_type}, context_parallel_size {config.context_parallel_size}; use Transformer Engine"
             )
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 

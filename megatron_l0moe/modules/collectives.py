@@ -1,7 +1,10 @@
 """Differentiable and plain collectives that the gates use; each is the identity in a group of one."""
 
 import torch
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 
@@ -12,6 +15,14 @@ def gather_shards(shard: Tensor, group: torch.distributed.ProcessGroup) -> Tenso
     full = shard.new_empty((shard.shape[0] * group.size(), *shard.shape[1:]))
     torch.distributed.all_gather_into_tensor(full, shard.contiguous(), group=group)
     return full
+
+
+def copy_to_shards(value: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Hand a value that all ranks hold to computations on their shards: forward identity, backward all-reduce."""
+    if group.size() == 1:
+        return value
+    copied: Tensor = copy_to_tensor_model_parallel_region(value, group=group)
+    return copied
 
 
 def mean_over_shards(shard: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_l0moe.modules.collectives import gather_shards, mean_over_shards
+from megatron_l0moe.modules.collectives import copy_to_shards, gather_shards, mean_over_shards
 
 BISECTION_STEPS = 40  # halves an interval of 80 down to 1e-10, below float32's spacing
 BISECTION_BOUND = 40.0  # |log_alpha - tau|: sigmoid(40) is 1 in float32
@@ -175,4 +175,5 @@ def budget_shift(
         p = probability(full - tau)
         slope = (p * (1 - p)).mean().clamp_min(1e-6)
     mean = mean_over_shards(probability(log_alpha - tau), tp_group)
-    return tau + (mean - budget) / slope
+    # every rank uses tau for its own shard, so tau's gradient is the sum of theirs
+    return copy_to_shards(tau + (mean - budget) / slope, tp_group)

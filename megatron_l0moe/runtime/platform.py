@@ -18,7 +18,6 @@ CPU_FLAGS = (
     ("--no-masked-softmax-fusion", None),
     ("--no-bias-swiglu-fusion", None),
     ("--no-rope-fusion", None),
-    ("--attention-softmax-in-fp32", None),
 )
 
 

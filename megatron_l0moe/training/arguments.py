@@ -101,13 +101,36 @@ def _check(args: argparse.Namespace, stage: StageConfig, retention: RetentionCon
                 "The expert stage scales its penalty by the number of micro-batches, so it takes neither --fp16 nor "
                 "--calculate-per-token-loss; use --bf16."
             )
+        if args.overlap_grad_reduce:
+            raise L0MoEError(
+                "--overlap-grad-reduce needs a gradient for every parameter in every step, which open and frozen gates "
+                "do not have; remove it."
+            )
+        _check_steps(args.train_iters, retention)
     if stage.l0_stage == "moe" and args.num_experts is None:
         raise L0MoEError("--l0-stage moe needs --num-experts.")
 
 
+def _check_steps(steps: int | None, retention: RetentionConfig) -> None:
+    if steps is None:
+        return
+    freeze = steps - round(steps * retention.l0_freeze_fraction)
+    if not 1 <= retention.l0_open_steps < freeze:
+        raise L0MoEError(
+            f"--train-iters ({steps}) with --l0-open-steps ({retention.l0_open_steps}) and --l0-freeze-fraction "
+            f"({retention.l0_freeze_fraction}) leaves no step between open gates and the freeze; train longer "
+            "(data.tokens_per_expert), and keep at least one open step."
+        )
+    if retention.l0_freeze_fraction and freeze == steps:
+        raise L0MoEError(
+            f"--l0-freeze-fraction ({retention.l0_freeze_fraction}) of --train-iters ({steps}) is less than one step; "
+            "raise one of them."
+        )
+
+
 def with_platform_flags(argv: Sequence[str]) -> list[str]:
     """Return the command line completed by the flags that this machine needs."""
-    return [*argv, *platform_flags(argv, moe="--num-experts" in argv)]
+    return [*argv, *platform_flags(argv, moe=any(word.split("=", 1)[0] == "--num-experts" for word in argv))]
 
 
 def install_argv() -> None:

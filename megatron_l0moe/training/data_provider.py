@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 
 from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.data.index import check_batching
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -23,7 +25,18 @@ def datasets_provider(args: argparse.Namespace, num_samples: list[int]) -> tuple
         )
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return None, None, None
-    dataset = CurriculumDataset(Path(prefix))
+    dataset = CurriculumDataset(
+        Path(prefix),
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+        verify=torch.distributed.get_rank() == 0,  # one rank reads the shards for their checksums
+    )
+    check_batching(
+        dataset.header,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+    )
     if len(dataset) < num_samples[0]:
         raise L0MoEError(
             f"The index {prefix} holds {len(dataset)} samples but --train-iters {args.train_iters} x "

@@ -20,6 +20,7 @@ from megatron.training import get_args
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.retention import schedule_step
 from megatron_l0moe.training.arguments import Settings
 from megatron_l0moe.training.model import gates, routers
@@ -50,6 +51,10 @@ class ForwardStep:
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
         )
+        if model.training and torch.is_grad_enabled() and not output.requires_grad:
+            raise L0MoEError(
+                "No gradient reaches the trained parameters; remove --recompute-granularity full."
+            )
         return output, functools.partial(_loss, batch["loss_mask"])
 
 

@@ -25,6 +25,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 
+from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.training.model import gates, routers
 
 
@@ -34,7 +35,7 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last = time.perf_counter()
-        self._resumed = False
+        self._has_dropped_records = False
         self.models: list[torch.nn.Module] = []
 
     def write(
@@ -46,7 +47,7 @@ class MetricsWriter:
         layers = _gather_over_pipeline([_layer_metrics(model) for model in self.models])
         if not _is_writer():
             return
-        if not self._resumed:
+        if not self._has_dropped_records:
             self._drop_from(iteration)
         args = get_args()
         record: dict[str, Any] = {
@@ -64,12 +65,12 @@ class MetricsWriter:
 
     def _drop_from(self, iteration: int) -> None:
         """Remove the records of steps that this run, resumed from an earlier checkpoint, does again."""
-        self._resumed = True
+        self._has_dropped_records = True
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _iteration_of(line) < iteration]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(f"{line}\n" for line in kept))
 
 
 def install_metrics(writer: MetricsWriter) -> None:

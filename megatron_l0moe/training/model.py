@@ -49,6 +49,8 @@ def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPT
     for model in models:
         if settings.plan.stage == "expert":
             model.requires_grad_(False)
+            if model.config.recompute_granularity == "full":
+                _let_gradients_start_at_the_embedding(model)
         for module in model.modules():
             if isinstance(module, L0MLP):
                 module.requires_grad_(not settings.stage.l0_freeze_weights)
@@ -56,6 +58,18 @@ def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPT
             elif isinstance(module, L0Router):
                 setattr(module.weight, ROUTER_GROUP, True)
     return models
+
+
+def _let_gradients_start_at_the_embedding(model: GPTModel) -> None:
+    """Make the hidden states require a gradient although embedding and bottom layers are frozen.
+
+    Megatron's full activation recomputation returns outputs without a gradient for inputs without one, and its schedule
+    then leaves the backward pass out without a word (core/pipeline_parallel/schedules.py:570).
+    """
+    if getattr(model, "pre_process", False):
+        model.embedding.register_forward_hook(
+            lambda module, inputs, output: output.requires_grad_() if torch.is_grad_enabled() else output
+        )
 
 
 def _mark_gate(gate: HardConcreteGate) -> None:

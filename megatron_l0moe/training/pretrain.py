@@ -31,6 +31,7 @@ def main() -> None:
     settings = arguments.settings_from_args(args)
     checkpoint_start.prepare(args, settings)
     config = model.model_config(args, settings)
+    config.pre_wrap_hooks.append(functools.partial(checkpoint_start.check_keys, args=args))
     optimizer.install_group_overrides(settings.stage)
     if settings.stage.l0_metrics_file:
         writer = metrics.MetricsWriter(Path(settings.stage.l0_metrics_file))

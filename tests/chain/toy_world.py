@@ -1,4 +1,4 @@
-"""A whole run in small: a random Llama, a random encoder, a corpus of three topics and a recipe, all made on the spot."""
+"""A whole run in small, made on the spot: a random Llama, a random encoder, a corpus of three topics, a recipe."""
 
 import json
 import os

@@ -99,10 +99,11 @@ def test_resumable_folder_of_other_settings_is_refused(stage: Stage) -> None:
     assert (stage.folder / "checkpoints").is_dir()
 
 
-def test_resumable_folder_without_its_note_is_cleared(stage: Stage) -> None:
+def test_resumable_folder_without_its_note_is_refused_and_kept(stage: Stage) -> None:
     (stage.folder / "checkpoints").mkdir(parents=True)
-    begin(stage, resumable=True)
-    assert not (stage.folder / "checkpoints").exists()
+    with pytest.raises(L0MoEError, match="did not start, such as a training run by hand"):
+        begin(stage, resumable=True)
+    assert (stage.folder / "checkpoints").exists()
 
 
 def test_sha256_by_hand(tmp_path: Path) -> None:

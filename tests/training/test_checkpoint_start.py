@@ -1,0 +1,54 @@
+"""Initial weights: the stage's own state may be missing from them, and nothing else."""
+
+import argparse
+from pathlib import Path
+
+import megatron_models as models
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime import cpu
+from megatron_l0moe.training import checkpoint_start
+from megatron_l0moe.training.arguments import Settings, StageConfig
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    with cpu.one_process_group():
+        yield
+
+
+def write_keys(folder: Path, keys: set[str]) -> argparse.Namespace:
+    save({key: torch.zeros(1) for key in keys}, storage_writer=FileSystemWriter(folder / "release"))
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    return argparse.Namespace(pretrained_checkpoint=str(folder), load=None)
+
+
+def test_dense_weights_start_the_expert_stage(tmp_path):
+    args = write_keys(tmp_path, checkpoint_start.model_keys(models.build("dense")))
+    expert = models.build("expert")
+    assert checkpoint_start.check_keys([expert], args) == [expert]
+
+
+def test_a_missing_weight_is_named(tmp_path):
+    keys = checkpoint_start.model_keys(models.build("dense"))
+    args = write_keys(tmp_path, keys - {"decoder.layers.1.mlp.linear_fc2.weight"})
+    with pytest.raises(
+        L0MoEError, match=r"lacks decoder\.layers\.1\.mlp\.linear_fc2\.weight \(1 tensors in all\)"
+    ):
+        checkpoint_start.check_keys([models.build("expert")], args)
+
+
+def test_dense_weights_do_not_start_the_moe_stage(tmp_path):
+    args = write_keys(tmp_path, checkpoint_start.model_keys(models.build("dense")))
+    with pytest.raises(L0MoEError, match="another stage"):
+        checkpoint_start.check_keys([models.build("moe")], args)
+
+
+def test_no_checkpoint_at_all_is_one_sentence(tmp_path):
+    args = argparse.Namespace(pretrained_checkpoint=str(tmp_path), load=None)
+    settings = Settings(StageConfig(l0_stage="expert"), models.plan("expert"))
+    with pytest.raises(L0MoEError, match="holds no Megatron checkpoint; run the stage before 'expert' first"):
+        checkpoint_start.prepare(args, settings)
