@@ -15,6 +15,7 @@ import megatron_l0moe
 from megatron_l0moe import cli
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import pipeline
+from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
 
 HELP_SECONDS = 1.5
@@ -126,6 +127,52 @@ def wrapped_disk_full() -> Exception:
     error = RuntimeError("writing failed")
     error.__cause__ = OSError(errno.ENOSPC, "No space left on device", "runs/x/file")
     return error
+
+
+class SafetensorError(Exception):
+    """Like that of safetensors, which has no errno."""
+
+
+def failed_training(last_line: str) -> Exception:
+    log = Path("runs/x/moe/train.log")
+    return CommandFailedError("The job failed.", code=1, last_line=last_line, log=log)
+
+
+def caused_by(cause: BaseException) -> Exception:
+    error = L0MoEError("The model cannot be written.")
+    error.__cause__ = cause
+    return error
+
+
+FULL = "No space left on the disk that holds {}; free some and run the same command to go on.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), FULL.format("runs")),
+        (SafetensorError("I/O error: quota (os error 122)"), FULL.format("runs")),
+        (caused_by(OSError(errno.EDQUOT, "Disk quota exceeded", "runs/x/file")), FULL.format("runs/x/file")),
+        (failed_training("OSError: [Errno 28] No space left on device"), FULL.format("runs/x/moe")),
+        (caused_by(failed_training("OSError: No space left on device")), FULL.format("runs/x/moe")),
+        (failed_training("ValueError: bad"), "The job failed.\n"),
+        (caused_by(SafetensorError("I/O error (os error 2)")), "The model cannot be written.\n"),
+    ],
+    ids=["library", "library quota", "cause", "training", "training inside", "other job", "other error"],
+)
+def test_full_disks_in_disguise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    monkeypatch.setattr(pipeline, "carry_out", raising(error))
+    assert invoke("convert", str(write_recipe(tmp_path))) == (2, "", message)
+
+
+def test_other_errors_of_safetensors_keep_their_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "carry_out", raising(SafetensorError("I/O error (os error 280)")))
+    result = CliRunner().invoke(cli.app, ["convert", str(write_recipe(tmp_path))])
+    assert isinstance(result.exception, SafetensorError)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,17 @@ def test_only_the_top_imports_the_top() -> None:
             assert not [name for name in names if any(within(name, top) for top in tops)], relative(path)
 
 
+def test_atomic_writing_has_one_definition() -> None:
+    trees = {relative(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+    owners = [
+        name
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "write_text"
+    ]
+    assert owners == ["data/manifest.py"]
+
+
 def test_third_party_imports_are_declared() -> None:
     """What the package imports at run time is in pyproject.toml, and what is declared is used."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -93,8 +93,9 @@ class Architecture:
         family = _family(config, source)
         hidden = _integer(config, "hidden_size", source)
         heads = _integer(config, "num_attention_heads", source)
-        groups = config.get("num_key_value_heads")
-        head_dim = config.get("head_dim")
+        groups = heads
+        if config.get("num_key_value_heads") is not None:
+            groups = _integer(config, "num_key_value_heads", source)
         base, scaling = _rope(config, source)
         _refuse_what_megatron_lacks(config, family, source)
         architecture = cls(
@@ -103,8 +104,8 @@ class Architecture:
             ffn_hidden_size=_integer(config, "intermediate_size", source),
             num_layers=_integer(config, "num_hidden_layers", source),
             num_attention_heads=heads,
-            num_query_groups=heads if groups is None else int(groups),
-            head_dim=hidden // heads if head_dim is None else int(head_dim),
+            num_query_groups=groups,
+            head_dim=_head_dim(config, hidden, heads, source),
             vocab_size=_integer(config, "vocab_size", source),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rotary_base=base,
@@ -115,10 +116,9 @@ class Architecture:
                 config.get("max_position_embeddings", family.max_position_embeddings)
             ),
         )
-        if heads % architecture.num_query_groups:
+        if heads % groups:
             raise L0MoEError(
-                f"{source}: num_attention_heads ({heads}) must be divisible by num_key_value_heads "
-                f"({architecture.num_query_groups})."
+                f"{source}: num_attention_heads ({heads}) must be divisible by num_key_value_heads ({groups})."
             )
         return architecture
 
@@ -250,6 +250,17 @@ def _integer(config: dict[str, Any], key: str, source: Path) -> int:
     return value
 
 
+def _head_dim(config: dict[str, Any], hidden: int, heads: int, source: Path) -> int:
+    if config.get("head_dim") is not None:
+        return _integer(config, "head_dim", source)
+    if hidden % heads:
+        raise L0MoEError(
+            f"{source}: hidden_size ({hidden}) must be divisible by num_attention_heads ({heads}) where head_dim "
+            "is not given; give head_dim, or copy the checkpoint again."
+        )
+    return hidden // heads
+
+
 def _rope(config: dict[str, Any], source: Path) -> tuple[float, dict[str, Any] | None]:
     """Return RoPE's base and its scaling (None or Llama-3.1's) from either form of config.json."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -273,9 +284,15 @@ def _rope(config: dict[str, Any], source: Path) -> tuple[float, dict[str, Any] |
                 f"{source}: RoPE scaling has {key} = {parameters.get(key)}, but Megatron computes with "
                 f"{value} only; other values cannot be expressed."
             )
+    factor = parameters.get("factor")
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise L0MoEError(
+            f"{source}: RoPE scaling of type 'llama3' needs a number above 0 as factor, got {factor!r}; copy the "
+            "checkpoint again."
+        )
     return float(base), {
         "rope_type": "llama3",
-        "factor": float(parameters["factor"]),
+        "factor": float(factor),
         **MEGATRON_LLAMA3_SCALING,
     }
 

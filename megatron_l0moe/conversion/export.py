@@ -22,8 +22,8 @@ from megatron_l0moe.conversion.safetensors_files import (
     MAX_SHARD_BYTES,
     SafetensorsWriter,
     refuse_existing_checkpoint,
-    write_text,
 )
+from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
 logger = logging.getLogger(__name__)

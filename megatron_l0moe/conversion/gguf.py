@@ -14,8 +14,8 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.safetensors_files import (
     SafetensorsWriter,
     refuse_existing_checkpoint,
-    write_text,
 )
+from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_l0moe.conversion.safetensors_files import write_text
+from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"

@@ -5,6 +5,7 @@ order of their offsets, without gaps (https://github.com/huggingface/safetensors
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -140,15 +142,27 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise L0MoEError(damaged) from error
-    entries: dict[str, _Entry] = {}
-    for name, value in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = (8 + length + offset for offset in value["data_offsets"])
-        if end > size:
-            raise L0MoEError(damaged)
-        entries[name] = _Entry(path, value["dtype"], tuple(value["shape"]), begin, end)
+    if not isinstance(header, dict):
+        raise L0MoEError(damaged)
+    header.pop("__metadata__", None)
+    try:
+        entries = {name: _entry(path, value, 8 + length) for name, value in header.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise L0MoEError(damaged) from error
+    if any(entry.end > size for entry in entries.values()):
+        raise L0MoEError(damaged)
     return entries
+
+
+def _entry(path: Path, value: Any, data_begin: int) -> _Entry:
+    """Return one tensor's entry of a header; KeyError, TypeError or ValueError when it cannot be one."""
+    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or begin > end:
+        raise ValueError(f"shape {shape}, offsets {begin} to {end}")
+    # Types that are not supported are refused only when they are read, so their size is not known here.
+    if dtype in _DTYPES and end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError(f"{end - begin} bytes for the shape {shape} of {dtype}")
+    return _Entry(path, dtype, shape, data_begin + begin, data_begin + end)
 
 
 class SafetensorsWriter:
@@ -270,10 +284,3 @@ def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
             f"The tensor {name} holds {count} values that are NaN or infinite; the run that made it has "
             "diverged, or the file is damaged: go back to an earlier checkpoint."
         )
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a small file atomically."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

@@ -86,7 +86,7 @@ def _parse(path: Path, name: str, number: int, line: bytes) -> Document:
             f"{where} is not valid UTF-8 JSON ({error}); repair or delete that line, or copy the shard again."
         ) from error
     text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text.strip():
         raise L0MoEError(
             f"{where} has no non-empty string `text`; each line must be like "
             '{"text": "...", "meta": {"source": "..."}}, so repair or delete that line.'

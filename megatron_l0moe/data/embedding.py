@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.runtime.cpu import has_cuda
+from megatron_l0moe.runtime.cpu import device
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Encoder:
 
 
 def load_encoder(name: str, *, max_tokens: int, batch_size: int) -> Encoder:
-    """Load an encoder in fp32 on the first GPU, or on the CPU.
+    """Load an encoder in fp32 on this process' device.
 
     Raises:
         L0MoEError: the model is not on this machine, is damaged, takes fewer than ``max_tokens`` tokens, or pools
@@ -83,7 +83,7 @@ def load_encoder(name: str, *, max_tokens: int, batch_size: int) -> Encoder:
             f"data.embedding_max_tokens ({max_tokens}) is more than the {limit} tokens that encoder {name} takes; "
             f"set it to {limit} or less."
         )
-    options: dict[str, Any] = {"use_fp16": False, "devices": "cuda:0" if has_cuda() else "cpu"}
+    options: dict[str, Any] = {"use_fp16": False, "devices": str(device())}
     if is_bge_m3(folder):
         from FlagEmbedding import BGEM3FlagModel as Model  # seconds to import: only when it is used
     else:

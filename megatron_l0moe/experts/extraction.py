@@ -35,7 +35,8 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
         Numbers for the manifest: width, layers, whether the masks were frozen, the folded gates' range.
 
     Raises:
-        L0MoEError: no such checkpoint, no gates in it, another width, or NaN weights.
+        L0MoEError: no such checkpoint, no gates in it, another width, NaN weights, or masks that are not frozen
+            though the retention was controlled by the exact budget.
     """
     reader = CheckpointReader(checkpoint)
     layers = sorted(int(match[1]) for name in reader.shapes if (match := _LOG_ALPHA.fullmatch(name)))
@@ -57,6 +58,11 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
     if frozen_layers not in (0, len(layers)):
         raise L0MoEError(
             f"{reader.path}: {frozen_layers} of {len(layers)} masks are frozen; the checkpoint is damaged."
+        )
+    if not frozen_layers and reader.settings.get("l0_retention_control") == "budget":
+        raise L0MoEError(
+            f"{reader.path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
+            "--l0-retention-control budget the gates are those of a shifted log_alpha, which is not stored."
         )
     write_expert(out_file, tensors, width=width, layers=layers)
     logger.info("extracted %d units in each of %d layers to %s", width, len(layers), out_file)

@@ -19,7 +19,7 @@ from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, write_piece
 from megatron_l0moe.conversion.families import MoEShape, extra_states
 from megatron_l0moe.conversion.mapping import Piece
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, CheckpointWriter, common_state
-from megatron_l0moe.conversion.safetensors_files import write_text
+from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap

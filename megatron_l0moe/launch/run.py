@@ -38,9 +38,18 @@ USER_ERROR_EXIT = 2
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _ERROR_LINE = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit)): \S")
+_USAGE_ERROR = re.compile(r"^\S+: (error: \S.*)")  # argparse
+_OUR_SENTENCE = re.compile(r"^Error: (\S.*)")
 _LAUNCHER_NOISE = re.compile(
-    r"torch\.distributed\.elastic|ChildFailedError|SignalException|error_file|traceback :"
+    r"torch[./]distributed[./](?:elastic|launcher|run)\b|ChildFailedError|SignalException|<NO_OTHER_FAILURES>"
+    r"|^\S+ FAILED$|^Failures:$|^Root Cause|^\[\d+\]:$"
+    r"|^(?:(?:time|host|rank|exitcode|traceback) +|error_file):"
 )
+_RULER = re.compile(r"^[-=\s]+$")
+_LAUNCHER_TRACEBACK = re.compile(
+    r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)*\S*(?:ChildFailedError|SignalException)\b.*", re.M
+)
+_ROOT_SIGNAL = re.compile(r"^Root Cause.*?Signal \d+ \((SIG\w+)\) received by PID", re.M | re.S)
 
 
 class CommandFailedError(L0MoEError):
@@ -107,7 +116,7 @@ def run_command(
         if asked_to_stop:
             raise KeyboardInterrupt
     if child.returncode != 0:
-        last = last_meaningful_line(log, start)
+        last = last_meaningful_line(log, start, child.returncode)
         raise CommandFailedError(
             f"The command {command_name(command)} {_how(child.returncode)}: {last.rstrip('.')}; its log is {log}.",
             code=child.returncode,
@@ -125,22 +134,40 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def last_meaningful_line(log: Path, start: int = 0) -> str:
-    """Return the line that says why a command failed: its last exception, else its last line.
+def last_meaningful_line(log: Path, start: int = 0, code: int = 1) -> str:
+    """Return the line that says why a command failed: its last exception or usage error, else its last line.
+
+    What torchrun itself prints is left out, but for the signal that ended a worker. Of a command of ours that
+    ended with a sentence for the user (`USER_ERROR_EXIT`), the last line `Error: ...` goes before all others.
 
     Args:
         start: offset in bytes where this command's output begins.
+        code: its exit code.
     """
     with log.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(start, size - TAIL_BYTES))
         text = file.read().decode("utf-8", errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")]
+    signals = _ROOT_SIGNAL.findall(text)
+    if signals[-1:] == ["SIGKILL"]:  # what the other workers say then is only that this one is gone
+        return "a worker was killed (often: not enough memory)"
+    lines = _without_launcher(text)
+    if code == USER_ERROR_EXIT:
+        for line in reversed(lines):
+            if found := _OUR_SENTENCE.match(line):
+                return found[1]
     for line in reversed(lines):
-        found = _ERROR_LINE.match(line)
-        if found and not _LAUNCHER_NOISE.search(line):
+        if found := _ERROR_LINE.match(line) or _USAGE_ERROR.match(line):
             return line[found.start(1) :].removeprefix("L0MoEError: ").removeprefix("Error: ")
+    if signals:
+        return f"a worker was ended by {signals[-1]}"
     return lines[-1] if lines else "it printed nothing"
+
+
+def _without_launcher(text: str) -> list[str]:
+    """Return the lines that say something: no rulers, no command lines, nothing that torchrun itself printed."""
+    lines = [line.strip() for line in _LAUNCHER_TRACEBACK.sub("", text).splitlines() if line[:2] != "$ "]
+    return [line for line in lines if line and not _RULER.match(line) and not _LAUNCHER_NOISE.search(line)]
 
 
 def command_name(command: Sequence[str]) -> str:

@@ -124,6 +124,19 @@ BAD_CONFIGS = {
     "size": ({"hidden_size": 0}, "hidden_size must be a whole number above 0, got 0"),
     "no size": ({"vocab_size": ...}, "vocab_size must be a whole number above 0, got None"),
     "groups": ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be divisible by.*\(3\)"),
+    "no groups": (
+        {"num_key_value_heads": 0},
+        "num_key_value_heads must be a whole number above 0, got 0",
+    ),
+    "head_dim": ({"head_dim": 0}, "head_dim must be a whole number above 0, got 0"),
+    "odd heads": (
+        {"num_attention_heads": 6},
+        r"hidden_size \(64\) must be divisible by num_attention_heads \(6\) where head_dim is not given",
+    ),
+    "no factor": (
+        {"rope_scaling": {"rope_type": "llama3", **MEGATRON_LLAMA3_SCALING}},
+        "'llama3' needs a number above 0 as factor, got None",
+    ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
     "bias": ({"attention_bias": True}, "attention_bias = true is not supported"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias = true is not supported"),

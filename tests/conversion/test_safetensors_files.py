@@ -1,6 +1,7 @@
 """Streamed safetensors: the library reads what we write, we read what it writes, damage is named."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -107,6 +108,40 @@ def test_truncated_at_any_place(tmp_path, count):
 def test_another_file_format(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0notJSON")
     with pytest.raises(L0MoEError, match="not a safetensors file"):
+        SafetensorsFolder(tmp_path)
+
+
+GOOD_ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+BAD_HEADERS = {
+    "a list": [1],
+    "a number": 5,
+    "no entry": {"a": None},
+    "text": {"a": "F32"},
+    "no offsets": {"a": {"dtype": "F32", "shape": [2, 2]}},
+    "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
+    "no dtype": {"a": {"shape": [2, 2], "data_offsets": [0, 16]}},
+    "one offset": {"a": {**GOOD_ENTRY, "data_offsets": [16]}},
+    "before the data": {"a": {**GOOD_ENTRY, "data_offsets": [-16, 0]}},
+    "after the file": {"a": {**GOOD_ENTRY, "data_offsets": [8, 24]}},
+    "backwards": {"a": {**GOOD_ENTRY, "data_offsets": [16, 0]}},
+    "fractions": {"a": {**GOOD_ENTRY, "data_offsets": [0.0, 16.0]}},
+    "too few bytes": {"a": {**GOOD_ENTRY, "data_offsets": [0, 12]}},
+    "negative shape": {"a": {**GOOD_ENTRY, "shape": [-2, -2]}},
+    "dtype list": {"a": {**GOOD_ENTRY, "dtype": ["F32"]}},
+}
+
+
+def write_header(folder, header):
+    encoded = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(16))
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
+def test_damaged_headers(tmp_path, header):
+    write_header(tmp_path, {"a": GOOD_ENTRY})
+    assert SafetensorsFolder(tmp_path).read("a").shape == (2, 2)  # control
+    write_header(tmp_path, header)
+    with pytest.raises(L0MoEError, match=r"model\.safetensors is truncated or not a safetensors file"):
         SafetensorsFolder(tmp_path)
 
 

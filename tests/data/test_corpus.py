@@ -76,10 +76,11 @@ def test_domain_of(meta: object, domain: str) -> None:
         ("[1, 2]", r"Line 2 of .*a\.jsonl has no non-empty string `text`"),
         ('{"meta": {}}', r"Line 2 of .* has no non-empty string `text`"),
         ('{"text": ""}', r"Line 2 of .* has no non-empty string `text`"),
+        ('{"text": " \\n\\t"}', r"Line 2 of .* has no non-empty string `text`"),
         ('{"text": 5}', r"Line 2 of .* has no non-empty string `text`"),
         ('{"text": "a\\ud800b"}', r"Line 2 of .* has a lone surrogate in `text` at character 1"),
     ],
-    ids=["quotes", "blank", "cut", "list", "missing", "empty", "number", "surrogate"],
+    ids=["quotes", "blank", "cut", "list", "missing", "empty", "space", "number", "surrogate"],
 )
 def test_bad_lines_are_named(tmp_path: Path, write_lines, line: str, message: str) -> None:
     path = write_lines(tmp_path / "a.jsonl", [GOOD, line, GOOD])

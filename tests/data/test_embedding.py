@@ -66,6 +66,16 @@ def test_more_tokens_than_positions(tiny_encoder: Path, tiny_bge_m3: Path) -> No
         load_encoder(str(tiny_bge_m3), max_tokens=65, batch_size=2)
 
 
+def test_runs_on_the_device_of_the_runtime(tiny_encoder: Path, monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("FlagEmbedding.FlagModel", lambda folder, *, devices, **k: asked.append(devices))
+    monkeypatch.setattr("FlagEmbedding.FlagModel.__name__", "FlagModel")
+    monkeypatch.setattr("megatron_l0moe.runtime.cpu.has_cuda", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    load_encoder(str(tiny_encoder), max_tokens=8, batch_size=2)
+    assert asked == ["cuda:3"]
+
+
 def test_missing_model_says_how_to_get_it(tmp_path: Path) -> None:
     for name in (str(tmp_path / "nowhere"), "models/all-minilm", "owner/not-in-the-cache"):
         with pytest.raises(

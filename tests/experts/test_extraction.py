@@ -142,6 +142,21 @@ def test_bad_runs_are_refused(tmp_path, dense):
     assert not out.exists()
 
 
+def test_gates_of_the_exact_budget_must_be_frozen(tmp_path, dense):
+    out = tmp_path / "expert.safetensors"
+    for control, keep in (("budget", WIDTH), ("lagrangian", None)):
+        settings = {"l0_retention_control": control}
+        run = write_expert_run(tmp_path / control, dense, keep=keep, settings=settings)
+        extract_expert(run, out, width=WIDTH)
+        out.unlink()
+    run = write_expert_run(tmp_path / "open", dense, settings={"l0_retention_control": "budget"})
+    with pytest.raises(
+        L0MoEError, match=r"the masks are not frozen; train with --l0-freeze-fraction above 0"
+    ):
+        extract_expert(run, out, width=WIDTH)
+    assert not out.exists()
+
+
 def test_bad_expert_files_are_refused(tmp_path):
     with pytest.raises(L0MoEError, match="does not exist"):
         ExpertFile(tmp_path / "gone.safetensors")

@@ -163,6 +163,72 @@ def test_last_meaningful_line(tmp_path: Path, text: str, line: str) -> None:
     assert last_meaningful_line(log) == line
 
 
+TORCHRUN = """E1122 01:15:45 22442 site-packages/torch/distributed/elastic/multiprocessing/api.py:1002] failed
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "/venv/torch/distributed/run.py", line 1142, in <module>
+    main()
+    ^^^^^^
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+megatron_l0moe.training.pretrain FAILED
+------------------------------------------------------------
+Failures:
+  <NO_OTHER_FAILURES>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-01_01:15:45
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : 2 (pid: 22591)
+  error_file: <N/A>
+  traceback : {reason}
+============================================================
+"""
+"""What torch 2.14 prints after a worker has failed, shortened."""
+NO_REASON = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "line"),
+    [
+        (
+            "usage: pretrain.py [-h]\npretrain.py: error: unrecognized arguments: --foo\n",
+            NO_REASON,
+            "error: unrecognized arguments: --foo",
+        ),
+        (
+            "[rank0]: Traceback (most recent call last):\n[rank0]: torch.OutOfMemoryError: too big\n",
+            NO_REASON,
+            "OutOfMemoryError: too big",
+        ),
+        ("torch.distributed.DistBackendError: no peer\n", NO_REASON, "DistBackendError: no peer"),
+        ("Error: The corpus is empty.\n", NO_REASON, "The corpus is empty."),
+        ("loading\n", NO_REASON, "loading"),
+        ("", NO_REASON, "it printed nothing"),
+        (
+            "RuntimeError: connection closed by peer\n",
+            "Signal 9 (SIGKILL) received by PID 7",
+            "a worker was killed (often: not enough memory)",
+        ),
+        ("loading\n", "Signal 11 (SIGSEGV) received by PID 7", "a worker was ended by SIGSEGV"),
+    ],
+    ids=["flag", "exception", "network", "sentence", "no error", "nothing", "killed", "crashed"],
+)
+def test_launchers_report_is_not_the_reason(tmp_path: Path, text: str, reason: str, line: str) -> None:
+    log = tmp_path / "log"
+    log.write_text(text + TORCHRUN.format(reason=reason))
+    assert last_meaningful_line(log) == line
+
+
+def test_our_sentence_wins_where_the_exit_code_says_so(tmp_path: Path) -> None:
+    code = "import sys; print('Error: Mend this.'); print('ValueError: in a thread'); sys.exit({})"
+    for number, line in ((2, "Mend this"), (1, "ValueError: in a thread")):
+        with pytest.raises(CommandFailedError, match=f"exit code {number}: {line}; its log is"):
+            run_command(python(code.format(number)), log=tmp_path / f"{number}.log")
+
+
 def test_last_meaningful_line_of_this_command_only(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("ValueError: of yesterday\n")

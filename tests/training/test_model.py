@@ -98,3 +98,28 @@ def test_registering_the_norm_groups_twice_changes_nothing():
     assert groups == tm.megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS
     assert len(set(groups)) == len(groups)
     assert set(SEPARATE_GRAD_NORM_GROUPS) <= set(groups)  # Megatron's own stay
+
+
+def gradients(*, recompute: bool, hook: bool = True) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    plan = models.plan("expert")
+    model = models.build("expert", layer_plan=plan).train()
+    if recompute:
+        model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
+        model.config.recompute_num_layers = 1
+    tm.prepare_for_training(
+        [model], Settings(StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE), plan)
+    )
+    if not hook:
+        model.embedding._forward_hooks.clear()
+    output = models.logits(model)
+    if output.requires_grad:
+        output.square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_full_recomputation_changes_no_gradient():
+    plain, recomputed = gradients(recompute=False), gradients(recompute=True)
+    assert set(plain) == set(recomputed)
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+    assert gradients(recompute=True, hook=False) == {}  # control: without the hook no gradient at all
