@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 RECIPE ?= examples/quickstart.yaml
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadfile # tests of one file share what they make
 
 .PHONY: help setup quickstart test check format wheel
 
