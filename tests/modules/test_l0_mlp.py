@@ -89,7 +89,7 @@ def test_evaluation_uses_the_gate_without_noise():
 
 
 def test_identical_full_width_experts_are_the_dense_model():
-    dense, moe = models.build("dense"), models.build("moe", experts=3)
+    dense, moe = models.build("dense").eval(), models.build("moe", experts=3).eval()  # records no metrics
     models.copy_backbone(dense, moe)
     for index in range(models.DENSE, models.LAYERS):
         source, target = dense.decoder.layers[index].mlp, moe.decoder.layers[index].mlp
