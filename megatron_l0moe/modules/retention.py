@@ -37,7 +37,7 @@ class RetentionConfig:
     l0_open_steps: int = 4
     """First steps with open gates, in which the mean of each layer's router input is taken."""
     l0_retention_ramp: float = 0.5
-    """Fraction of the steps in which r falls linearly from 1 to its target (the paper: 0.2)."""
+    """Fraction of the steps after which r has fallen linearly from 1 to its target (the paper: 0.2)."""
     l0_freeze_fraction: float = 0.1
     """Last fraction of the steps, trained with the hard top-k mask."""
     l0_retention_control: Literal["lagrangian", "budget"] = "lagrangian"
@@ -74,14 +74,18 @@ class GateStep:
 def schedule_step(
     config: RetentionConfig, *, iteration: int, total: int, target: float, penalty_scale: float = 1.0
 ) -> GateStep:
-    """Return the gates' phase and r for an iteration: open, linear from 1 to ``target``, hold, frozen."""
+    """Return the gates' phase and r for an iteration: open, linear from 1 to ``target``, hold, frozen.
+
+    r is 1 in the last open step and ``target`` from step ``total * l0_retention_ramp`` on.
+    """
     freeze_start = total - round(total * config.l0_freeze_fraction)
     if iteration < config.l0_open_steps:
         return GateStep(iteration, Phase.OPEN, 1.0, penalty_scale)
     if iteration >= freeze_start and config.l0_freeze_fraction > 0:
         return GateStep(iteration, Phase.FROZEN, target, penalty_scale)
-    ramp = max(round(total * config.l0_retention_ramp), 1)
-    progress = min(iteration / ramp, 1.0)
+    start = max(config.l0_open_steps - 1, 0)
+    ramp = max(round(total * config.l0_retention_ramp) - start, 1)
+    progress = min((iteration - start) / ramp, 1.0)
     return GateStep(iteration, Phase.LEARN, 1.0 + (target - 1.0) * progress, penalty_scale)
 
 

@@ -19,10 +19,19 @@ def test_schedule_by_hand():
     steps = [rt.schedule_step(config, iteration=i, total=60, target=0.25) for i in range(60)]
     assert [s.phase for s in steps[:4]] == [rt.Phase.OPEN] * 4
     assert all(s.retention == 1.0 for s in steps[:4])
-    assert steps[15].retention == pytest.approx(1 - 0.75 * 15 / 30)  # half of the ramp of 30 steps: 0.625
+    # r leaves 1 after step 3, the last open one, and arrives at step 30: a fall of 0.75 / 27 a step
+    assert steps[4].retention == pytest.approx(1 - 0.75 / 27)
+    assert steps[12].retention == pytest.approx(1 - 0.75 * 9 / 27)  # a third of the way: 0.75
     assert steps[30].retention == steps[47].retention == pytest.approx(0.25)
     assert [s.phase for s in steps[47:49]] == [rt.Phase.LEARN, rt.Phase.FROZEN]  # 60 - 12 = 48
     assert all(a.retention >= b.retention for a, b in itertools.pairwise(steps))
+
+
+def test_a_ramp_without_open_steps_starts_at_one_and_a_ramp_that_ends_within_them_is_over():
+    config = rt.RetentionConfig(l0_open_steps=0, l0_retention_ramp=0.5, l0_freeze_fraction=0.0)
+    assert rt.schedule_step(config, iteration=0, total=60, target=0.25).retention == 1.0
+    config = rt.RetentionConfig(l0_open_steps=4, l0_retention_ramp=0.05, l0_freeze_fraction=0.0)
+    assert rt.schedule_step(config, iteration=4, total=60, target=0.25).retention == 0.25
 
 
 def test_no_freeze_fraction_never_freezes():
