@@ -8,14 +8,18 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_l0moe.errors import L0MoEError, nearest
+from megatron_l0moe.planning.layout_rules import JobSizes, refusal
+from megatron_l0moe.planning.layouts import Layout
 
 Flag = bool | int | float | str
+Section = Literal["expert_training", "moe_training"]
+SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
 
 
 def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
@@ -54,11 +58,34 @@ class ModelSection(_Section):
     """Experts that serve one token."""
 
 
+class SignalRange(_Section):
+    """Values of a quality signal that a document may have; None: no limit."""
+
+    min: float | None = None
+    max: float | None = None
+
+
+class FilterSection(_Section):
+    """Which documents of the corpus are used; each dropped one is counted by its reason."""
+
+    min_chars: int = Field(default=0, ge=0)
+    languages: list[str] | None = Field(default=None, min_length=1)
+    """Codes such as en; a document without one is dropped then. None: all."""
+    quality_signals: dict[str, SignalRange] = Field(default_factory=dict)
+    """Of RedPajama v2, by name, such as rps_doc_word_count: {min: 50}."""
+    drop_duplicates: bool = True
+    """Drop exact repetitions of a text, and what RedPajama v2's duplicates files list."""
+
+
 class DataSection(_Section):
     """Where the text comes from and how it is cut into ordered, balanced sets (paper section 3.1)."""
 
     corpus: str
-    """Folder of RedPajama-v1-style shards (*.jsonl, *.jsonl.zst with `text` and `meta`)."""
+    """Folder, or fsspec URL, of shards: RedPajama v1 (*.jsonl, .zst, .gz) or v2, Parquet or text files."""
+    corpus_format: Literal["auto", "jsonl", "redpajama_v2", "parquet", "text"] = "auto"
+    filters: FilterSection = FilterSection()
+    max_quarantined: float = Field(default=0.01, ge=0, le=1)
+    """Fraction of documents, and of shards, that may be unreadable before the stage stops."""
     embedding_model: str
     """Path or name of the sentence encoder, loaded through FlagEmbedding (BGE-M3 in the paper)."""
     embedding_max_tokens: int = Field(default=512, ge=8)
@@ -92,15 +119,44 @@ class ParallelSection(_Section):
     """Processes (GPUs) in all."""
     nodes: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
+    sequence: bool = True
+    """Sequence parallelism where tensor is above 1; an MoE needs it."""
     pipeline: int = Field(default=1, ge=1)
+    virtual_pipeline: int = Field(default=1, ge=1)
+    """Model chunks of each pipeline rank, which shorten the pipeline's idle time."""
+    pipeline_layers: list[int] | None = Field(default=None, min_length=2)
+    """Layers of each of the pipeline * virtual_pipeline stages; None: the same number in all."""
+    overlap_p2p: bool = True
+    """Send the messages of a virtual pipeline while computing, not in batches."""
     expert: int = Field(default=1, ge=1)
+    expert_tensor: int | None = Field(default=None, ge=1)
+    """Processes that share one expert; None: as many as tensor."""
+    context: int = Field(default=1, ge=1)
+    """Processes that share one sequence; needs GPUs with Transformer Engine."""
+    distributed_optimizer: bool = False
+    """Spread the optimizer's state over the data-parallel processes."""
+    dispatcher: Literal["alltoall", "allgather"] | None = None
+    """How tokens travel to their experts; None: what the machine takes."""
     threads: int = Field(default=1, ge=1)
     """OMP threads of each process."""
 
     @property
-    def data(self) -> int:
-        """Data-parallel size."""
-        return self.processes // (self.tensor * self.pipeline)
+    def layout(self) -> Layout:
+        """The layout without what belongs to the machine, its nodes and threads."""
+        return Layout(
+            processes=self.processes,
+            tensor=self.tensor,
+            sequence=self.sequence and self.tensor > 1,
+            pipeline=self.pipeline,
+            virtual_pipeline=self.virtual_pipeline,
+            pipeline_layers=tuple(self.pipeline_layers or ()),
+            overlap_p2p=self.overlap_p2p,
+            expert=self.expert,
+            expert_tensor=self.expert_tensor,
+            context=self.context,
+            distributed_optimizer=self.distributed_optimizer,
+            dispatcher=self.dispatcher,
+        )
 
 
 class ExpertTrainingSection(_Section):
@@ -111,7 +167,11 @@ class ExpertTrainingSection(_Section):
     """Sequences of one step."""
     learning_rate: float = Field(default=1e-4, gt=0)
     mask_learning_rate: float = Field(default=0.3, gt=0)
+    train_weights: bool = True
+    """False: train the masks only; an expert is then a list of units of the dense model."""
     save_interval: int = Field(default=100, ge=1)
+    at_once: int = Field(default=1, ge=1)
+    """Experts that one machine trains at the same time, each on `parallel.processes` GPUs of its own."""
     parallel: ParallelSection = ParallelSection()
     flags: Flags = Field(default_factory=dict)
     """Further flags of Megatron or `l0-...` flags, by their names without the leading dashes."""
@@ -142,6 +202,13 @@ class EvaluationSection(_Section):
     """Positions of real text on which Megatron's and the exported model's logits are compared."""
 
 
+class ExportSection(_Section):
+    """Which inference engines the exported L0-MoE is for."""
+
+    target: Literal["transformers", "vllm", "sglang", "all"] = "all"
+    """all: one checkpoint if one layout serves them all, else a second one in a folder below it."""
+
+
 class Recipe(_Section):
     """A whole run, from a dense checkpoint and a corpus to an exported L0-MoE and its report."""
 
@@ -152,64 +219,40 @@ class Recipe(_Section):
     data: DataSection
     expert_training: ExpertTrainingSection = ExpertTrainingSection()
     moe_training: MoETrainingSection = MoETrainingSection()
+    export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        k, experts, moe = self.model.num_experts, self.expert_training, self.moe_training
+        k = self.model.num_experts
         if self.model.top_k > k:
             raise ValueError(f"model.top_k ({self.model.top_k}) must be at most model.num_experts ({k})")
-        if experts.parallel.expert > 1:
-            raise ValueError(
-                f"expert_training.parallel.expert ({experts.parallel.expert}) must be 1: an expert run trains a "
-                "dense model; use tensor, pipeline or more processes instead"
-            )
-        if k % moe.parallel.expert:
-            raise ValueError(
-                f"model.num_experts ({k}) must be divisible by moe_training.parallel.expert "
-                f"({moe.parallel.expert}); the nearest size that fits is {_nearest_divisor(k, moe.parallel.expert)}"
-            )
-        for section, training, batch, batch_key in (
-            ("expert_training", experts, experts.global_batch_size, "expert_training.global_batch_size"),
-            (
-                "moe_training",
-                moe,
-                self.moe_global_batch_size,
-                "moe_training.sequences_per_domain * num_experts",
-            ),
-        ):
-            self._check_layout(section, training.parallel, training.micro_batch_size, batch, batch_key)
+        for section in SECTIONS:
+            parallel = self.parallel(section)
+            if found := refusal(parallel.layout, self.job_sizes(section), layout_names(section)):
+                raise ValueError(found)
+            if parallel.processes % parallel.nodes:
+                raise ValueError(
+                    f"{section}.parallel.processes ({parallel.processes}) must be divisible by "
+                    f"{section}.parallel.nodes ({parallel.nodes})"
+                )
         self._check_budgets()
         return self
 
-    def _check_layout(
-        self, section: str, parallel: ParallelSection, micro: int, batch: int, batch_key: str
-    ) -> None:
-        tp, width = parallel.tensor, self.model.expert_ffn
-        if width % tp:
-            raise ValueError(
-                f"model.expert_ffn ({width}) must be divisible by {section}.parallel.tensor ({tp}); "
-                f"the nearest width that fits is {max(round(width / tp), 1) * tp}"
-            )
-        # Expert tensor parallelism follows tensor parallelism, as in Megatron.
-        product = tp * parallel.pipeline * parallel.expert
-        if parallel.processes % product:
-            raise ValueError(
-                f"{section}.parallel.processes ({parallel.processes}) must be divisible by tensor * pipeline * "
-                f"expert ({product}); the nearest number that fits is "
-                f"{max(round(parallel.processes / product), 1) * product}"
-            )
-        if parallel.processes % parallel.nodes:
-            raise ValueError(
-                f"{section}.parallel.processes ({parallel.processes}) must be divisible by {section}.parallel.nodes "
-                f"({parallel.nodes})"
-            )
-        step = micro * parallel.data
-        if batch % step:
-            raise ValueError(
-                f"{batch_key} ({batch}) must be divisible by micro_batch_size * data-parallel size ({step}); "
-                f"the nearest batch that fits is {max(round(batch / step), 1) * step}"
-            )
+    def parallel(self, section: Section) -> ParallelSection:
+        """Return the layout's keys of a training section."""
+        return self.expert_training.parallel if section == "expert_training" else self.moe_training.parallel
+
+    def job_sizes(self, section: Section) -> JobSizes:
+        """Return what a layout has to divide, as far as the recipe knows it without the model."""
+        is_moe = section == "moe_training"
+        return JobSizes(
+            experts=self.model.num_experts if is_moe else 0,
+            expert_ffn=self.model.expert_ffn if is_moe else None,
+            seq_length=self.data.seq_length,
+            micro_batch=(self.moe_training if is_moe else self.expert_training).micro_batch_size,
+            global_batch=self.moe_global_batch_size if is_moe else self.expert_training.global_batch_size,
+        )
 
     def _check_budgets(self) -> None:
         length = self.data.seq_length
@@ -292,15 +335,23 @@ def load_recipe(path: str | Path) -> Recipe:
         raise L0MoEError(f"Recipe {file}: {_first_problem(error)}.") from error
 
 
+def layout_names(section: Section) -> dict[str, str]:
+    """Return how messages about a layout call each number of a recipe."""
+    batch = "sequences_per_domain * num_experts" if section == "moe_training" else "global_batch_size"
+    return {
+        **{key: f"{section}.parallel.{key}" for key in ParallelSection.model_fields},
+        "experts": "model.num_experts",
+        "expert_ffn": "model.expert_ffn",
+        "seq_length": "data.seq_length",
+        "micro_batch": "micro_batch_size",
+        "global_batch": f"{section}.{batch}",
+    }
+
+
 def section_hash(*parts: Any) -> str:
     """Return the sha256 (first 16 hex digits) of settings, independent of the order of keys."""
     plain = [part.model_dump() if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    return min(divisors, key=lambda divisor: abs(divisor - wanted))
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -328,5 +379,8 @@ def _first_problem(error: ValidationError) -> str:
 def _keys_at(location: list[str]) -> list[str]:
     section: Any = Recipe
     for part in location:
-        section = section.model_fields[part].annotation
+        if hasattr(section, "model_fields"):
+            section = section.model_fields[part].annotation
+        else:  # a mapping from names to sections
+            section = get_args(section)[1]
     return list(section.model_fields)

@@ -68,7 +68,8 @@ def seconds_left(run: Run, names: tuple[str, ...]) -> float | None:
     if "experts" in names:
         steps = sum(r.steps - r.done for r in expert_runs)
         jobs = sum(not _done(run.expert_folder(k)) for k in range(recipe.model.num_experts))
-        left += steps * expert_tokens * (expert_rate or known[0]) + jobs * _start_up(run)
+        alone = steps * expert_tokens * (expert_rate or known[0]) + jobs * _start_up(run)
+        left += alone / max(min(recipe.expert_training.at_once, jobs), 1)
     if "moe" in names and not _done(run.stage_folder("moe")):
         left += (moe_run.steps - moe_run.done) * moe_tokens * (moe_rate or known[0]) + _start_up(run)
     if "evaluate" in names and not _done(run.stage_folder("evaluate")):

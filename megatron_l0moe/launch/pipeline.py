@@ -4,13 +4,14 @@
 is what such a stage process does around the stage's own function: begin the folder, work, manifest, marker.
 """
 
+import contextlib
 import json
 import logging
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
@@ -27,13 +28,14 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
-from megatron_l0moe.launch.run import USER_ERROR_EXIT, CommandFailedError, run_command
+from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
 from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
+from megatron_l0moe.runtime.devices import gpu_share
 
 logger = logging.getLogger(__name__)
 
 PARENT_GRACE_SECONDS = 75.0
-"""For a stage process, which itself gives its training job 30 s to stop."""
+"""For a process that gives its training job 30 s to stop; twice as long for one that waits for such processes."""
 Numbers = dict[str, object]
 
 
@@ -46,7 +48,7 @@ def run_chain(run: Run, *, first: str | None = None, last: str | None = None) ->
     """
     selected = selection(first, last)
     preflight.check(run.recipe)
-    preflight.check_one_node(run.recipe)
+    preflight.check_machine(run.recipe)
     for spec in selected:  # refuse before the first hour of work, not after it
         for stage in stages(run, spec.name):
             has_marker(stage)
@@ -75,6 +77,8 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
         if not 0 <= only < len(wanted):
             raise L0MoEError(f"--index {only} must be between 0 and {len(wanted) - 1}.")
         wanted = wanted[only : only + 1]
+    if name == "experts" and only is None and run.recipe.expert_training.at_once > 1:
+        _side_by_side(run, wanted)
     with locked(run.folder, expert=only):
         for stage in wanted:
             if is_done(stage):
@@ -92,7 +96,7 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
 
 def train_expert(run: Run, stage: Stage) -> None:
     """Run the training job of one expert to its end, from its last checkpoint if it has one."""
-    preflight.check_one_node(run.recipe, "expert_training")
+    preflight.check_machine(run.recipe, "expert_training")
     k = int(stage.folder.name)
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
@@ -101,7 +105,7 @@ def train_expert(run: Run, stage: Stage) -> None:
 
 def train_moe(run: Run, stage: Stage) -> None:
     """Run MoE training to its end, from its last checkpoint if it has one."""
-    preflight.check_one_node(run.recipe, "moe_training")
+    preflight.check_machine(run.recipe, "moe_training")
     logger.info("MoE training: %d steps.", run.recipe.moe_steps)
     _train(jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
@@ -170,23 +174,52 @@ def _run_job(job: jobs.Job, log: Path) -> None:
     run_command(job.command, log=log, env=job.env, keep_open=inherited())
 
 
+def _side_by_side(run: Run, wanted: tuple[Stage, ...]) -> None:
+    """Train the experts that are not done yet, several at the same time, each by a command of its own."""
+    with locked(run.folder) as lock:
+        commands = [
+            Command(
+                words=[*stage_command(run, "experts"), "--index", str(k)],
+                log=run.log_file(f"expert_{k:03d}"),
+            )
+            for k, stage in enumerate(wanted)
+            if not is_done(stage)
+        ]
+        processes = run.recipe.expert_training.parallel.processes
+        with _failures_of("experts"):
+            run_commands(
+                commands,
+                at_once=run.recipe.expert_training.at_once,
+                share=lambda place: gpu_share(place, processes),
+                grace=PARENT_GRACE_SECONDS,
+                keep_open=lock,
+            )
+
+
+@contextlib.contextmanager
+def _failures_of(name: str) -> Iterator[None]:
+    """Say in one sentence why a stage's process failed; a sentence of its own for the user is passed on."""
+    try:
+        yield
+    except CommandFailedError as failure:
+        if failure.code == USER_ERROR_EXIT:
+            raise L0MoEError(failure.last_line) from failure
+        raise L0MoEError(f"Stage {name} failed. {failure}") from failure
+
+
 def _run_stage(run: Run, spec: StageSpec, progress: Progress, lock: tuple[int, ...]) -> None:
     if all(is_done(stage) for stage in stages(run, spec.name)):
         progress.done_before(spec)
         return
     progress.start(spec)
-    try:
+    with _failures_of(spec.name):
         run_command(
             stage_command(run, spec.name),
             log=run.log_file(spec.name),
             poll=lambda: progress.tick(spec),
-            grace=PARENT_GRACE_SECONDS,
+            grace=2 * PARENT_GRACE_SECONDS,
             keep_open=lock,
         )
-    except CommandFailedError as failure:
-        if failure.code == USER_ERROR_EXIT:
-            raise L0MoEError(failure.last_line) from failure
-        raise L0MoEError(f"Stage {spec.name} failed. {failure}") from failure
     if not all(is_done(stage) for stage in stages(run, spec.name)):
         raise L0MoEError(
             f"Stage {spec.name} ended without finishing its work, perhaps because the recipe was edited meanwhile; "

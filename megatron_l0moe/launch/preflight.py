@@ -1,10 +1,15 @@
 """Checks that need the model's config.json but no work: what is wrong is said before the first hour is spent."""
 
+import dataclasses
 from pathlib import Path
 
+from megatron_l0moe.conversion import targets
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import ParallelSection, Recipe
+from megatron_l0moe.planning.layout_rules import JobSizes, Names, check_layout
+from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe import SECTIONS, Recipe, Section, layout_names
+from megatron_l0moe.runtime.devices import visible_gpus
 
 
 def check(recipe: Recipe) -> Architecture:
@@ -15,10 +20,10 @@ def check(recipe: Recipe) -> Architecture:
     """
     architecture = Architecture.from_hf(Path(recipe.model.path))
     check_sizes(recipe, architecture)
-    if not Path(recipe.data.corpus).is_dir():
+    if "://" not in recipe.data.corpus and not Path(recipe.data.corpus).is_dir():
         raise L0MoEError(
-            f"data.corpus: the folder {recipe.data.corpus} does not exist; give a folder of *.jsonl or *.jsonl.zst "
-            "shards, relative to the folder that the command is run in."
+            f"data.corpus: the folder {recipe.data.corpus} does not exist; give a folder of shards, relative "
+            "to the folder that the command is run in, or a URL such as s3://bucket/folder."
         )
     return architecture
 
@@ -36,46 +41,69 @@ def check_sizes(recipe: Recipe, architecture: Architecture) -> None:
             f"model.expert_ffn ({model.expert_ffn}) must be at most the dense model's FFN width, "
             f"{architecture.ffn_hidden_size}."
         )
-    if recipe.data.seq_length > architecture.max_position_embeddings:
+    if recipe.data.seq_length > architecture.exact_positions:
         raise L0MoEError(
-            f"data.seq_length ({recipe.data.seq_length}) must be at most the model's "
-            f"max_position_embeddings, {architecture.max_position_embeddings}."
+            f"data.seq_length ({recipe.data.seq_length}) must be at most the model's max_position_embeddings and "
+            f"sliding window, {architecture.exact_positions}."
         )
-    if architecture.qkv_bias:
-        raise L0MoEError(
-            f"The family {architecture.family} has biases on q, k and v, which the export layout (Ernie4.5-MoE) cannot "
-            "hold for every engine; use a Llama or Mistral base."
-        )
+    check_target(recipe, architecture)
     if recipe.evaluation.parity_positions > recipe.data.seq_length:
         raise L0MoEError(
             f"evaluation.parity_positions ({recipe.evaluation.parity_positions}) must be at most data.seq_length "
             f"({recipe.data.seq_length}); lower it."
         )
-    _check_layout("expert_training.parallel", recipe.expert_training.parallel, architecture)
-    _check_layout("moe_training.parallel", recipe.moe_training.parallel, architecture)
+    for section in SECTIONS:
+        check_layout(
+            recipe.parallel(section).layout, job_sizes(recipe, section, architecture), layout_names(section)
+        )
 
 
-def check_one_node(recipe: Recipe, *sections: str) -> None:
-    """Refuse to start jobs for several nodes on this machine; without sections: any job of the recipe."""
-    for section in sections or ("expert_training", "moe_training"):
-        nodes = getattr(recipe, section).parallel.nodes
-        if nodes > 1:
-            raise L0MoEError(
-                f"{section}.parallel.nodes is {nodes}, and this command runs on one machine; show the commands for "
-                "the cluster with --dry-run, or set nodes to 1."
-            )
+def check_target(recipe: Recipe, architecture: Architecture) -> None:
+    """Refuse engines that no layout can be written for, and a layout that `evaluate` could not load."""
+    first = targets.plan(recipe.export.target, targets.Model.of(architecture))[0]
+    if ("transformers", first.form) in targets.WRONG:
+        raise L0MoEError(
+            f"export.target {recipe.export.target!r} writes a layout that transformers, which evaluates the export, "
+            "cannot load; use 'all'."
+        )
 
 
-def _check_layout(section: str, parallel: ParallelSection, architecture: Architecture) -> None:
-    sizes = (
-        ("KV heads", architecture.num_query_groups, "tensor", parallel.tensor),
-        ("FFN channels", architecture.ffn_hidden_size, "tensor", parallel.tensor),
-        ("layers", architecture.num_layers, "pipeline", parallel.pipeline),
+def job_sizes(recipe: Recipe, section: Section, architecture: Architecture) -> JobSizes:
+    """Return what a layout of a training section has to divide: the recipe's sizes and the model's."""
+    return dataclasses.replace(
+        recipe.job_sizes(section),
+        layers=architecture.num_layers,
+        heads=architecture.num_attention_heads,
+        query_groups=architecture.num_query_groups,
+        ffn=architecture.ffn_hidden_size,
+        vocab=architecture.vocab_size,
     )
-    for what, number, key, size in sizes:
-        if number % size:
-            fitting = max(n for n in range(1, size + 1) if number % n == 0)
+
+
+def check_machine(recipe: Recipe, *sections: Section) -> None:
+    """Refuse jobs that this machine cannot start; without sections: any job of the recipe."""
+    gpus = visible_gpus()
+    for section in sections or SECTIONS:
+        parallel = recipe.parallel(section)
+        if parallel.nodes > 1:
             raise L0MoEError(
-                f"{section}.{key} ({size}) must divide the model's {number} {what}; the nearest size below that "
-                f"fits is {fitting}."
+                f"{section}.parallel.nodes is {parallel.nodes}, and this command runs on one machine; show the "
+                "commands for the cluster with --dry-run, or set nodes to 1."
             )
+        check_gpus(parallel.layout, recipe.job_sizes(section), layout_names(section), gpus)
+        wanted = recipe.expert_training.at_once * parallel.processes
+        if section == "expert_training" and 0 < gpus < wanted:
+            raise L0MoEError(
+                f"expert_training.at_once ({recipe.expert_training.at_once}) jobs of {parallel.processes} GPUs need "
+                f"{wanted} of this machine's {gpus}; use at most {gpus // parallel.processes}."
+            )
+
+
+def check_gpus(layout: Layout, sizes: JobSizes, names: Names, gpus: int) -> None:
+    """Refuse a layout with more processes than GPUs, or one that needs a GPU where there is none (0: the CPU)."""
+    check_layout(layout, dataclasses.replace(sizes, has_gpu=gpus > 0), names)
+    if 0 < gpus < layout.processes:
+        raise L0MoEError(
+            f"{names['processes']} ({layout.processes}) must be at most the {gpus} GPUs of this machine, one for each "
+            f"process; use at most {gpus}."
+        )

@@ -86,8 +86,9 @@ class Progress:
     def _position(self, spec: StageSpec) -> str:
         if spec.name == "experts":
             runs = estimate.experts(self._run)
-            current = next((k for k, r in enumerate(runs) if r.done < r.steps), len(runs) - 1)
-            return f"expert {current + 1} of {len(runs)}, {_steps(runs[current])}"
+            left = [k for k, r in enumerate(runs) if r.done < r.steps] or [len(runs) - 1]
+            now = left[: self._run.recipe.expert_training.at_once]
+            return "; ".join(f"expert {k + 1} of {len(runs)}, {_steps(runs[k])}" for k in now)
         if spec.name == "moe":
             return _steps(estimate.moe(self._run))
         return last_message(self._run.log_file(spec.name), self._log_start) or "working"

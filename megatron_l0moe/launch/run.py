@@ -1,4 +1,4 @@
-"""Run one command as a child process: its output to a log file, no process left behind whatever happens.
+"""Run commands as child processes: their output to log files, no process left behind whatever happens.
 
 A command can end in four ways, and none of them may leave a training process that writes on into a run folder:
 it ends by itself; it fails; we are told to stop (Ctrl-C, SIGTERM, SIGHUP); or we are killed with SIGKILL. For
@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -63,6 +65,15 @@ class CommandFailedError(L0MoEError):
         self.log = log
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Words to run, where the output is appended, and variables added to our own environment."""
+
+    words: Sequence[str]
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
 def run_command(
     command: Sequence[str],
     *,
@@ -73,56 +84,104 @@ def run_command(
     grace: float = GRACE_SECONDS,
     keep_open: Sequence[int] = (),
 ) -> None:
-    """Run `command` to its end; output is appended to `log`.
+    """Run one command to its end; see `run_commands`."""
+    run_commands(
+        [Command(words=command, log=log, env=env or {})],
+        poll=poll,
+        interval=interval,
+        grace=grace,
+        keep_open=keep_open,
+    )
+
+
+def run_commands(
+    commands: Sequence[Command],
+    *,
+    at_once: int = 1,
+    share: Callable[[int], Mapping[str, str]] = lambda place: {},
+    poll: Callable[[], None] | None = None,
+    interval: float = 0.5,
+    grace: float = GRACE_SECONDS,
+    keep_open: Sequence[int] = (),
+) -> None:
+    """Run commands in their order, up to `at_once` at the same time; the first failure ends the others.
 
     Args:
-        env: variables added to our own environment.
-        poll: called every `interval` seconds while the command runs.
-        grace: seconds between SIGTERM and SIGKILL when the command has to be stopped.
-        keep_open: file descriptors that the child inherits (the run's lock).
+        share: further variables of a command that runs in place 0 ... `at_once` - 1, such as the GPUs of that place.
+        poll: called every `interval` seconds while a command runs.
+        grace: seconds between SIGTERM and SIGKILL when commands have to be stopped.
+        keep_open: file descriptors that the children inherit (the run's lock).
 
     Raises:
-        CommandFailedError: the exit code was not 0; the message holds it, the log's last meaningful line and its path.
-        KeyboardInterrupt: we were told to stop; the command and all its children have ended by then.
+        CommandFailedError: an exit code was not 0; the message holds it, the log's last meaningful line and its path.
+        KeyboardInterrupt: we were told to stop; the commands and all their children have ended by then.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    logger.debug("running %s", command)
-    with log.open("ab") as output, _stop_requests() as asked_to_stop, _adopting_orphans() as bystanders:
+    waiting = deque(commands)
+    running: list[_Child] = []
+    with _stop_requests() as asked_to_stop, _adopting_orphans() as bystanders:
+        try:
+            while (waiting or running) and not asked_to_stop:
+                while waiting and len(running) < at_once:
+                    place = min(set(range(at_once)) - {child.place for child in running})
+                    running.append(_start(waiting.popleft(), place, share(place), keep_open))
+                if poll is not None:
+                    poll()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    running[0].process.wait(interval)
+                for child in [child for child in running if child.process.poll() is not None]:
+                    child.raise_if_failed()
+                    _signal_group(child.process.pid, signal.SIGKILL)  # what it left behind
+                    running.remove(child)
+            if poll is not None:
+                poll()
+        finally:
+            _end_all([child.process for child in running], grace, bystanders)
+        if asked_to_stop:
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class _Child:
+    command: Command
+    place: int
+    process: "subprocess.Popen[bytes]"
+    start: int
+    """Offset in the log where its output begins."""
+
+    def raise_if_failed(self) -> None:
+        code = self.process.returncode
+        if code == 0:
+            return
+        log = self.command.log
+        last = last_meaningful_line(log, self.start, code)
+        raise CommandFailedError(
+            f"The command {command_name(self.command.words)} {_how(code)}: {last.rstrip('.')}; its log is {log}.",
+            code=code,
+            last_line=last,
+            log=log,
+        )
+
+
+def _start(command: Command, place: int, share: Mapping[str, str], keep_open: Sequence[int]) -> _Child:
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    logger.debug("running %s", command.words)
+    with command.log.open("ab") as output:
         start = output.tell()
-        output.write(f"$ {' '.join(command)}\n".encode())
+        output.write(f"$ {' '.join(command.words)}\n".encode())
         output.flush()
         parent = os.getpid()
         # This process has one thread here (progress is drawn in poll), so preexec_fn is safe.
-        child = subprocess.Popen(
-            list(command),
+        process = subprocess.Popen(
+            list(command.words),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **command.env, **share},
             process_group=0,
             pass_fds=tuple(keep_open),
             preexec_fn=lambda: die_with_parent(parent),
         )
-        try:
-            while child.poll() is None and not asked_to_stop:
-                if poll is not None:
-                    poll()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(interval)
-            if poll is not None:
-                poll()
-        finally:
-            _end_all(child, grace, bystanders)
-        if asked_to_stop:
-            raise KeyboardInterrupt
-    if child.returncode != 0:
-        last = last_meaningful_line(log, start, child.returncode)
-        raise CommandFailedError(
-            f"The command {command_name(command)} {_how(child.returncode)}: {last.rstrip('.')}; its log is {log}.",
-            code=child.returncode,
-            last_line=last,
-            log=log,
-        )
+    return _Child(command, place, process, start)
 
 
 def die_with_parent(parent: int) -> None:
@@ -216,15 +275,19 @@ def _adopting_orphans() -> Iterator[frozenset[int]]:
             _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
-def _end_all(child: "subprocess.Popen[bytes]", grace: float, bystanders: frozenset[int]) -> None:
-    """End the child and everything that it started."""
-    if child.poll() is None:
-        _signal_group(child.pid, signal.SIGTERM)
+def _end_all(children: "Sequence[subprocess.Popen[bytes]]", grace: float, bystanders: frozenset[int]) -> None:
+    """End the children and everything that they and those before them started."""
+    for child in children:
+        if child.poll() is None:
+            _signal_group(child.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace
+    for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
-    # Also when the child has ended: what is left of its group, and what left the group and lost its parent.
-    _signal_group(child.pid, signal.SIGKILL)
-    child.wait()
+            child.wait(max(deadline - time.monotonic(), 0.0))
+        # Also when the child has ended: what is left of its group.
+        _signal_group(child.pid, signal.SIGKILL)
+        child.wait()
+    # And what left its group and lost its parent.
     deadline = time.monotonic() + GRACE_SECONDS
     while _LIBC is not None and time.monotonic() < deadline:
         adopted = [process for process in psutil.Process().children() if process.pid not in bystanders]

@@ -146,6 +146,37 @@ def test_one_expert(run: Run) -> None:
         pipeline.carry_out(run, "experts", lambda stage: {}, only=4)
 
 
+def at_once(run: Run, tmp_path: Path, number: int) -> Run:
+    return new_run(tmp_path, expert_training__at_once=number)
+
+
+def test_experts_side_by_side(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.run_chain(run, last="curate")
+    monkeypatch.setenv("FAKE_MEET", "experts")  # each waits until a second one is there
+    pipeline.carry_out(at_once(run, tmp_path, 2), "experts", lambda stage: {})
+    assert calls(run) == ["convert", "curate", *["experts"] * 4]
+    for k in range(4):
+        assert (run.expert_folder(k) / "DONE").is_file()
+        assert f"--index {k}" in run.log_file(f"expert_{k:03d}").read_text()
+    pipeline.carry_out(at_once(run, tmp_path, 2), "experts", lambda stage: {})
+    assert calls(run) == []
+
+
+def test_failure_of_one_expert_names_its_log(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run_chain(run, last="curate")
+    monkeypatch.setenv("FAKE_FAIL", "experts")
+    with pytest.raises(
+        L0MoEError, match=r"Stage experts failed\. .*the disk is on fire; its log is .*expert_00"
+    ):
+        pipeline.carry_out(at_once(run, tmp_path, 3), "experts", lambda stage: {})
+    monkeypatch.delenv("FAKE_FAIL")
+    monkeypatch.setenv("FAKE_REFUSE", "experts")
+    with pytest.raises(L0MoEError, match=r"^The corpus is empty; add shards\.$"):
+        pipeline.carry_out(at_once(run, tmp_path, 3), "experts", lambda stage: {})
+
+
 def test_several_nodes_are_not_started_here(run: Run) -> None:
     training = run.recipe.moe_training.model_copy(
         update={"parallel": run.recipe.moe_training.parallel.model_copy(update={"nodes": 2, "processes": 2})}

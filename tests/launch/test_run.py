@@ -11,7 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_l0moe.launch.run import CommandFailedError, last_meaningful_line, run_command
+from megatron_l0moe.launch.run import (
+    Command,
+    CommandFailedError,
+    last_meaningful_line,
+    run_command,
+    run_commands,
+)
 
 PATIENCE = 20.0  # seconds; process starts are slow on a loaded machine
 
@@ -89,6 +95,43 @@ def test_other_children_are_left_alone(tmp_path: Path) -> None:
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def sleeper(seconds: float, folder: Path) -> list[str]:
+    """A command that notes when it begins and when it ends."""
+    return python(
+        "import os, time, pathlib\n"
+        f"note = pathlib.Path({str(folder)!r}) / (os.environ['PLACE'] + '-' + str(os.getpid()))\n"
+        f"begin = time.monotonic(); time.sleep({seconds}); note.write_text(f'{{begin}} {{time.monotonic()}}')"
+    )
+
+
+@pytest.mark.parametrize(("at_once", "most"), [(1, 1), (2, 2)])
+def test_as_many_at_the_same_time_as_wanted(tmp_path: Path, at_once: int, most: int) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    commands = [Command(words=sleeper(0.6, notes), log=tmp_path / f"{n}.log") for n in range(4)]
+    run_commands(commands, at_once=at_once, share=lambda place: {"PLACE": str(place)}, interval=0.02)
+    times = [tuple(map(float, note.read_text().split())) for note in notes.iterdir()]
+    assert len(times) == 4
+    assert max(sum(begin <= other < end for begin, end in times) for other, _ in times) == most
+    assert {note.name.split("-")[0] for note in notes.iterdir()} == {str(n) for n in range(at_once)}
+
+
+def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    endless = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    failing = (
+        f"import os, time\nwhile not os.path.exists({str(note)!r}): time.sleep(0.02)\nraise ValueError('bad')"
+    )
+    commands = [
+        Command(words=python(code), log=tmp_path / f"{n}.log")
+        for n, code in enumerate((endless, failing, "open('never', 'w')"))
+    ]
+    with pytest.raises(CommandFailedError, match=r"ValueError: bad; its log is .*1\.log"):
+        run_commands(commands, at_once=2, interval=0.02, grace=5.0)
+    assert not alive(int(note.read_text()))
+    assert not (tmp_path / "2.log").exists()
 
 
 RUNNER = """

@@ -1,0 +1,37 @@
+"""The GPUs that this machine offers, asked without torch, whose import takes seconds."""
+
+import os
+
+
+def visible_gpus() -> int:
+    """Return the number of GPUs that CUDA would show to a process started here; 0 without NVIDIA's driver."""
+    return len(_visible_names())
+
+
+def gpu_share(place: int, size: int) -> dict[str, str]:
+    """Return the variable that shows a process only the GPUs `place * size` ... `place * size + size - 1` of ours.
+
+    Nothing where there are no GPUs, so that jobs side by side share the CPU.
+    """
+    names = _visible_names()[place * size : (place + 1) * size]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names)} if names else {}
+
+
+def _visible_names() -> list[str]:
+    import pynvml  # the library of the driver is looked for only when it is asked
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        count = int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(device) for device in range(count)]
+    names = [name.strip() for name in chosen.split(",")]
+    if "-1" in names:
+        names = names[: names.index("-1")]  # CUDA stops at the first name that is not a device
+    return [name for name in names if name][:count]

@@ -1,0 +1,62 @@
+"""The GPUs of a machine, with a driver that is made up."""
+
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+
+from megatron_l0moe.runtime import devices
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Put a driver with a number of GPUs in place; None: there is no driver."""
+
+    def put(count: int | None) -> None:
+        class NVMLError(Exception):
+            pass
+
+        def start() -> None:
+            if count is None:
+                raise NVMLError
+
+        fake = types.SimpleNamespace(
+            NVMLError=NVMLError,
+            nvmlInit=start,
+            nvmlShutdown=lambda: None,
+            nvmlDeviceGetCount=lambda: count,
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return put
+
+
+def test_no_driver(driver):
+    driver(None)
+    assert devices.visible_gpus() == 0
+
+
+@pytest.mark.parametrize(
+    ("chosen", "number"),
+    [(None, 4), ("", 0), ("0,2", 2), ("-1", 0), ("1,-1,2", 1), ("0,1,2,3,4,5", 4), ("GPU-8f2a,GPU-11bc", 2)],
+)
+def test_chosen_devices(driver, monkeypatch, chosen, number):
+    driver(4)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert devices.visible_gpus() == number
+
+
+def test_each_place_has_gpus_of_its_own(driver, monkeypatch):
+    driver(4)
+    assert devices.gpu_share(1, 2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
+    assert devices.gpu_share(0, 1) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert devices.gpu_share(1, 1) == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_jobs_share_a_machine_without_gpus(driver):
+    driver(None)
+    assert devices.gpu_share(1, 2) == {}
