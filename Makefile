@@ -5,10 +5,10 @@ PY := .venv/bin/python
 RECIPE ?= examples/quickstart.yaml
 PYTEST_ARGS ?= -n 2 --dist loadfile # tests of one file share what they make
 
-.PHONY: help setup quickstart test check format wheel
+.PHONY: help setup quickstart test test-distributed check format wheel
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## make or repair the environment in .venv (about 2 minutes, 6.6 GB, the first time)
 	@bash scripts/setup.sh
@@ -19,6 +19,10 @@ quickstart: setup ## the whole chain on SmolLM2-135M, no GPU needed; goes on whe
 
 test: setup ## all tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+test-distributed: setup ## the tests that start several processes; prints the table of layouts
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m distributed
+	@sed -n '/^| layout/,/^$$/p' docs/parallel.md
 
 check: setup ## lint, format, types
 	@$(PY) -m ruff check .

@@ -5,6 +5,7 @@ import errno
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,7 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DISK_FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|os error (?:28|122)\b")
-HELP = """Turn a pretrained dense LLM (Llama, Mistral) into an L0-MoE that is served like any other model.
+HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
 
 One recipe file describes a whole run. Start with `l0moe run examples/quickstart.yaml`: it does every stage that
 is not done yet, so the same command goes on after an interruption. `--dry-run` shows what would happen.
@@ -173,6 +174,7 @@ def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.conversion.export import export_moe
+        from megatron_l0moe.conversion.model_card import recipe_facts
 
         model = this.recipe.model
         return export_moe(
@@ -181,6 +183,8 @@ def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
             stage.folder,
             dense_layers=model.dense_layers,
             top_k=model.top_k,
+            target=this.recipe.export.target,
+            card=recipe_facts(this.recipe),
         )
 
     _stage("export", recipe, runs_dir, work)
@@ -216,6 +220,41 @@ def report(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
         return write_report(this.recipe, this.folder, stage.folder)
 
     _stage("report", recipe, runs_dir, work)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="Folder of a curate stage, or of its run.", show_default=False),
+    ],
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Check every checksum, record and global batch; reads all tokens."),
+    ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizer", metavar="PATH", help="Model folder or tokenizer.json to decode samples with."
+        ),
+    ] = None,
+    heads: Annotated[int, typer.Option("--heads", min=0, help="Samples to show of each domain.")] = 2,
+) -> None:
+    """Show what a curate folder holds, and verify it."""
+    with _one_sentence(path):
+        from rich.console import Console
+
+        _log_to_stderr()
+        # Megatron tells on import what it would use on a GPU, which matters to nobody who looks at data.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+        from megatron_l0moe.data import inspect as inspection
+
+        folder = inspection.open_folder(path)
+        known = inspection.find_tokenizer(folder, tokenizer)
+        done = inspection.verify(folder) if verify else ""
+        inspection.describe(folder, Console(), tokenizer=known, heads=heads)
+        if done:
+            typer.echo(done)
 
 
 def _stage(

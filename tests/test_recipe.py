@@ -56,6 +56,18 @@ def test_initial_tokens_add_steps(tmp_path: Path) -> None:
             {"moe_training__parallel__tensr": 2},
             r"unknown key 'moe_training\.parallel\.tensr' \(did you mean 'tensor'\?\)",
         ),
+        (
+            {"data__filters": {"quality_signals": {"rps_doc_word_count": {"minn": 50}}}},
+            r"unknown key 'data\.filters\.quality_signals\.rps_doc_word_count\.minn' \(did you mean 'min'\?\)",
+        ),
+        (
+            {"data__filters": {"min_char": 50}},
+            r"unknown key 'data\.filters\.min_char' \(did you mean 'min_chars'\?\)",
+        ),
+        (
+            {"data__filters": {"languages": "en"}},
+            r"data\.filters\.languages: Input should be a valid list, got 'en'",
+        ),
         ({"model__path": None}, r"the key 'model\.path' is required"),
         ({"model__num_experts": "4"}, r"model\.num_experts: Input should be a valid integer, got '4'"),
         ({"model__num_experts": 1}, r"model\.num_experts: Input should be greater than or equal to 2, got 1"),
@@ -64,21 +76,21 @@ def test_initial_tokens_add_steps(tmp_path: Path) -> None:
         (
             {"model__expert_ffn": 15, "moe_training__parallel": {"tensor": 2, "processes": 2}},
             r"model\.expert_ffn \(15\) must be divisible by moe_training\.parallel\.tensor \(2\); "
-            r"the nearest width that fits is 16",
+            r"the nearest layout that works is dp2 \(2 processes\)\.$",
         ),
         (
             {"moe_training__parallel": {"expert": 3, "processes": 3}},
             r"num_experts \(4\) must be divisible by moe_training\.parallel\.expert \(3\); "
-            r"the nearest size that fits is 2",
+            r"the nearest layout that works is ep4 \(4 processes\)\.$",
         ),
         (
             {"expert_training__parallel": {"expert": 2, "processes": 2}},
-            r"expert_training\.parallel\.expert \(2\) must be 1",
+            r"expert_training\.parallel\.expert \(2\) must be 1, .*; the nearest layout that works is dp2 \(2 processes\)",
         ),
         (
             {"moe_training__parallel": {"tensor": 2, "processes": 3}},
-            r"moe_training\.parallel\.processes \(3\) must be divisible by tensor \* pipeline \* expert \(2\); "
-            r"the nearest number that fits is 4",
+            r"moe_training\.parallel\.processes \(3\) must be divisible by tensor \* pipeline \* context "
+            r"\(2 \* 1 \* 1 = 2\) and .*; the nearest layout that works is tp2,sp,dp2 \(4 processes\)",
         ),
         (
             {"moe_training__parallel": {"processes": 4, "nodes": 3}},
@@ -86,11 +98,12 @@ def test_initial_tokens_add_steps(tmp_path: Path) -> None:
         ),
         (
             {"expert_training": {"global_batch_size": 3, "micro_batch_size": 2}},
-            r"expert_training\.global_batch_size \(3\) must be divisible by micro_batch_size \* data-parallel .* \(2\)",
+            r"expert_training\.global_batch_size \(3\) must be divisible by micro_batch_size \* data-parallel "
+            r"size \(2 \* 1 = 2\); no layout works with this batch, the nearest one that does is 4\.$",
         ),
         (
             {"moe_training__parallel__processes": 3},
-            r"sequences_per_domain \* num_experts \(4\) must be divisible by .* \(3\)",
+            r"sequences_per_domain \* num_experts \(4\) must be divisible by .* \(1 \* 3 = 3\); .* is dp4 \(4 processes\)",
         ),
         (
             {"data__tokens_per_expert": 63},

@@ -97,6 +97,7 @@ def _untrained(
             folder,
             dense_layers=recipe.model.dense_layers,
             top_k=recipe.model.top_k,
+            target="transformers",
         )
         model = load_model(folder, dtype=recipe.evaluation.dtype, device=device())
         table = measure(model, sequences)

@@ -27,7 +27,7 @@ def load_model(
     """Load a checkpoint folder for inference, from disk only.
 
     Args:
-        folder: config.json and safetensors; dense or Ernie4.5-MoE.
+        folder: config.json and safetensors; dense or an exported L0-MoE.
         dtype: float32 or bfloat16 (routers stay in float32 where the model class says so).
         device: where the weights go; None: the default device.
         experts_implementation: eager, grouped_mm or batched_mm; without meaning for a dense model.
@@ -50,12 +50,13 @@ def load_model(
         **experts,
     )
     model, info = loaded
+    # Qwen2-MoE without shared experts has weights of size 0, which no file holds.
+    empty = {name for name, weight in model.named_parameters() if not weight.numel()}
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            first = sorted(str(key) for key in info[problem])[0]
+        if keys := sorted({str(key) for key in info.get(problem) or ()} - empty):
             raise L0MoEError(
-                f"Checkpoint {folder} does not fill its model: {len(info[problem])} {problem.replace('_', ' ')}, "
-                f"the first is {first}; export it again."
+                f"Checkpoint {folder} does not fill its model: {len(keys)} {problem.replace('_', ' ')}, "
+                f"the first is {keys[0]}; export it again."
             )
     result: PreTrainedModel = model.eval() if device is None else model.eval().to(device)
     return result

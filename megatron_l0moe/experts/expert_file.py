@@ -1,9 +1,14 @@
-"""The file of one expert: in every MoE layer the E kept units of gate, up and down, and what the router needs.
+"""The file of one expert: which E units it keeps in every MoE layer, their weights, and what the router needs.
 
-`layers.{i}.gate` [E, H], `layers.{i}.up` [E, H], `layers.{i}.down` [H, E], `layers.{i}.units` int64 [E],
-`layers.{i}.input_mean` fp32 [H]; the metadata say format, version, expert_ffn, moe_layers and dtype.
+`layers.{i}.units` int32 [E], ascending, and `layers.{i}.input_mean` fp32 [H] for every MoE layer i;
+`layers.{i}.gate` [E, H], `layers.{i}.up` [E, H] and `layers.{i}.down` [H, E] unless the run trained masks only. An
+expert is then a list of units of the dense model, whose MLPs the metadata name by a fingerprint for each layer.
+
+The metadata say format, version, expert_ffn, moe_layers and hidden_size; with weights dtype, else fingerprints.
+Version 1, which always holds weights, is still read.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,19 +20,40 @@ from safetensors.torch import save_file
 from megatron_l0moe.errors import L0MoEError
 
 FORMAT = "l0moe-expert"
-VERSION = "1"
-PARTS = ("gate", "up", "down", "units", "input_mean")
+VERSION = "2"
+READABLE = ("1", VERSION)
+UNITS = ("units", "input_mean")
+WEIGHTS = ("gate", "up", "down")
 
 
-def write_expert(file: Path, tensors: dict[str, torch.Tensor], *, width: int, layers: list[int]) -> None:
-    """Write an expert file atomically."""
+def write_expert(
+    file: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    width: int,
+    layers: list[int],
+    fingerprints: dict[int, str] | None = None,
+) -> None:
+    """Write an expert file atomically.
+
+    Args:
+        tensors: `layers.{i}.{part}` for every layer.
+        width: E.
+        layers: the MoE layers, ascending.
+        fingerprints: of the dense MLP of each layer, when the tensors hold no weights.
+    """
+    first = f"layers.{layers[0]}."
     metadata = {
         "format": FORMAT,
         "version": VERSION,
         "expert_ffn": str(width),
         "moe_layers": ",".join(map(str, layers)),
-        "dtype": str(tensors[f"layers.{layers[0]}.gate"].dtype).removeprefix("torch."),
+        "hidden_size": str(tensors[f"{first}input_mean"].numel()),
     }
+    if fingerprints is None:
+        metadata["dtype"] = str(tensors[f"{first}gate"].dtype).removeprefix("torch.")
+    else:
+        metadata["fingerprints"] = json.dumps(fingerprints)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -41,7 +67,7 @@ class ExpertFile:
     """An expert file, read layer by layer.
 
     Raises:
-        L0MoEError: the file is missing, truncated or of another kind.
+        L0MoEError: the file is missing, truncated, of another kind, or does not hold what its metadata say.
     """
 
     def __init__(self, file: Path) -> None:
@@ -55,18 +81,51 @@ class ExpertFile:
                 f"{file} is truncated or not a safetensors file ({error}); extract the expert again."
             ) from error
         metadata = self._handle.metadata() or {}
-        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
-            raise L0MoEError(f"{file} is not an expert file of version {VERSION}; extract the expert again.")
+        if metadata.get("format") != FORMAT or metadata.get("version") not in READABLE:
+            raise L0MoEError(
+                f"{file} is not an expert file of version {' or '.join(READABLE)}; extract the expert again."
+            )
         self.width = int(metadata["expert_ffn"])
         self.layers = [int(layer) for layer in metadata["moe_layers"].split(",")]
-        self.hidden = int(self._handle.get_slice(self._name(self.layers[0], "gate")).get_shape()[1])
+        self.fingerprints: dict[int, str] | None = None
+        """Digest of the dense MLP of each layer, for an expert without weights of its own; else None."""
+        if "fingerprints" in metadata:
+            self.fingerprints = {int(i): text for i, text in json.loads(metadata["fingerprints"]).items()}
+        self._check()
+        self.hidden = int(self._shape(self.layers[0], "input_mean")[0])
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the file holds weights; else its units are those of a dense model."""
+        return self.fingerprints is None
 
     def read(self, layer: int, part: str) -> torch.Tensor:
-        """Read one of `PARTS` of a layer."""
+        """Read one part of a layer, of `UNITS` or, if the file has them, `WEIGHTS`; units are int64."""
         tensor: torch.Tensor = self._handle.get_tensor(self._name(layer, part))
-        return tensor
+        return tensor.long() if part == "units" else tensor
+
+    def _check(self) -> None:
+        """Refuse a file that lacks a tensor, holds one too many, or holds units of another number."""
+        parts = UNITS + (WEIGHTS if self.has_weights else ())
+        expected = {self._name(layer, part) for layer in self.layers for part in parts}
+        found = set(self._handle.keys())
+        if wrong := sorted(expected ^ found):
+            how = "lacks" if wrong[0] in expected else "should not hold"
+            raise L0MoEError(
+                f"{self.file} {how} the tensor {wrong[0]}; it is damaged, so extract the expert again."
+            )
+        for layer in self.layers:
+            shape = self._shape(layer, "units")
+            if shape != [self.width] or (self.fingerprints is not None and layer not in self.fingerprints):
+                raise L0MoEError(
+                    f"{self.file} does not describe {self.width} units of layer {layer} (their shape is {shape}); "
+                    "it is damaged, so extract the expert again."
+                )
+
+    def _shape(self, layer: int, part: str) -> list[int]:
+        return list(self._handle.get_slice(self._name(layer, part)).get_shape())
 
     @staticmethod
     def _name(layer: int, part: str) -> str:
-        assert part in PARTS, part
+        assert part in UNITS + WEIGHTS, part
         return f"layers.{layer}.{part}"

@@ -1,5 +1,7 @@
 """Cut the expert out of an expert run's checkpoint: exactly E units of every MoE layer, their gates folded in.
 
+Of a run that trained masks only, the units are all there is to keep: their weights are those of the dense model.
+
 F = FFN channels, E = units kept, H = hidden.
 """
 
@@ -12,6 +14,7 @@ import torch
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.safetensors_files import refuse_non_finite
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import write_expert
 from megatron_l0moe.experts.selection import GateSettings, deterministic_gate, select_units, units_of_mask
 
@@ -23,8 +26,8 @@ _LOG_ALPHA = re.compile(r"decoder\.layers\.(\d+)\.mlp\.gate\.log_alpha")
 def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str, object]:
     """Write the expert of a run: in every layer the `width` units of its frozen mask, or of the largest log_alpha.
 
-    A unit's gate z scales its activation silu(gate x) * (up x); it is multiplied into the unit's row of `up`, so that
-    the expert needs no mask. After the freeze z is 1 and the weights are copied as they are.
+    A unit's gate z is multiplied into its row of `up`, so that the expert needs no mask. After the freeze z is 1 and
+    the weights are copied as they are; with --l0-train-weights off they are left out.
 
     Args:
         checkpoint: folder with the run's `latest_checkpointed_iteration.txt`.
@@ -32,11 +35,12 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
         width: E, the same in every layer.
 
     Returns:
-        Numbers for the manifest: width, layers, whether the masks were frozen, the folded gates' range.
+        Numbers for the manifest: width, layers, whether the masks were frozen, the folded gates' range, whether the
+        file holds weights, its bytes, the expert's parameters.
 
     Raises:
         L0MoEError: no such checkpoint, no gates in it, another width, NaN weights, or masks that are not frozen
-            though the retention was controlled by the exact budget.
+            though the retention was controlled by the exact budget or the weights were not trained.
     """
     reader = CheckpointReader(checkpoint)
     layers = sorted(int(match[1]) for name in reader.shapes if (match := _LOG_ALPHA.fullmatch(name)))
@@ -44,37 +48,55 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
         raise L0MoEError(
             f"{reader.path} has no masks (gate.log_alpha); it is not the checkpoint of an expert run."
         )
-    gate = _gate_settings(reader)
+    gate, with_weights = _gate_settings(reader), reader.settings.get("l0_train_weights", "on") == "on"
     tensors: dict[str, torch.Tensor] = {}
+    fingerprints: dict[int, str] = {}
+    parameters = 0
     frozen_layers = 0
     smallest = 1.0
     for layer in layers:
         units, z, frozen = _selection(reader, layer, width, gate)
         frozen_layers += frozen
         smallest = min(smallest, float(z.min()))
-        for part, tensor in _layer(reader, layer, units, z).items():
-            refuse_non_finite(f"{part} of layer {layer}", tensor)
-            tensors[f"layers.{layer}.{part}"] = tensor
+        weights, digest = _weights(reader, layer, units, z)
+        parameters += sum(tensor.numel() for tensor in weights.values())
+        parts = {"units": units.int(), "input_mean": reader.read(_gate(layer, "input_mean")).float()}
+        if with_weights:
+            parts |= weights
+        else:
+            fingerprints[layer] = digest
+        tensors |= {f"layers.{layer}.{part}": tensor for part, tensor in parts.items()}
     if frozen_layers not in (0, len(layers)):
         raise L0MoEError(
             f"{reader.path}: {frozen_layers} of {len(layers)} masks are frozen; the checkpoint is damaged."
         )
-    if not frozen_layers and reader.settings.get("l0_retention_control") == "budget":
-        raise L0MoEError(
-            f"{reader.path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
-            "--l0-retention-control budget the gates are those of a shifted log_alpha, which is not stored."
-        )
-    write_expert(out_file, tensors, width=width, layers=layers)
+    if not frozen_layers:
+        _refuse_open_masks(reader, with_weights)
+    write_expert(out_file, tensors, width=width, layers=layers, fingerprints=fingerprints or None)
     logger.info("extracted %d units in each of %d layers to %s", width, len(layers), out_file)
     return {
         "expert_ffn": width,
         "moe_layers": layers,
         "frozen": frozen_layers > 0,
         "smallest_gate": smallest,
-        "parameters": sum(
-            tensors[f"layers.{layer}.{part}"].numel() for layer in layers for part in ("gate", "up", "down")
-        ),
+        "weights": with_weights,
+        "bytes": out_file.stat().st_size,
+        "parameters": parameters,
     }
+
+
+def _refuse_open_masks(reader: CheckpointReader, with_weights: bool) -> None:
+    """Refuse masks that are not frozen where the gates' values could not be folded into weights."""
+    if reader.settings.get("l0_retention_control") == "budget":
+        raise L0MoEError(
+            f"{reader.path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
+            "--l0-retention-control budget the gates are those of a shifted log_alpha, which is not stored."
+        )
+    if not with_weights:
+        raise L0MoEError(
+            f"{reader.path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
+            "--l0-train-weights off an expert is a list of units, which has no place for the gates' values."
+        )
 
 
 def _gate_settings(reader: CheckpointReader) -> GateSettings:
@@ -90,27 +112,25 @@ def _selection(
     reader: CheckpointReader, layer: int, width: int, gate: GateSettings
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return the units [E], their gates fp32 [E], and whether the mask was frozen."""
-    prefix = f"decoder.layers.{layer}.mlp.gate"
-    if bool(reader.read(f"{prefix}.frozen").item()):
-        units = units_of_mask(reader.read(f"{prefix}.hard_mask"), width)
+    if bool(reader.read(_gate(layer, "frozen")).item()):
+        units = units_of_mask(reader.read(_gate(layer, "hard_mask")), width)
         return units, torch.ones(width), True
-    log_alpha = reader.read(f"{prefix}.log_alpha")
+    log_alpha = reader.read(_gate(layer, "log_alpha"))
     units = select_units(log_alpha, width)
     return units, deterministic_gate(log_alpha, gate)[units], False
 
 
-def _layer(
+def _weights(
     reader: CheckpointReader, layer: int, units: torch.Tensor, z: torch.Tensor
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the units' weights with their gates folded in, and the fingerprint of the whole MLP."""
     prefix = f"decoder.layers.{layer}.mlp"
-    fc1 = reader.read(f"{prefix}.linear_fc1.weight")  # [2F, H], gate then up
-    gate, up = fc1.chunk(2)
-    down = reader.read(f"{prefix}.linear_fc2.weight")  # [H, F]
-    return {
-        "gate": gate[units],
-        # In fp32 and rounded once; exact where z is 1.
-        "up": (up[units].float() * z[:, None]).to(up.dtype),
-        "down": down[:, units],
-        "units": units,
-        "input_mean": reader.read(f"{prefix}.gate.input_mean").float(),
-    }
+    fc1, fc2 = (reader.read(f"{prefix}.linear_{name}.weight") for name in ("fc1", "fc2"))  # [2F, H], [H, F]
+    weights = cut_units(fc1, fc2, units, z)
+    for part, tensor in weights.items():
+        refuse_non_finite(f"{part} of layer {layer}", tensor)
+    return weights, fingerprint(fc1, fc2)
+
+
+def _gate(layer: int, name: str) -> str:
+    return f"decoder.layers.{layer}.mlp.gate.{name}"

@@ -1,6 +1,6 @@
 """The stage `assemble`: a dense checkpoint and K expert files become a Megatron MoE checkpoint.
 
-K = experts, E = units of an expert, F = units of a dense layer, H = hidden. One expert's layer in memory.
+K = experts, E = units of an expert, F = units of a dense layer, H = hidden. One layer in memory.
 """
 
 import json
@@ -19,9 +19,11 @@ from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, write_piece
 from megatron_l0moe.conversion.families import MoEShape, extra_states
 from megatron_l0moe.conversion.mapping import Piece
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, CheckpointWriter, common_state
+from megatron_l0moe.conversion.moe_layouts import moe_arguments
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.expert_file import ExpertFile
+from megatron_l0moe.experts.cutting import cut_units, fingerprint
+from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ def assemble(
 ) -> dict[str, object]:
     """Write `out/megatron`, the L0-MoE before its training, and `out/summary.json` with the returned numbers.
 
-    Attention, norms, embeddings and the bottom layers come from the dense checkpoint, MLPs from the experts.
+    Attention, norms, embeddings and the bottom layers come from the dense checkpoint, MLPs from the experts; of
+    experts without weights (runs that trained masks only) their units are cut out of the dense checkpoint here.
 
     Args:
         dense: the Megatron checkpoint that all expert runs began with.
@@ -61,7 +64,7 @@ def assemble(
         iou (mean over pairs), iou_matrix and coverage by layer, chance_iou, and the numbers of the manifest.
 
     Raises:
-        L0MoEError: K, widths, layers or hidden size do not fit each other.
+        L0MoEError: K, widths, layers or hidden size do not fit each other, or units are of another dense model.
     """
     start = logged = time.monotonic()
     source = CheckpointReader(dense)
@@ -69,7 +72,7 @@ def assemble(
     files = [ExpertFile(file) for file in experts]
     moe = _check(files, architecture, top_k, num_experts)
     common = common_state(
-        {**architecture.megatron_arguments(), **_moe_arguments(architecture, moe)},
+        {**architecture.megatron_arguments(), **moe_arguments(architecture, moe)},
         {"stage": "moe", "architecture": asdict(architecture), **asdict(moe), "router_init": router_init},
         source.shapes["embedding.word_embeddings.weight"][0],
     )
@@ -84,7 +87,7 @@ def assemble(
         for layer in files[0].layers:
             router = _router(files, layer, router_init, seed)
             writer.write(f"decoder.layers.{layer}.mlp.router.weight", router)
-            _write_experts(writer, files, layer)
+            _write_experts(writer, files, layer, source)
             layer_overlap = overlap(
                 [file.read(layer, "units") for file in files], architecture.ffn_hidden_size
             )
@@ -133,12 +136,39 @@ def _router(files: Sequence[ExpertFile], layer: int, init: RouterInit, seed: int
     return torch.randn(len(files), files[0].hidden, generator=generator) * NORMAL_STD
 
 
-def _write_experts(writer: CheckpointWriter, files: Sequence[ExpertFile], layer: int) -> None:
+def _write_experts(
+    writer: CheckpointWriter, files: Sequence[ExpertFile], layer: int, source: CheckpointReader
+) -> None:
     prefix = f"decoder.layers.{layer}.mlp.experts.experts"
+    dense = None if files[0].has_weights else _dense_mlp(source, layer)
     for k, file in enumerate(files):
-        fc1 = torch.cat([file.read(layer, "gate"), file.read(layer, "up")])  # [2E, H]
-        for name, tensor in (("linear_fc1", fc1), ("linear_fc2", file.read(layer, "down"))):
+        parts = {p: file.read(layer, p) for p in WEIGHTS} if dense is None else _cut(file, layer, *dense)
+        fc1 = torch.cat([parts["gate"], parts["up"]])  # [2E, H]
+        for name, tensor in (("linear_fc1", fc1), ("linear_fc2", parts["down"])):
             write_piece(writer, Piece(name=f"{prefix}.{name}.weight", tensor=tensor, row=k, rows=len(files)))
+
+
+def _dense_mlp(source: CheckpointReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fc1 [2F, H], gate then up, and fc2 [H, F] of a dense layer."""
+    fc1, fc2 = (source.read(f"decoder.layers.{layer}.mlp.linear_{name}.weight") for name in ("fc1", "fc2"))
+    return fc1, fc2
+
+
+def _cut(file: ExpertFile, layer: int, fc1: torch.Tensor, fc2: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Cut an expert's units out of the dense MLP that its run was made from."""
+    assert file.fingerprints is not None
+    units = file.read(layer, "units")
+    if fingerprint(fc1, fc2) != file.fingerprints[layer]:
+        raise L0MoEError(
+            f"{file.file} lists units of layer {layer} of another dense model than the checkpoint that is given; "
+            "assemble with the checkpoint that the expert runs began with."
+        )
+    if not bool((units.diff() > 0).all()) or int(units[0]) < 0 or int(units[-1]) >= fc2.shape[1]:
+        raise L0MoEError(
+            f"{file.file} lists units of layer {layer} that are not ascending numbers from 0 to {fc2.shape[1] - 1}; "
+            "extract the expert again."
+        )
+    return cut_units(fc1, fc2, units)
 
 
 def _target_name(name: str, dense_layers: int) -> str | None:
@@ -179,6 +209,12 @@ def _check(
             raise L0MoEError(
                 f"{file.file} has other MoE layers than {first.file}; train all with one setting."
             )
+        if file.has_weights != first.has_weights:
+            with_weights, without = (file, first) if file.has_weights else (first, file)
+            raise L0MoEError(
+                f"{with_weights.file} holds weights and {without.file} only units; train all experts with one setting "
+                "of --l0-train-weights."
+            )
         if file.hidden != architecture.hidden_size:
             raise L0MoEError(
                 f"{file.file} has hidden size {file.hidden}, but the dense model has {architecture.hidden_size}; "
@@ -190,16 +226,3 @@ def _check(
             f"up to {architecture.num_layers - 1}."
         )
     return MoEShape(dense_layers=first.layers[0], num_experts=len(files), expert_ffn=first.width, top_k=top_k)
-
-
-def _moe_arguments(architecture: Architecture, moe: MoEShape) -> dict[str, object]:
-    """Megatron's arguments of the experts, for `--use-checkpoint-args`."""
-    frequency = [int(layer >= moe.dense_layers) for layer in range(architecture.num_layers)]
-    return {
-        "num_experts": moe.num_experts,
-        "moe_layer_freq": frequency,
-        "moe_ffn_hidden_size": moe.expert_ffn,
-        "moe_router_topk": moe.top_k,
-        "moe_router_pre_softmax": False,
-        "moe_grouped_gemm": False,
-    }

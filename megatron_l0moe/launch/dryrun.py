@@ -177,7 +177,8 @@ def _export(plan: Plan) -> list[Row]:
         ("in", f"{plan.run.stage_folder('moe')}/checkpoints, tokenizer of {plan.run.recipe.model.path}"),
         (
             "out",
-            f"{plan.run.stage_folder('export')}: config.json, *.safetensors, tokenizer (Ernie4.5-MoE layout)",
+            f"{plan.run.stage_folder('export')}: config.json, *.safetensors, tokenizer, README.md, for "
+            f"{plan.run.recipe.export.target}",
         ),
         ("shapes", plan.moe_shapes),
         ("parameters", plan.moe_parameters),
@@ -234,7 +235,7 @@ def _steps(steps: int, batch: int, length: int) -> str:
 def _layout(parallel: ParallelSection) -> str:
     return (
         f"{parallel.processes} processes on {parallel.nodes} node(s): tensor {parallel.tensor}, pipeline "
-        f"{parallel.pipeline}, expert {parallel.expert}, data {parallel.data}"
+        f"{parallel.pipeline}, expert {parallel.expert}, data {parallel.layout.data}; {parallel.layout.text}"
     )
 
 

@@ -6,13 +6,14 @@ local kernels) are added by the job itself, so the command is the same on a lapt
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import Flag, ParallelSection, Recipe
+from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe import ExpertTrainingSection, Flag, MoETrainingSection, Recipe
 
 Flags = dict[str, Flag]
 """Flag names without the leading dashes; True stands for a flag without a value."""
@@ -32,8 +33,13 @@ OWNED_BY_THE_CHAIN = frozenset(
     {
         *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
         *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file"),
+        "l0-train-weights",  # expert_training.train_weights
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
         *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
+        *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),
+        *("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage"),
+        *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
+        *("pipeline-model-parallel-layout", "no-overlap-p2p-communication"),
         *("tokenizer-type", "vocab-size", "ckpt-format", "micro-batch-size", "train-samples", "finetune"),
         # the exported layouts know softmax after top-k only
         *("moe-router-pre-softmax", "moe-router-score-function", "moe-router-topk-scaling-factor"),
@@ -42,6 +48,33 @@ OWNED_BY_THE_CHAIN = frozenset(
     }
 )
 """Flags that follow from the rest of the recipe or from the run folder, so `flags:` may not set them."""
+NOT_IN_A_TRIAL = frozenset(
+    {
+        *("bf16", "fp16", "fp8-format", "fp8-recipe"),  # their rounding would hide what a trial looks for
+        *("lr-warmup-iters", "lr-decay-iters", "lr-wsd-decay-iters"),  # count the steps of the whole stage
+        *("use-distributed-optimizer", "dist-ckpt-optim-fully-reshardable", "overlap-param-gather"),
+        "moe-token-dispatcher-type",
+        *("tensorboard-dir", "wandb-project", "wandb-exp-name"),
+    }
+)
+"""Flags of a recipe that a trial leaves out: precision, the stage's length, what a layout decides, what is written."""
+EXACT_FP32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""For jobs whose fp32 numbers are compared: Transformer Engine multiplies fp32 matrices in TF32, which has 10 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A few fp32 steps of a stage in some layout on one machine, from the stage's initial weights; it saves nothing.
+
+    The whole schedule (warm-up, gates, decay) is shrunk to these steps.
+    """
+
+    layout: Layout
+    steps: int
+    folder: Path
+    """Takes metrics.jsonl."""
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    """Further flags, which win."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,39 +85,50 @@ class Job:
     env: dict[str, str]
 
 
-def expert_job(run: Run, architecture: Architecture, k: int, *, python: str = sys.executable) -> Job:
-    """Return the job that trains the masks and the MLPs of expert k (paper section 3.2)."""
+def expert_job(
+    run: Run, architecture: Architecture, k: int, *, python: str = sys.executable, trial: Trial | None = None
+) -> Job:
+    """Return the job that trains the masks and the MLPs of expert k (paper section 3.2), or a trial of it."""
     recipe, training = run.recipe, run.recipe.expert_training
-    folder = run.expert_folder(k)
+    folder = trial.folder if trial else run.expert_folder(k)
+    steps = trial.steps if trial else recipe.expert_steps
     flags = (
         _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, training.global_batch_size, recipe.expert_steps, recipe.seed)
-        | _schedule(training.learning_rate, recipe.expert_steps, EXPERT_WARMUP_SHARE)
+        | _batch(training.micro_batch_size, training.global_batch_size, steps, recipe.seed)
+        | _schedule(training.learning_rate, steps, EXPERT_WARMUP_SHARE)
         | _optimizer()
-        | _checkpoints(folder, run.stage_folder("convert") / "megatron", training.save_interval)
-        | _parallel(training.parallel)
+        | _checkpoints(
+            folder, run.stage_folder("convert") / "megatron", None if trial else training.save_interval
+        )
+        | _parallel(trial.layout if trial else training.parallel.layout)
         | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", folder)
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
+        | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
-    return _job(python, training.parallel, architecture, flags, training.flags, "expert_training")
+    return _job(python, training, architecture, flags, "expert_training", trial)
 
 
-def moe_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
-    """Return the job that trains experts and routers together (paper section 3.3)."""
+def moe_job(
+    run: Run, architecture: Architecture, *, python: str = sys.executable, trial: Trial | None = None
+) -> Job:
+    """Return the job that trains experts and routers together (paper section 3.3), or a trial of it."""
     recipe, training = run.recipe, run.recipe.moe_training
-    folder = run.stage_folder("moe")
+    folder = trial.folder if trial else run.stage_folder("moe")
+    steps = trial.steps if trial else recipe.moe_steps
     flags = (
         _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, recipe.moe_steps, recipe.seed)
-        | _schedule(training.learning_rate, recipe.moe_steps, MOE_WARMUP_SHARE)
+        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, steps, recipe.seed)
+        | _schedule(training.learning_rate, steps, MOE_WARMUP_SHARE)
         | _optimizer()
-        | _checkpoints(folder, run.stage_folder("assemble") / "megatron", training.save_interval)
-        | _parallel(training.parallel)
+        | _checkpoints(
+            folder, run.stage_folder("assemble") / "megatron", None if trial else training.save_interval
+        )
+        | _parallel(trial.layout if trial else training.parallel.layout)
         | _experts(recipe, architecture)
         | _l0("moe", recipe, run.stage_folder("curate") / "moe", folder)
         | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
     )
-    return _job(python, training.parallel, architecture, flags, training.flags, "moe_training")
+    return _job(python, training, architecture, flags, "moe_training", trial)
 
 
 def logits_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
@@ -112,7 +156,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     )
     threads = recipe.moe_training.parallel.threads
     words = [python, "-m", LOGITS, *architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=_environment(threads))
+    return Job(command=words, env=_environment(threads) | EXACT_FP32)
 
 
 def logits_file(run: Run) -> Path:
@@ -131,10 +175,12 @@ def render(flags: Mapping[str, Flag]) -> list[str]:
 
 
 def _sizes(recipe: Recipe, architecture: Architecture) -> Flags:
-    # NullTokenizer adds one id for its end-of-document token; the data is tokenised already.
+    # The data is tokenised already; NullTokenizer only tells Megatron the number of ids.
     return {
         "tokenizer-type": "NullTokenizer",
-        "vocab-size": architecture.vocab_size - 1,
+        "vocab-size": architecture.vocab_size,
+        # No padding: the number of rows, and with it the loss, must not depend on tensor parallelism.
+        "make-vocab-size-divisible-by": 1,
         "seq-length": recipe.data.seq_length,
     }
 
@@ -173,28 +219,48 @@ def _optimizer() -> Flags:
     return {"weight-decay": 0.1, "adam-beta1": 0.9, "adam-beta2": 0.95, "clip-grad": 1.0}
 
 
-def _checkpoints(folder: Path, start: Path, interval: int) -> Flags:
-    """Go on from our own checkpoint when there is one, else start from the stage before."""
-    own = str(folder / "checkpoints")
-    return {
-        "ckpt-format": "torch_dist",
-        "save": own,
-        "load": own,
-        "pretrained-checkpoint": str(start),
-        "save-interval": interval,
-    }
+def _checkpoints(folder: Path, start: Path, interval: int | None) -> Flags:
+    """Go on from our own checkpoint when there is one, else start from the stage before; without interval save none."""
+    flags: Flags = {"ckpt-format": "torch_dist"}
+    if interval is not None:
+        own = str(folder / "checkpoints")
+        flags |= {"save": own, "load": own}
+    flags["pretrained-checkpoint"] = str(start)
+    if interval is not None:
+        flags["save-interval"] = interval
+    return flags
 
 
-def _parallel(parallel: ParallelSection) -> Flags:
+def _parallel(layout: Layout) -> Flags:
     flags: Flags = {
-        "tensor-model-parallel-size": parallel.tensor,
-        "pipeline-model-parallel-size": parallel.pipeline,
+        "tensor-model-parallel-size": layout.tensor,
+        "pipeline-model-parallel-size": layout.pipeline,
         "distributed-timeout-minutes": DISTRIBUTED_TIMEOUT_MINUTES,
     }
-    if parallel.tensor > 1:
+    if layout.sequence:
         flags["sequence-parallel"] = True
-    if parallel.expert > 1:
-        flags["expert-model-parallel-size"] = parallel.expert
+    if layout.expert > 1:
+        flags["expert-model-parallel-size"] = layout.expert
+    if layout.expert_tensor is not None:
+        flags["expert-tensor-parallel-size"] = layout.expert_tensor
+    if layout.dispatcher:
+        flags["moe-token-dispatcher-type"] = layout.dispatcher
+    if layout.context > 1:
+        flags["context-parallel-size"] = layout.context
+    if layout.distributed_optimizer:
+        flags |= {"use-distributed-optimizer": True, "dist-ckpt-optim-fully-reshardable": True}
+    return flags | _pipeline(layout)
+
+
+def _pipeline(layout: Layout) -> Flags:
+    flags: Flags = {}
+    if layout.pipeline_layers:
+        stages = ["t" * layers for layers in layout.pipeline_layers]
+        flags["pipeline-model-parallel-layout"] = f"E{'|'.join(stages)}L"  # embedding, layers by stage, loss
+    elif layout.virtual_pipeline > 1:
+        flags["num-virtual-stages-per-pipeline-rank"] = layout.virtual_pipeline
+    if layout.virtual_pipeline > 1 and not layout.overlap_p2p:
+        flags["no-overlap-p2p-communication"] = True
     return flags
 
 
@@ -224,26 +290,33 @@ def _l0(stage: str, recipe: Recipe, index: Path, folder: Path) -> Flags:
 
 def _job(
     python: str,
-    parallel: ParallelSection,
+    training: ExpertTrainingSection | MoETrainingSection,
     architecture: Architecture,
     flags: Flags,
-    extra: Mapping[str, Flag],
     section: str,
+    trial: Trial | None,
 ) -> Job:
     fixed = architecture.megatron_flags()
-    for name in extra:
+    for name in training.flags:
         if name in OWNED_BY_THE_CHAIN or f"--{name}" in fixed:
             raise L0MoEError(
                 f"{section}.flags may not set {name!r}, which follows from the model and the rest of the recipe; "
                 "remove it."
             )
-    words = [*_launcher(python, parallel), "-m", PRETRAIN, *fixed, *render(flags | dict(extra))]
-    return Job(command=words, env=_environment(parallel.threads))
+    parallel = training.parallel
+    extra, processes, nodes = training.flags, parallel.processes, parallel.nodes
+    if trial:
+        extra = {name: value for name, value in extra.items() if name not in NOT_IN_A_TRIAL} | dict(
+            trial.flags
+        )
+        processes, nodes = trial.layout.processes, 1
+    words = [*_launcher(python, processes, nodes), "-m", PRETRAIN, *fixed, *render(flags | extra)]
+    return Job(command=words, env=_environment(parallel.threads) | (EXACT_FP32 if trial else {}))
 
 
-def _launcher(python: str, parallel: ParallelSection) -> Sequence[str]:
-    per_node = ("--nproc-per-node", str(parallel.processes // parallel.nodes))
-    if parallel.nodes == 1:
+def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
+    per_node = ("--nproc-per-node", str(processes // nodes))
+    if nodes == 1:
         return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
     # Left to the shell of the batch job: the scheduler sets these on every node.
     rendezvous = (
@@ -254,7 +327,7 @@ def _launcher(python: str, parallel: ParallelSection) -> Sequence[str]:
         "--rdzv-endpoint",
         "$L0MOE_HEAD_NODE:29500",
     )
-    return (python, "-m", "torch.distributed.run", "--nnodes", str(parallel.nodes), *per_node, *rendezvous)
+    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *rendezvous)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -62,6 +62,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.global_batch_size",
             "expert_training.learning_rate",
             "expert_training.mask_learning_rate",
+            "expert_training.train_weights",
             "expert_training.flags",
         ),
         resumable=True,
@@ -91,7 +92,7 @@ CHAIN: tuple[StageSpec, ...] = (
         name="export",
         does="write the L0-MoE as an ordinary Hugging Face checkpoint",
         inputs=("moe",),
-        settings=("model.path", "model.dense_layers", "model.top_k"),
+        settings=("model.path", "model.dense_layers", "model.top_k", "export"),
     ),
     StageSpec(
         name="evaluate",

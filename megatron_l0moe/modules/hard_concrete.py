@@ -218,18 +218,20 @@ class HardConcreteGate(Float32State):
         open_probability = self._open_probability(self.effective_log_alpha())
         return float(gather_shards(open_probability, self.tp_group).mean())
 
-    @torch.no_grad()
     def observe_input(self, hidden_states: Tensor) -> None:
         """Add the layer's input to the domain mean that later initialises the router.
 
         Args:
             hidden_states: [s, b, h], the normalised input of the MLP; with sequence parallelism s is local.
         """
-        if not (self.training and self.step.phase is Phase.OPEN):
+        # Under recomputation a layer runs twice, the first time without gradients: each token counts once.
+        if not (self.training and torch.is_grad_enabled() and self.step.phase is Phase.OPEN):
             return
-        total = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
+        total = hidden_states.detach().reshape(-1, hidden_states.shape[-1]).float()
         summed = torch.cat([total.sum(0), total.new_tensor([total.shape[0]])])
-        for group in (self.tp_group, self.dp_cp_group):
+        # without sequence parallelism all tensor-parallel ranks hold the same tokens
+        tp_group = self.tp_group if self.config.sequence_parallel else None
+        for group in (tp_group, self.dp_cp_group):
             if group is not None and group.size() > 1:
                 torch.distributed.all_reduce(summed, group=group)
         count = summed[-1:]

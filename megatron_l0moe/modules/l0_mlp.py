@@ -33,6 +33,30 @@ class _AttachPenalty(torch.autograd.Function):
         return gradient, torch.full((), ctx.scale, dtype=torch.float32, device=gradient.device), None
 
 
+class _ApplyGate(torch.autograd.Function):
+    """activation [..., F/p] * z [F/p], keeping the product for the backward pass and not the activation.
+
+    fc2 keeps the product anyway, so that a learning gate takes no memory of the activation's size. The activation is
+    product / z; where z is 0 it cannot be told, nor need it be: there the clip of eq. 1 lets no gradient through.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, z: Tensor) -> Tensor:
+        product = activation * z
+        ctx.save_for_backward(product, z)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        (gradient,) = gradients
+        product, z = ctx.saved_tensors
+        z_gradient = None
+        if ctx.needs_input_grad[1]:
+            total = (gradient * product).sum(dim=tuple(range(gradient.dim() - 1)))
+            z_gradient = torch.where(z > 0, total / z, torch.zeros_like(total))
+        return gradient * z, z_gradient
+
+
 class L0MLP(MLP):
     """MLP whose intermediate activation [s, b, F/p] is multiplied by the gate z [F/p] just before fc2.
 
@@ -85,7 +109,9 @@ class L0MLP(MLP):
 
     def _apply_gate(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._z is not None, "fc2 of an L0MLP ran outside its forward"
-        return (args[0] * self._z.to(args[0].dtype), *args[1:])
+        z = self._z.to(args[0].dtype)
+        gated: Tensor = _ApplyGate.apply(args[0], z) if z.requires_grad else args[0] * z
+        return (gated, *args[1:])
 
     @classmethod
     def as_mlp_submodule(

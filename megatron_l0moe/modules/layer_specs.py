@@ -23,7 +23,7 @@ from megatron_l0moe.modules.experts import PaddedExperts
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import RetentionConfig
-from megatron_l0moe.modules.rms_norm import RMSNorm
+from megatron_l0moe.modules.rms_norm import RMSNorm, SeparateRMSNorm
 from megatron_l0moe.modules.router import L0Router, RouterConfig
 
 Stage = Literal["dense", "expert", "moe"]
@@ -55,7 +55,9 @@ def block_spec(
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     assert len(spec.layer_specs) == get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [_layer(layer, config, plan, first + i, use_te) for i, layer in enumerate(spec.layer_specs)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=spec.layer_norm if use_te else RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=layers, layer_norm=spec.layer_norm if use_te else SeparateRMSNorm
+    )
 
 
 def _layer(
@@ -68,7 +70,8 @@ def _layer(
         attention = parts.self_attention = copy.copy(parts.self_attention)
         attention.submodules = copy.copy(attention.submodules)
         attention.submodules.core_attention = LocalAttention
-        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        parts.input_layernorm = RMSNorm
+        parts.pre_mlp_layernorm = RMSNorm if is_dense or plan.stage == "dense" else SeparateRMSNorm
         is_moe = plan.stage == "moe" and not is_dense
         # Upstream's local spec also maps an MoE layer's norm to fc1, where its TE spec keeps it apart.
         parts.sharded_state_dict_keys_map = {**ATTENTION_NORM_KEYS, **({} if is_moe else MLP_NORM_KEYS)}

@@ -4,7 +4,8 @@ Legend: H hidden size, F FFN channels, E expert FFN channels, V vocabulary, K ex
 B sequences decoded together.
 
 What is counted: every trainable weight of the Hugging Face checkpoint; tied embeddings once. Not counted:
-constants of the layout such as Ernie4.5-MoE's `moe_statics.e_score_correction_bias` (all zero in our export).
+constants of the layout such as Ernie4.5-MoE's `moe_statics.e_score_correction_bias`, Qwen2-MoE's `shared_expert_gate`
+and biases that the dense family lacks (all zero in our export).
 Sizes are taken as if every weight had the same width in bytes (the fp32 routers are too small to matter).
 """
 
@@ -13,6 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
+
+BASE_FAMILY_KEY = "l0moe_base_family"
+"""Key of an exported config.json that names the dense family; inference engines keep it and do not read it."""
+DENSE_TYPES = ("llama", "mistral", "qwen2")
+MOE_TYPES = ("ernie4_5_moe", "qwen2_moe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +86,23 @@ class SpeedBounds:
 
 
 def count_parameters(config: Mapping[str, Any]) -> ParameterCounts:
-    """Count the weights of a Llama-like (Llama, Mistral, Qwen2) or Ernie4.5-MoE checkpoint from its config.json.
+    """Count the weights of a dense model (Llama, Mistral, Qwen2) or of an L0-MoE (as Ernie4.5-MoE or Qwen2-MoE).
 
     Raises:
         L0MoEError: the model type is another one, or a size is missing.
     """
     family = config.get("model_type")
-    if family not in ("llama", "mistral", "qwen2", "ernie4_5_moe"):
+    if family not in (*DENSE_TYPES, *MOE_TYPES):
         raise L0MoEError(
-            f"config.json has model_type {family!r}; parameters are counted for llama, mistral, qwen2 and "
-            "ernie4_5_moe only."
+            f"config.json has model_type {family!r}; parameters are counted for "
+            f"{', '.join((*DENSE_TYPES, *MOE_TYPES))} only."
         )
     hidden, layers, vocab = (_size(config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    moe_layers = _moe_layers(config) if family == "ernie4_5_moe" else 0
-    experts = _size(config, "moe_num_experts") if moe_layers else 0
+    moe_layers = _moe_layers(config) if family in MOE_TYPES else 0
+    k_key, experts_key = _EXPERT_KEYS.get(str(family), ("", ""))
+    experts = _size(config, experts_key) if moe_layers else 0
     bias = bool(config.get("use_bias" if family == "ernie4_5_moe" else "mlp_bias", False))
+    bias = bias and BASE_FAMILY_KEY not in config
     return ParameterCounts(
         embedding=vocab * hidden,
         lm_head=vocab * hidden,
@@ -107,7 +115,7 @@ def count_parameters(config: Mapping[str, Any]) -> ParameterCounts:
         else 0,
         routers=moe_layers * experts * hidden,
         num_experts=experts,
-        top_k=_size(config, "moe_k") if moe_layers else 0,
+        top_k=_size(config, k_key) if moe_layers else 0,
     )
 
 
@@ -149,8 +157,11 @@ def _attention(config: Mapping[str, Any], hidden: int) -> int:
     head_dim = config.get("head_dim") or hidden // heads
     q, kv = heads * head_dim, kv_heads * head_dim
     weights = 2 * hidden * q + 2 * hidden * kv
-    if config.get("model_type") == "qwen2":
-        return int(weights + q + 2 * kv)  # Qwen2 always has biases on q, k, v and none on o
+    base = config.get(BASE_FAMILY_KEY) or config.get("model_type")
+    if base in DENSE_TYPES and config.get("model_type") in MOE_TYPES and base != "qwen2":
+        return int(weights)  # biases, if the layout has any, are zero
+    if base in ("qwen2", "qwen2_moe"):
+        return int(weights + q + 2 * kv)  # always biases on q, k, v and none on o
     biased = config.get("attention_bias") or config.get("use_bias")
     return int(weights + (q + 2 * kv + hidden if biased else 0))
 
@@ -159,13 +170,24 @@ def _ffn(hidden: int, channels: int, *, bias: bool) -> int:
     return 3 * hidden * channels + (2 * channels + hidden if bias else 0)
 
 
+# of the model type: experts that serve one token, experts of a layer
+_EXPERT_KEYS = {
+    "ernie4_5_moe": ("moe_k", "moe_num_experts"),
+    "qwen2_moe": ("num_experts_per_tok", "num_experts"),
+}
+
+
 def _moe_layers(config: Mapping[str, Any]) -> int:
     layers = _size(config, "num_hidden_layers")
-    if config.get("moe_num_shared_experts") or config.get("moe_layer_interval", 1) != 1:
+    shared = ("moe_num_shared_experts", "shared_expert_intermediate_size")
+    interval = ("moe_layer_interval", "decoder_sparse_step")
+    if any(config.get(key) for key in shared) or any(config.get(key, 1) != 1 for key in interval):
         raise L0MoEError(
             "config.json describes shared experts or MoE layers at an interval, which an L0-MoE never has; "
             "point to a folder written by the export stage."
         )
+    if config["model_type"] == "qwen2_moe":
+        return layers - len(config.get("mlp_only_layers") or ())
     end = config.get("moe_layer_end_index", -1)
     last = layers - 1 if end in (-1, None) else int(end)
     return last - int(config.get("moe_layer_start_index", 1)) + 1

@@ -3,6 +3,7 @@
 A flag that the user gives wins; these only fill in what is not said.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Iterable
 
@@ -22,8 +23,15 @@ CPU_FLAGS = (
 
 
 def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine can be imported."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Return whether Megatron will find Transformer Engine; asks as core/extensions/transformer_engine.py:71 does.
+
+    To look for the package is not enough: without its part for PyTorch Megatron takes it for absent.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch.fp8")
+    except ImportError:
+        return False
+    return True
 
 
 def has_apex_wgrad_fusion() -> bool:
@@ -41,18 +49,29 @@ def platform_flags(given: Iterable[str], *, moe: bool = False) -> list[str]:
             # gloo's all-to-all needs split sizes on the host; all-gather needs none
             flags.append(("--moe-token-dispatcher-type", "allgather"))
     else:
-        flags.append(("--transformer-impl", "transformer_engine" if has_transformer_engine() else "local"))
-        if not has_apex_wgrad_fusion():
-            flags.append(("--no-gradient-accumulation-fusion", None))
-        if moe:
-            flags.append(("--moe-token-dispatcher-type", "alltoall"))
-            if has_transformer_engine():
-                flags.append(("--moe-grouped-gemm", None))
+        flags += _cuda_flags(moe)
     added: list[str] = []
     for name, value in flags:
         if name not in names:
             added += [name] if value is None else [name, value]
     return added
+
+
+def _cuda_flags(moe: bool) -> list[tuple[str, str | None]]:
+    flags: list[tuple[str, str | None]] = []
+    has_te = has_transformer_engine()
+    if has_te:
+        flags.append(("--transformer-impl", "transformer_engine"))
+    else:
+        # Megatron's fused RoPE is Transformer Engine's, and on by default (transformer_config.py:2186 refuses it)
+        flags += [("--transformer-impl", "local"), ("--no-rope-fusion", None)]
+    if not has_apex_wgrad_fusion():
+        flags.append(("--no-gradient-accumulation-fusion", None))
+    if moe:
+        flags.append(("--moe-token-dispatcher-type", "alltoall"))
+        if has_te:
+            flags += [("--moe-grouped-gemm", None), ("--moe-permute-fusion", None)]
+    return flags
 
 
 def expert_row_multiple() -> int:

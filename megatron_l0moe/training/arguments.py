@@ -34,8 +34,8 @@ class StageConfig:
     """Learning rate of the lambdas of eq. 2, for gradient ascent."""
     l0_router_lr: float = 0.0
     """Learning rate of the routers; 0 means that of the other weights."""
-    l0_freeze_weights: bool = False
-    """In the expert stage, train the masks only; an expert is then a list of FFN channels of the dense model."""
+    l0_train_weights: Literal["on", "off"] = "on"
+    """off: the expert stage trains the masks only, so that an expert is a list of FFN channels of the dense model."""
 
     def __post_init__(self) -> None:
         if self.l0_dense_layers < 0:
@@ -105,6 +105,11 @@ def _check(args: argparse.Namespace, stage: StageConfig, retention: RetentionCon
             raise L0MoEError(
                 "--overlap-grad-reduce needs a gradient for every parameter in every step, which open and frozen gates "
                 "do not have; remove it."
+            )
+        if stage.l0_train_weights == "off" and retention.l0_freeze_fraction == 0:
+            raise L0MoEError(
+                "--l0-train-weights off needs --l0-freeze-fraction above 0, because an expert is then a list of units, "
+                "which has no place for the gates' values."
             )
         _check_steps(args.train_iters, retention)
     if stage.l0_stage == "moe" and args.num_experts is None:

@@ -21,7 +21,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.modules.retention import schedule_step
+from megatron_l0moe.modules.retention import Phase, schedule_step
 from megatron_l0moe.training.arguments import Settings
 from megatron_l0moe.training.model import gates, routers
 
@@ -51,11 +51,23 @@ class ForwardStep:
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
         )
-        if model.training and torch.is_grad_enabled() and not output.requires_grad:
+        without_gradient = model.training and torch.is_grad_enabled() and not output.requires_grad
+        if without_gradient and _trains(model, self._settings):
             raise L0MoEError(
                 "No gradient reaches the trained parameters; remove --recompute-granularity full."
             )
         return output, functools.partial(_loss, batch["loss_mask"])
+
+
+def _trains(model: torch.nn.Module, settings: Settings) -> bool:
+    """Whether this step has a gradient for this model chunk.
+
+    Not where all layers are frozen, as on a pipeline rank of dense layers, and with masks alone not in the steps whose
+    gates are constants, open or frozen: those run forward only.
+    """
+    if settings.plan.stage == "expert" and settings.stage.l0_train_weights == "off":
+        return any(gate.step.phase is Phase.LEARN for gate in gates(model))
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: int, total: int) -> None:

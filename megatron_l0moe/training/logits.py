@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import checkpoint_fixes, cpu
 from megatron_l0moe.training.pretrain import exit_with_one_sentence
@@ -48,7 +49,7 @@ def main() -> None:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_l0moe.training import arguments, model
+    from megatron_l0moe.training import arguments, checkpoint_check, model
 
     def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         ArgumentGroupFactory(LogitsConfig).build_group(parser, title="L0 logits")
@@ -59,10 +60,11 @@ def main() -> None:
         extra_args_provider=add_arguments,
         args_defaults={"finetune": True, "no_load_optim": True, "no_load_rng": True},
     )
-    config = arguments.config_from_args(LogitsConfig, args)
+    config, settings = arguments.config_from_args(LogitsConfig, args), arguments.settings_from_args(args)
+    checkpoint_check.check_model(CheckpointReader(Path(args.load)), args, settings, settings.plan.stage)
     tokens = _first_tokens(Path(config.l0_heldout), config.l0_positions)
     megatron_training.initialize_megatron()
-    builder = GPTModelBuilder(model.model_config(args, arguments.settings_from_args(args)))
+    builder = GPTModelBuilder(model.model_config(args, settings))
     gpt = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
     load_checkpoint([gpt], None, None)
     logits, margins = _forward(gpt.to(cpu.device()).eval(), tokens.to(cpu.device()), model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -15,7 +16,7 @@ from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.arguments import Settings, settings_as_dict
+from megatron_l0moe.training.arguments import Settings
 
 # Parameters of a group of its own in Megatron's gradient clip (core/optimizer/optimizer.py, SEPARATE_GRAD_NORM_GROUPS).
 MASK_GROUP = "l0_mask"
@@ -24,13 +25,14 @@ ROUTER_GROUP = "l0_router"
 
 
 def model_config(args: argparse.Namespace, settings: Settings) -> GPTModelConfig:
-    """Return Megatron's model config with our specs, our freezing hook, and our settings for the checkpoint."""
+    """Return Megatron's model config with our specs and our freezing hook."""
     config: GPTModelConfig = gpt_config_from_args(args)
+    # gpt_config_from_args leaves --rope-scaling-factor out (training/argument_utils.py:464); Llama-3.2 has 32, not 8.
+    config.rope_scaling_factor = args.rope_scaling_factor
     # One checkpoint key for each layer: the layers of the expert stage do not all hold the same tensors.
     assert hasattr(config.transformer, "hetereogenous_dist_checkpoint"), "renamed in this Megatron"
     config.transformer.hetereogenous_dist_checkpoint = True
     config.transformer_layer_spec = functools.partial(_layer_spec, plan=settings.plan)
-    config.extra_checkpoint_metadata = {"l0moe": settings_as_dict(settings)}
     config.pre_wrap_hooks.append(functools.partial(prepare_for_training, settings=settings))
     return config
 
@@ -49,22 +51,39 @@ def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPT
     for model in models:
         if settings.plan.stage == "expert":
             model.requires_grad_(False)
-            if model.config.recompute_granularity == "full":
+            if _recomputes_mlps(model.config):
                 _let_gradients_start_at_the_embedding(model)
         for module in model.modules():
             if isinstance(module, L0MLP):
-                module.requires_grad_(not settings.stage.l0_freeze_weights)
+                module.requires_grad_(settings.stage.l0_train_weights == "on")
                 _mark_gate(module.gate)
             elif isinstance(module, L0Router):
                 setattr(module.weight, ROUTER_GROUP, True)
+            elif isinstance(module, MoELayer):
+                _mark_experts(module.experts)
     return models
+
+
+def _mark_experts(experts: torch.nn.Module) -> None:
+    """Give experts an optimizer of their own in every layout.
+
+    Megatron does so only above an expert-parallel size of 1 (core/tensor_parallel/layers.py sets `allreduce`), so a
+    checkpoint of one process would hold one optimizer, where more expert-parallel processes look for two.
+    """
+    for parameter in experts.parameters():
+        parameter.allreduce = False  # type: ignore[attr-defined]  # Megatron's own mark
+
+
+def _recomputes_mlps(config: Any) -> bool:
+    full = config.recompute_granularity == "full"
+    return full or (config.recompute_granularity == "selective" and "mlp" in config.recompute_modules)
 
 
 def _let_gradients_start_at_the_embedding(model: GPTModel) -> None:
     """Make the hidden states require a gradient although embedding and bottom layers are frozen.
 
-    Megatron's full activation recomputation returns outputs without a gradient for inputs without one, and its schedule
-    then leaves the backward pass out without a word (core/pipeline_parallel/schedules.py:570).
+    Megatron's recomputation of layers or MLPs returns outputs without a gradient for inputs without one, and its
+    schedule then leaves the backward pass out without a word (core/pipeline_parallel/schedules.py:570).
     """
     if getattr(model, "pre_process", False):
         model.embedding.register_forward_hook(

@@ -23,15 +23,25 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_l0moe.training import arguments, checkpoint_start, data_provider, metrics, model, optimizer
+    from megatron_l0moe.training import (
+        arguments,
+        checkpoint_start,
+        data_provider,
+        layout_check,
+        metrics,
+        model,
+        optimizer,
+    )
+    from megatron_l0moe.training.checkpoint_settings import install_settings
     from megatron_l0moe.training.forward_step import ForwardStep
 
     arguments.install_argv()
+    layout_check.check_command_line()
     args = parse_and_validate_args(extra_args_provider=arguments.add_l0_arguments)
     settings = arguments.settings_from_args(args)
-    checkpoint_start.prepare(args, settings)
     config = model.model_config(args, settings)
-    config.pre_wrap_hooks.append(functools.partial(checkpoint_start.check_keys, args=args))
+    config.pre_wrap_hooks.append(functools.partial(checkpoint_start.check, args=args, settings=settings))
+    install_settings(settings)
     optimizer.install_group_overrides(settings.stage)
     if settings.stage.l0_metrics_file:
         writer = metrics.MetricsWriter(Path(settings.stage.l0_metrics_file))

@@ -6,6 +6,7 @@ and started again with the same command.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 from chain import toy_world as toy
 from safetensors.torch import load_file
 
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.experts.expert_file import ExpertFile
 from megatron_l0moe.reports.summary import deterministic_part
 
 pytestmark = pytest.mark.slow
@@ -108,6 +111,42 @@ def test_kill_in_the_second_expert_run_changes_nothing(straight, recipe, tmp_pat
         )
         assert set(one) == set(other)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+EXPERT_FILE_BYTES = 2_000  # 2 layers x (16 int32 units + a mean of 32 floats), and their names
+
+
+@pytest.mark.parametrize("control", ["lagrangian", "budget"])
+def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path, control):
+    """From the straight run's data; expert files hold units alone, and the experts are cut out of the dense model."""
+    until = "export" if control == "lagrangian" else "assemble"
+    flags = {"bf16": True, "l0-freeze-fraction": 0.3, "l0-retention-control": control}
+    masks = toy.change_recipe(
+        recipe, tmp_path / "masks.yaml", "expert_training", train_weights=False, flags=flags
+    )
+    run = tmp_path / "runs" / "toy"
+    for stage in ("convert", "curate"):
+        shutil.copytree(straight / stage, run / stage)
+    done = toy.run(masks, run.parent, "--until", until)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    dense, moe = (CheckpointReader(run / stage / "megatron") for stage in ("convert", "assemble"))
+    for k in (0, 1):
+        file = run / "experts" / f"{k:03d}" / "expert.safetensors"
+        assert file.stat().st_size < EXPERT_FILE_BYTES
+        expert = ExpertFile(file)
+        assert not expert.has_weights
+        for layer in range(toy.DENSE, toy.LAYERS):
+            units = expert.read(layer, "units")
+            fc1 = dense.read(f"decoder.layers.{layer}.mlp.linear_fc1.weight")
+            got = moe.read(f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight", k)
+            assert torch.equal(got, torch.cat([fc1[units], fc1[toy.FFN + units]]))
+        rows = [json.loads(row) for row in (file.parent / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows) == 10
+        assert rows[-1]["frozen"] is True
+        assert all(row["learning_rate"] is None for row in rows)  # no group of weights
+    assert (run / "export" / "config.json").is_file() is (until == "export")
+    whole = straight / "experts" / "000" / "expert.safetensors"
+    assert whole.stat().st_size > 5 * EXPERT_FILE_BYTES  # control: with weights
 
 
 def _wait_for_lines(file: Path, lines: int, process: subprocess.Popen) -> None:

@@ -69,6 +69,14 @@ def make_world(folder: Path) -> Path:
     return file
 
 
+def change_recipe(recipe: Path, file: Path, section: str, **changes: Any) -> Path:
+    """Write the recipe with some keys of a section changed to `file`, which is returned."""
+    raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    raw[section] |= changes
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return file
+
+
 def command(recipe: Path, runs: Path, *words: str) -> list[str]:
     """Return the command line of a whole run."""
     return [sys.executable, "-m", "megatron_l0moe", "run", str(recipe), "--runs-dir", str(runs), *words]

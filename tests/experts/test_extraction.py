@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.expert_file import ExpertFile
+from megatron_l0moe.experts.expert_file import ExpertFile, write_expert
 from megatron_l0moe.experts.extraction import extract_expert
 from megatron_l0moe.experts.selection import GateSettings, deterministic_gate, select_units
 
@@ -155,6 +155,80 @@ def test_gates_of_the_exact_budget_must_be_frozen(tmp_path, dense):
     ):
         extract_expert(run, out, width=WIDTH)
     assert not out.exists()
+
+
+MASKS_ONLY = {"l0_train_weights": "off"}
+
+
+def test_of_a_run_that_trained_masks_only_the_units_are_kept(tmp_path, dense):
+    full, units = tmp_path / "full.safetensors", tmp_path / "units.safetensors"
+    for out, settings in ((full, {"l0_train_weights": "on"}), (units, MASKS_ONLY)):
+        run = write_expert_run(tmp_path / out.stem, dense, keep=WIDTH, settings=settings)
+        result = extract_expert(run, out, width=WIDTH)
+        assert result["weights"] is (out == full)
+        assert result["bytes"] == out.stat().st_size
+        assert result["parameters"] == 2 * 3 * WIDTH * HIDDEN
+    whole, small = load_file(full), load_file(units)
+    assert set(small) == {f"layers.{i}.{part}" for i in (1, 2) for part in ("units", "input_mean")}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in small.items())
+    expert = ExpertFile(units)
+    assert (expert.has_weights, expert.width, expert.hidden) == (False, WIDTH, HIDDEN)
+    assert expert.read(1, "units").dtype is torch.int64
+    assert ExpertFile(full).has_weights
+
+
+def test_masks_only_needs_frozen_masks(tmp_path, dense):
+    run = write_expert_run(tmp_path / "open", dense, settings=MASKS_ONLY)
+    with pytest.raises(L0MoEError, match=r"not frozen; .* an expert is a list of units, which has no place"):
+        extract_expert(run, tmp_path / "expert.safetensors", width=WIDTH)
+    assert not (tmp_path / "expert.safetensors").exists()
+
+
+def unit_list(layers, width, hidden):
+    tensors = {}
+    for layer in layers:
+        tensors[f"layers.{layer}.units"] = torch.arange(width, dtype=torch.int32)
+        tensors[f"layers.{layer}.input_mean"] = torch.zeros(hidden)
+    return tensors
+
+
+def test_four_experts_of_smollm2_take_kilobytes(tmp_path):
+    layers, file = list(range(6, 30)), tmp_path / "expert.safetensors"
+    prints = dict.fromkeys(layers, "0123456789abcdef")
+    write_expert(file, unit_list(layers, 384, 576), width=384, layers=layers, fingerprints=prints)
+    assert 4 * file.stat().st_size < 450_000
+    assert 4 * 24 * 3 * 384 * 576 * 2 > 120_000_000  # what their weights would take in bfloat16
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    tensors = {f"layers.1.{part}": torch.zeros(4, HIDDEN) for part in ("gate", "up")}
+    tensors |= {"layers.1.down": torch.zeros(HIDDEN, 4), "layers.1.input_mean": torch.zeros(HIDDEN)}
+    metadata = {"format": "l0moe-expert", "version": "1", "expert_ffn": "4", "moe_layers": "1"}
+    units = torch.arange(4)
+    save_file({**tensors, "layers.1.units": units}, tmp_path / "old.safetensors", metadata)
+    expert = ExpertFile(tmp_path / "old.safetensors")
+    assert (expert.has_weights, expert.hidden) == (True, HIDDEN)
+    assert torch.equal(expert.read(1, "units"), units)
+    save_file(tensors, tmp_path / "lost.safetensors", metadata)
+    with pytest.raises(L0MoEError, match=r"lacks the tensor layers\.1\.units"):
+        ExpertFile(tmp_path / "lost.safetensors")
+    save_file({**tensors, "layers.1.units": units}, tmp_path / "new.safetensors", metadata | {"version": "3"})
+    with pytest.raises(L0MoEError, match="is not an expert file of version 1 or 2"):
+        ExpertFile(tmp_path / "new.safetensors")
+
+
+def test_unit_lists_that_contradict_themselves_are_refused(tmp_path):
+    file, tensors = tmp_path / "expert.safetensors", unit_list([1, 2], 4, HIDDEN)
+    write_expert(file, tensors, width=5, layers=[1, 2], fingerprints={1: "a", 2: "b"})
+    with pytest.raises(L0MoEError, match=r"does not describe 5 units of layer 1 \(their shape is \[4\]\)"):
+        ExpertFile(file)
+    write_expert(file, tensors, width=4, layers=[1, 2], fingerprints={1: "a"})
+    with pytest.raises(L0MoEError, match="does not describe 4 units of layer 2"):
+        ExpertFile(file)
+    extra = tensors | {"layers.1.gate": torch.zeros(4, HIDDEN)}
+    write_expert(file, extra, width=4, layers=[1, 2], fingerprints={1: "a", 2: "b"})
+    with pytest.raises(L0MoEError, match=r"should not hold the tensor layers\.1\.gate"):
+        ExpertFile(file)
 
 
 def test_bad_expert_files_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.experts.cutting import fingerprint
 from megatron_l0moe.experts.expert_file import ExpertFile, write_expert
 from megatron_l0moe.experts.extraction import extract_expert
 from megatron_l0moe.experts.merging import assemble, domain_mean_router
@@ -143,6 +144,110 @@ def make_expert(file, *, width=WIDTH, layers=(1, 2), hidden=HIDDEN):
         tensors[f"layers.{layer}.input_mean"] = torch.randn(hidden)
     write_expert(file, tensors, width=width, layers=list(layers))
     return file
+
+
+def checkpoints_from(tmp_path, dense, dtype=None, change=lambda name, tensor: tensor):
+    """Extract every run with and without weights, merge both ways; returns the two checkpoints' readers and units."""
+
+    def as_trained(name, tensor):
+        return change(name, tensor.to(dtype) if dtype and "linear_fc" in name else tensor)
+
+    readers = {}
+    for mode in ("on", "off"):
+        files = [tmp_path / f"{mode}{k}.safetensors" for k in range(EXPERTS)]
+        for k, file in enumerate(files):
+            settings = {"l0_train_weights": mode}
+            folder = tmp_path / f"run-{mode}{k}"
+            run = write_expert_run(folder, dense, seed=k, keep=WIDTH, settings=settings, change=as_trained)
+            assert extract_expert(run, file, width=WIDTH)["weights"] is (mode == "on")
+        assemble(dense, files, tmp_path / mode, top_k=TOP_K)
+        readers[mode] = CheckpointReader(tmp_path / mode / "megatron")
+    return readers["on"], readers["off"]
+
+
+@pytest.fixture(scope="module")
+def dense_bf16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bf16")
+    convert_dense(save_model(folder / "hf", dtype=torch.bfloat16), folder)
+    return folder / "megatron"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_unit_lists_equals_merging_untrained_weights_bit_for_bit(made, dense_bf16, tmp_path, dtype):
+    dense = made / "megatron" if dtype is torch.float32 else dense_bf16
+    whole, lists = checkpoints_from(tmp_path, dense)
+    assert whole.shapes == lists.shapes
+    for name in whole.shapes:
+        one, other = whole.read(name), lists.read(name)
+        assert one.dtype is other.dtype
+        assert torch.equal(one, other), name
+    units = ExpertFile(tmp_path / "off1.safetensors").read(2, "units")
+    fc1 = CheckpointReader(dense).read("decoder.layers.2.mlp.linear_fc1.weight")
+    got = lists.read("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", 1)
+    assert torch.equal(got, torch.cat([fc1[units], fc1[FFN + units]]))
+
+
+def test_control_another_unit_list_gives_another_checkpoint(made, tmp_path):
+    def other_mask(name, tensor):
+        return tensor.roll(1) if name == "decoder.layers.2.mlp.gate.hard_mask" else tensor
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, lists = checkpoints_from(tmp_path / "a", made / "megatron")
+    _, others = checkpoints_from(tmp_path / "b", made / "megatron", change=other_mask)
+    for layer, equal in ((1, True), (2, False)):
+        name = f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight"
+        assert torch.equal(lists.read(name), others.read(name)) is equal
+
+
+def test_runs_in_bfloat16_know_their_float32_dense_model_again(made, tmp_path):
+    whole, lists = checkpoints_from(tmp_path, made / "megatron", dtype=torch.bfloat16)
+    name = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
+    assert lists.read(name).dtype is torch.float32  # cut out of the dense checkpoint, not rounded
+    assert torch.equal(lists.read(name).bfloat16(), whole.read(name))
+
+
+def test_units_of_another_dense_model_are_refused(made, tmp_path):
+    def trained(name, tensor):
+        """One weight moved by one step of bfloat16."""
+        if name == "decoder.layers.2.mlp.linear_fc1.weight":
+            tensor[3, 5] *= 1.01
+        return tensor
+
+    with pytest.raises(L0MoEError, match="lists units of layer 2 of another dense model"):
+        checkpoints_from(tmp_path, made / "megatron", change=trained)
+    assert (tmp_path / "on" / "megatron").exists()  # weights need no dense MLP
+    assert not (tmp_path / "off" / "megatron" / "release").exists()
+
+
+def make_list(file, dense, units, *, layers=(1, 2)):
+    reader, tensors, prints = CheckpointReader(dense), {}, {}
+    for layer in layers:
+        prefix = f"decoder.layers.{layer}.mlp.linear_"
+        prints[layer] = fingerprint(reader.read(f"{prefix}fc1.weight"), reader.read(f"{prefix}fc2.weight"))
+        tensors[f"layers.{layer}.units"] = torch.tensor(units, dtype=torch.int32)
+        tensors[f"layers.{layer}.input_mean"] = torch.randn(HIDDEN)
+    write_expert(file, tensors, width=len(units), layers=list(layers), fingerprints=prints)
+    return file
+
+
+@pytest.mark.parametrize("units", [[0, 2, 1], [0, 1, 1], [-1, 0, 1], [0, 1, FFN]], ids=str)
+def test_impossible_units_are_refused(made, tmp_path, units):
+    good = make_list(tmp_path / "good.safetensors", made / "megatron", [0, 1, FFN - 1])
+    bad = make_list(tmp_path / "bad.safetensors", made / "megatron", units)
+    assemble(made / "megatron", [good, good], tmp_path / "fine", top_k=1, router_init="normal")
+    with pytest.raises(L0MoEError, match="not ascending numbers from 0 to 47"):
+        assemble(made / "megatron", [good, bad], tmp_path / "out", top_k=1, router_init="normal")
+
+
+def test_experts_with_and_without_weights_do_not_mix(made, tmp_path):
+    units = list(range(WIDTH))
+    files = [make_list(tmp_path / "list.safetensors", made / "megatron", units), expert_paths(made)[0]]
+    for order in (files, files[::-1]):
+        with pytest.raises(
+            L0MoEError, match=r"0\.safetensors holds weights and .*list\.safetensors only units"
+        ):
+            assemble(made / "megatron", order, tmp_path / "out", top_k=2)
 
 
 MISFITS = {

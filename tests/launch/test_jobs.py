@@ -11,6 +11,7 @@ from toy_recipe import make_run, toy_architecture
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.planning.layouts import parse_layout
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LAYOUT = {"processes": 8, "nodes": 2, "tensor": 2, "pipeline": 2, "expert": 2, "threads": 3}
@@ -107,3 +108,59 @@ def test_sequence_parallel_goes_with_tensor_parallel(tmp_path: Path) -> None:
     run = make_run(tmp_path, moe_training__parallel={"processes": 2, "tensor": 2})
     assert "--sequence-parallel" in jobs.moe_job(run, toy_architecture()).command
     assert "--sequence-parallel" not in jobs.expert_job(run, toy_architecture(), 0).command
+
+
+def test_flags_of_a_layout(tmp_path: Path) -> None:
+    layout = {"processes": 8, "tensor": 2, "pipeline": 2, "expert": 4, "expert_tensor": 1}
+    more = {"virtual_pipeline": 2, "distributed_optimizer": True, "dispatcher": "alltoall"}
+    run = make_run(tmp_path, moe_training__parallel={**layout, **more})
+    job = jobs.moe_job(run, toy_architecture())
+    assert value(job, "--expert-tensor-parallel-size") == "1"
+    assert value(job, "--num-virtual-stages-per-pipeline-rank") == "2"
+    assert value(job, "--moe-token-dispatcher-type") == "alltoall"
+    assert {"--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"} <= set(job.command)
+    assert "--no-overlap-p2p-communication" not in job.command
+
+
+def test_an_uneven_split_becomes_megatrons_text(tmp_path: Path) -> None:
+    layout = {"processes": 2, "pipeline": 2, "pipeline_layers": [1, 3]}
+    job = jobs.moe_job(make_run(tmp_path, moe_training__parallel=layout), toy_architecture())
+    assert value(job, "--pipeline-model-parallel-layout") == "Et|tttL"
+
+
+@pytest.mark.parametrize(
+    "name", ["sequence-parallel", "expert-tensor-parallel-size", "context-parallel-size"]
+)
+def test_layout_flags_belong_to_parallel(tmp_path: Path, name: str) -> None:
+    with pytest.raises(L0MoEError, match=rf"may not set '{name}'"):
+        jobs.moe_job(make_run(tmp_path, moe_training__flags={name: 2}), toy_architecture())
+
+
+def test_a_trial_saves_nothing_and_keeps_the_rest(tmp_path: Path) -> None:
+    """The words of a trial are those of the job but for layout, length, precision and what is written."""
+    flags = {"bf16": True, "lr-warmup-iters": 9, "weight-decay": 0.0}
+    run = make_run(tmp_path, moe_training__flags=flags)
+    layout = parse_layout("tp2,sp,ep2,etp1")
+    trial = jobs.Trial(layout=layout, steps=5, folder=tmp_path / "t", flags={"lr": 0.5})
+    job = jobs.moe_job(run, toy_architecture(), trial=trial)
+    assert not {"--save", "--load", "--save-interval", "--bf16"} & set(job.command)
+    assert value(job, "--pretrained-checkpoint") == str(run.stage_folder("assemble") / "megatron")
+    assert value(job, "--l0-metrics-file") == str(tmp_path / "t" / "metrics.jsonl")
+    assert (value(job, "--train-iters"), value(job, "--nproc-per-node")) == ("5", "2")
+    assert (value(job, "--lr-warmup-iters"), value(job, "--lr")) == ("1", "0.5")
+    assert value(job, "--weight-decay") == "0.0"
+    whole = jobs.moe_job(run, toy_architecture())
+    changed = {"--sequence-parallel", "--expert-model-parallel-size", "--expert-tensor-parallel-size"}
+    left_out = {"--save", "--load", "--save-interval", "--bf16"}
+    names = [{word for word in job.command if word.startswith("--")} for job in (job, whole)]
+    assert names[0] - names[1] == changed
+    assert names[1] - names[0] == left_out
+
+
+def test_masks_only_is_a_key_of_the_recipe_and_no_flag(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, expert_training__train_weights=False)
+    command = jobs.expert_job(run, toy_architecture(), 0, python="python").command
+    assert command[command.index("--l0-train-weights") + 1] == "off"
+    run = golden_run(tmp_path, expert_training__flags={"l0-train-weights": "off"})
+    with pytest.raises(L0MoEError, match="may not set 'l0-train-weights'"):
+        jobs.expert_job(run, toy_architecture(), 0, python="python")

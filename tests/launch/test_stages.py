@@ -29,6 +29,10 @@ def invalidated(tmp_path: Path, **changes: Any) -> set[str]:
             {"expert_training__mask_learning_rate": 0.5},
             {"experts", "assemble", "moe", "export", "evaluate", "report"},
         ),
+        (
+            {"expert_training__train_weights": False},
+            {"experts", "assemble", "moe", "export", "evaluate", "report"},
+        ),
         ({"data__beta": 0.25}, set(STAGE_NAMES) - {"convert"}),
         ({"model__top_k": 1}, {"assemble", "moe", "export", "evaluate", "report"}),
         ({"model__path": "models/other"}, set(STAGE_NAMES)),

@@ -5,6 +5,7 @@ import megatron_models as models
 import pytest
 import torch
 
+from megatron_l0moe.modules import l0_mlp as lm
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import GateStep, Phase, schedule_step
 from megatron_l0moe.runtime import cpu
@@ -77,6 +78,48 @@ def test_penalty_reaches_log_alpha_and_lambdas_with_its_scale():
     assert gate.log_alpha.grad.abs().max() > 0
     difference = gate.expected_retention() - gate.step.retention
     assert gate.controller.lambdas.grad.tolist() == pytest.approx([-0.25 * difference, -0.25 * difference**2])
+
+
+def test_gate_product_and_its_gradients_are_those_of_autograd():
+    """With the product kept instead of the activation; gates that are shut, half open, almost shut and open."""
+    generator = torch.Generator().manual_seed(0)
+    upstream, start = (torch.randn(5, 2, 6, generator=generator) for _ in range(2))
+    raw = torch.tensor([-0.05, 1e-6, 0.3, 0.9, 0.999, 1.08])  # eq. 1 before its clip
+    results = []
+    for product in (lm._ApplyGate.apply, torch.mul):
+        activation, stretched = start.clone().requires_grad_(), raw.clone().requires_grad_()
+        output = product(activation, stretched.clamp(0.0, 1.0))
+        results.append([output, *torch.autograd.grad((output * upstream).sum(), (activation, stretched))])
+    for ours, reference in zip(*results, strict=True):
+        assert torch.allclose(ours, reference, atol=FLOAT32_SUM_ATOL, rtol=0)
+    assert results[0][2][[0, 5]].tolist() == [0, 0]
+    assert results[0][2][1:5].abs().min() > 100 * FLOAT32_SUM_ATOL  # the gradient that is compared is there
+
+
+def saved_values(module: torch.nn.Module) -> int:
+    """Values that autograd keeps for the backward pass, each storage once, parameters left out."""
+    own, found = {p.data_ptr() for p in module.parameters()}, {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output, _ = module(torch.randn(50, 1, models.HIDDEN, requires_grad=True))
+    output.sum().backward()
+    return sum(size for pointer, size in found.items() if pointer not in own)
+
+
+def test_a_learning_gate_keeps_no_activation_of_its_own(monkeypatch):
+    dense = models.build("dense").train().decoder.layers[1].mlp
+    mlp = gated_layers(models.build("expert").train())[0]
+    mlp.gate.begin_iteration(
+        schedule_step(mlp.gate.controller.retention_config, iteration=8, total=20, target=1 / 3)
+    )
+    stock, gated = saved_values(dense), saved_values(mlp)
+    assert gated - stock < 50 * models.FFN  # vectors of F only
+    monkeypatch.setattr(lm._ApplyGate, "apply", torch.mul)  # control: autograd's own product
+    assert saved_values(mlp) - stock >= 50 * models.FFN
 
 
 def test_evaluation_uses_the_gate_without_noise():

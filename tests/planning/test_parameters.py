@@ -7,6 +7,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 
 from megatron_l0moe.errors import L0MoEError
@@ -26,6 +27,13 @@ MOE = {
     "moe_num_experts": 4,
     "moe_num_shared_experts": 0,
     "moe_layer_start_index": 1,
+}
+QWEN2_MOE = {
+    "moe_intermediate_size": 12,
+    "num_experts_per_tok": 2,
+    "num_experts": 4,
+    "mlp_only_layers": [0],
+    "shared_expert_intermediate_size": 0,
 }
 LLAMA3_8B = {
     "model_type": "llama",
@@ -49,13 +57,29 @@ LLAMA3_8B = {
         MistralConfig(**TINY),
         Qwen2Config(**TINY),
         Ernie4_5_MoeConfig(**TINY, **MOE),
+        Qwen2MoeConfig(**TINY, **QWEN2_MOE),
+        Qwen2MoeConfig(**TINY, **QWEN2_MOE, l0moe_base_family="llama"),
     ],
-    ids=["llama", "llama-bias", "llama-head-dim", "mistral", "qwen2", "ernie-moe"],
+    ids=[
+        "llama",
+        "llama-bias",
+        "llama-head-dim",
+        "mistral",
+        "qwen2",
+        "ernie-moe",
+        "qwen2-moe",
+        "qwen2-moe of llama",
+    ],
 )
 def test_total_equals_the_models_weights(config, tied):
     config.tie_word_embeddings = tied
     model = AutoModelForCausalLM.from_config(config)
-    weights = sum(w.numel() for name, w in model.named_parameters() if "e_score_correction_bias" not in name)
+    constants = ["e_score_correction_bias", "shared_expert_gate"]
+    if getattr(config, "l0moe_base_family", None) == "llama":
+        constants.append("_proj.bias")  # zeros
+    weights = sum(
+        w.numel() for name, w in model.named_parameters() if not any(part in name for part in constants)
+    )
     assert count_parameters(config.to_dict()).total == weights
     config.tie_word_embeddings = not tied  # control
     assert count_parameters(config.to_dict()).total != weights
@@ -66,6 +90,15 @@ def test_recipe_and_exported_config_count_alike():
     exported = Ernie4_5_MoeConfig(**TINY, **MOE, tie_word_embeddings=True).to_dict()
     planned = l0moe_counts(dense, dense_layers=1, num_experts=4, expert_ffn=12, top_k=2)
     assert planned == count_parameters(exported)
+    llama_as_qwen2 = Qwen2MoeConfig(**TINY, **QWEN2_MOE, tie_word_embeddings=True, l0moe_base_family="llama")
+    assert planned == count_parameters(llama_as_qwen2.to_dict())
+    qwen2 = Qwen2Config(**TINY, tie_word_embeddings=True).to_dict()
+    planned = l0moe_counts(qwen2, dense_layers=1, num_experts=4, expert_ffn=12, top_k=2)
+    for_sglang = {**exported, "use_bias": True, "l0moe_base_family": "qwen2"}
+    assert planned == count_parameters(for_sglang)
+    assert planned == count_parameters(
+        Qwen2MoeConfig(**TINY, **QWEN2_MOE, tie_word_embeddings=True).to_dict()
+    )
 
 
 def test_active_by_hand():

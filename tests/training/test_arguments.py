@@ -79,3 +79,10 @@ def test_bad_flags_end_with_one_sentence(parser, words, message):
     with pytest.raises(L0MoEError, match=message) as caught:
         arguments.settings_from_args(parse(parser, *words))
     assert str(caught.value).count("\n") == 0
+
+
+def test_masks_only_needs_a_freeze(parser):
+    words = ("--l0-stage", "expert", "--l0-expert-ffn", "8", "--l0-train-weights", "off")
+    assert arguments.settings_from_args(parse(parser, *words)).stage.l0_train_weights == "off"
+    with pytest.raises(L0MoEError, match="--l0-train-weights off needs --l0-freeze-fraction above 0"):
+        arguments.settings_from_args(parse(parser, *words, "--l0-freeze-fraction", "0"))

@@ -79,7 +79,7 @@ def test_frozen_parameters_stay_bit_identical():
 
 
 def test_masks_only_mode_trains_no_weight():
-    model, _, optimizer = built("expert", l0_freeze_weights=True)
+    model, _, optimizer = built("expert", l0_train_weights="off")
     assert all(".gate." in name for name in names_in(model, optimizer))
 
 

@@ -1,0 +1,82 @@
+"""Faults on purpose: each breaks one thing that keeps the layouts equal, for the time of a `with` block."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_l0moe.modules import hard_concrete
+from megatron_l0moe.training import forward_step
+from megatron_l0moe.training.model import routers
+
+
+@contextlib.contextmanager
+def noise_by_rank(models: list[Any]) -> Iterator[None]:
+    """Draw other noise on every rank."""
+    original, rank = hard_concrete.gate_noise, torch.distributed.get_rank()
+
+    def drawn(*, seed: int, **key: Any) -> torch.Tensor:
+        return original(seed=seed + rank, **key)
+
+    with mock.patch.object(hard_concrete, "gate_noise", drawn):
+        yield
+
+
+@contextlib.contextmanager
+def penalty_for_each_micro_batch(models: list[Any]) -> Iterator[None]:
+    """Add the whole penalty once for each micro-batch."""
+    with mock.patch.object(forward_step, "get_num_microbatches", return_value=1):
+        yield
+
+
+@contextlib.contextmanager
+def no_expert_scale(models: list[Any]) -> Iterator[None]:
+    """Average the experts' gradients over the expert-data-parallel group alone."""
+    for model in models:
+        for buffer in model.expert_parallel_buffers:
+            for bucket in buffer.buckets:
+                bucket.gradient_scaling_factor = 1.0 / buffer.data_parallel_group.size()
+    yield
+
+
+@contextlib.contextmanager
+def no_tensor_scale(models: list[Any]) -> Iterator[None]:
+    """Attach the router's losses as if its tensor-parallel group were one process."""
+    for model in models:
+        for router in routers(model):
+            router.tp_cp_group = SimpleNamespace(size=lambda: 1)
+    yield
+
+
+@contextlib.contextmanager
+def no_sequence_sum(models: list[Any]) -> Iterator[None]:
+    """Leave the gradients of norms and routers as each rank's part of the sequence gave them."""
+    # the package holds the function of the same name, so the module is asked for by its own
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    with mock.patch.object(module, "_allreduce_non_tensor_model_parallel_grads"):
+        yield
+
+
+@contextlib.contextmanager
+def local_load(models: list[Any]) -> Iterator[None]:
+    """Count the routed tokens of this rank alone."""
+    for model in models:
+        for router in routers(model):
+            router.expert_load.group = SimpleNamespace(size=lambda: 1)
+    yield
+
+
+@contextlib.contextmanager
+def batched_messages(models: list[Any]) -> Iterator[None]:
+    """Nothing to patch: the model is built with `batch_p2p_comm` (see `layout_model.build`)."""
+    yield
+
+
+@contextlib.contextmanager
+def none(models: list[Any]) -> Iterator[None]:
+    """Break nothing."""
+    yield

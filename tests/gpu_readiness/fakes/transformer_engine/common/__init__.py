@@ -1,0 +1,5 @@
+"""transformer_engine.common."""
+
+from transformer_engine.common import recipe
+
+__all__ = ["recipe"]
