@@ -1,4 +1,4 @@
-"""Convert a dense Hugging Face checkpoint (or a GGUF file) to a Megatron checkpoint.
+"""Convert a dense Hugging Face checkpoint, an exported L0-MoE or a GGUF file to a Megatron checkpoint.
 
 Example: python checkpoints_conversion/hf_to_megatron.py models/smollm2-135m-instruct --out converted
 """
@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from megatron_l0moe.conversion.convert import convert_dense
+from megatron_l0moe.conversion.convert import convert_any
 from megatron_l0moe.conversion.gguf import gguf_to_hf
 from megatron_l0moe.errors import L0MoEError
 
@@ -27,7 +27,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        convert = gguf_to_hf if arguments.source.suffix == ".gguf" else convert_dense
+        convert = gguf_to_hf if arguments.source.suffix == ".gguf" else convert_any
         result = convert(arguments.source, arguments.out)
     except L0MoEError as error:
         sys.stderr.write(f"{error}\n")

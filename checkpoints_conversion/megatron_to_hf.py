@@ -1,7 +1,7 @@
 """Export a Megatron checkpoint, dense or L0-MoE, as a Hugging Face checkpoint.
 
 Example: python checkpoints_conversion/megatron_to_hf.py runs/quickstart/moe/checkpoints \
-    --base models/smollm2-135m-instruct --out exported --dense-layers 6 --top-k 2
+    --base models/smollm2-135m-instruct --out exported --dense-layers 6 --top-k 2 --target all
 """
 
 import argparse
@@ -9,9 +9,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import get_args
 
 from megatron_l0moe.conversion.export import export_dense, export_moe
+from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, summary_facts
+from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import load_recipe
 
 
 def main() -> int:
@@ -26,6 +30,11 @@ def main() -> int:
         "--dense-layers", type=int, help="bottom dense layers of an L0-MoE; absent: a dense model"
     )
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve one token")
+    parser.add_argument(
+        "--target", choices=get_args(Target), default="all", help="the engines that an L0-MoE is for"
+    )
+    parser.add_argument("--recipe", type=Path, help="the run's recipe, for the model card")
+    parser.add_argument("--summary", type=Path, help="the run's summary.json, which holds the recipe too")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -38,12 +47,20 @@ def main() -> int:
                 arguments.out,
                 dense_layers=arguments.dense_layers,
                 top_k=arguments.top_k,
+                target=arguments.target,
+                card=_facts(arguments),
             )
     except L0MoEError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def _facts(arguments: argparse.Namespace) -> CardFacts:
+    if arguments.summary is not None:
+        return summary_facts(arguments.summary)
+    return CardFacts() if arguments.recipe is None else recipe_facts(load_recipe(arguments.recipe))
 
 
 if __name__ == "__main__":

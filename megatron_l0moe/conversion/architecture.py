@@ -21,6 +21,8 @@ class DenseFamily:
     """Whether the q, k and v projections have biases (all else has none in every family)."""
     max_position_embeddings: int
     """The default of transformers, for a config.json that leaves it out."""
+    sliding_window: int | None = None
+    """The same."""
 
 
 DENSE_FAMILIES = {
@@ -37,6 +39,7 @@ DENSE_FAMILIES = {
             hf_architecture="MistralForCausalLM",
             qkv_bias=False,
             max_position_embeddings=131072,
+            sliding_window=4096,
         ),
         DenseFamily(
             model_type="qwen2",
@@ -54,6 +57,7 @@ MEGATRON_LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+DEFAULT_SCALING_FACTOR = 8.0  # of Megatron's --rope-scaling-factor, without meaning where nothing is scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,13 @@ class Architecture:
     tied_embeddings: bool
     qkv_bias: bool
     max_position_embeddings: int
+    sliding_window: int | None = None
+    """Mistral-7B-v0.1: a token sees this many tokens, itself included; None: all before it."""
+
+    @property
+    def exact_positions(self) -> int:
+        """The longest sequence on which full causal attention, which is all that is trained and exported, is exact."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @classmethod
     def from_hf(cls, folder: Path) -> "Architecture":
@@ -115,6 +126,7 @@ class Architecture:
             max_position_embeddings=int(
                 config.get("max_position_embeddings", family.max_position_embeddings)
             ),
+            sliding_window=_sliding_window(config, family, source),
         )
         if heads % groups:
             raise L0MoEError(
@@ -148,7 +160,7 @@ class Architecture:
             "use_cache": True,
             "initializer_range": 0.02,
             "attention_dropout": 0.0,
-            **({"sliding_window": None} if self.family == "mistral" else {}),
+            **({"sliding_window": self.sliding_window} if self.family == "mistral" else {}),
             **({"use_sliding_window": False} if self.family == "qwen2" else {}),
             **({"attention_bias": False, "mlp_bias": False} if self.family == "llama" else {}),
         }
@@ -163,7 +175,7 @@ class Architecture:
             "group_query_attention": True,
             "num_query_groups": self.num_query_groups,
             "kv_channels": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
+            "max_position_embeddings": self.exact_positions,
             "normalization": "RMSNorm",
             "norm_epsilon": self.rms_norm_eps,
             "swiglu": True,
@@ -172,6 +184,9 @@ class Architecture:
             "rotary_base": self.rotary_base,
             "rotary_percent": 1.0,
             "use_rope_scaling": self.rope_scaling is not None,
+            "rope_scaling_factor": self.rope_scaling["factor"]
+            if self.rope_scaling
+            else DEFAULT_SCALING_FACTOR,
             "add_bias_linear": False,
             "add_qkv_bias": self.qkv_bias,
             "untie_embeddings_and_output_weights": not self.tied_embeddings,
@@ -232,15 +247,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def first_architecture(config: dict[str, Any]) -> str:
+    """Return the name of the model's class as config.json gives it."""
+    names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
+    return str(names[0])
+
+
 def _family(config: dict[str, Any], source: Path) -> DenseFamily:
     known = {family.hf_architecture: family for family in DENSE_FAMILIES.values()}
-    names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-    if names[0] not in known:
+    name = first_architecture(config)
+    if name not in known:
         raise L0MoEError(
-            f"{source} is a model of architecture {names[0]}, which is not supported; "
-            f"supported are {', '.join(sorted(known))}."
+            f"{source} is a model of architecture {name}, which is not supported; supported are "
+            f"{', '.join(sorted(known))}, and an L0-MoE that this program exported."
         )
-    return known[names[0]]
+    return known[name]
 
 
 def _integer(config: dict[str, Any], key: str, source: Path) -> int:
@@ -304,11 +325,14 @@ def _refuse_what_megatron_lacks(config: dict[str, Any], family: DenseFamily, sou
     for key in ("attention_bias", "mlp_bias"):
         if family.model_type != "qwen2" and config.get(key):
             raise L0MoEError(f"{source}: {key} = true is not supported for {family.hf_architecture}.")
-    window = config.get("sliding_window")
-    if family.model_type == "qwen2" and not config.get("use_sliding_window", False):
-        window = None
-    if window is not None:
+
+
+def _sliding_window(config: dict[str, Any], family: DenseFamily, source: Path) -> int | None:
+    if family.model_type == "qwen2" and config.get("use_sliding_window", False):
         raise L0MoEError(
-            f"{source}: sliding_window = {window} is not supported; if you train and serve sequences of at "
-            f"most {window} tokens, set it to null in a copy of the checkpoint."
+            f"{source}: use_sliding_window = true (a window in some layers) is not supported for "
+            f"{family.hf_architecture}; set it to false in a copy of the checkpoint to use full attention."
         )
+    if family.model_type != "mistral" or config.get("sliding_window", family.sliding_window) is None:
+        return None
+    return _integer({"sliding_window": family.sliding_window, **config}, "sliding_window", source)

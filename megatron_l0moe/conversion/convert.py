@@ -1,4 +1,7 @@
-"""The stage `convert`: a dense Hugging Face checkpoint becomes a Megatron checkpoint, one tensor at a time."""
+"""The stage `convert`: a dense Hugging Face checkpoint becomes a Megatron checkpoint, one tensor at a time.
+
+Also the way back for an L0-MoE that `export` wrote: a Megatron checkpoint like that of `assemble`, to train on.
+"""
 
 import logging
 import time
@@ -8,10 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.conversion.families import dense_rules, extra_states, ignored_hf_names
-from megatron_l0moe.conversion.mapping import Piece, Rule, check_names, check_shape, hf_shapes
+from megatron_l0moe.conversion.architecture import Architecture, first_architecture, read_config
+from megatron_l0moe.conversion.families import MoEShape, dense_rules, extra_states, ignored_hf_names
+from megatron_l0moe.conversion.mapping import Piece, ReadHF, Rule, check_names, check_shape, hf_shapes
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointWriter, common_state
+from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of, moe_arguments
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
 from megatron_l0moe.errors import L0MoEError
 
@@ -33,10 +37,54 @@ def convert_dense(hf: Path, out: Path) -> dict[str, object]:
     Raises:
         L0MoEError: a checkpoint that is missing, damaged, not supported, or not what its config says.
     """
-    start = time.monotonic()
     architecture = Architecture.from_hf(hf)
+    common = common_state(
+        architecture.megatron_arguments(),
+        {"stage": "dense", "architecture": asdict(architecture)},
+        architecture.vocab_size,
+    )
+    return _convert(hf, out, architecture, None, dense_rules(architecture), common)
+
+
+def convert_moe(hf: Path, out: Path) -> dict[str, object]:
+    """Write `out/megatron` out of an L0-MoE that `export` wrote, in whichever layout, for continued MoE training.
+
+    Tensors and settings are those of the checkpoint that was exported, bit by bit.
+
+    Returns:
+        As `convert_dense`, and the numbers of the experts.
+
+    Raises:
+        L0MoEError: as `convert_dense`, or a config.json that describes more than an L0-MoE has.
+    """
+    config = read_config(hf)
+    layout = layout_of(config, hf / "config.json")
+    architecture, moe = layout.read(config, hf / "config.json")
+    common = common_state(
+        {**architecture.megatron_arguments(), **moe_arguments(architecture, moe)},
+        {"stage": "moe", "architecture": asdict(architecture), **asdict(moe)},
+        architecture.vocab_size,
+    )
+    numbers = _convert(hf, out, architecture, moe, layout.rules(architecture, moe), common)
+    return {**numbers, **asdict(moe)}
+
+
+def convert_any(hf: Path, out: Path) -> dict[str, object]:
+    """Convert a dense checkpoint or an exported L0-MoE, as its config.json says."""
+    is_moe = first_architecture(read_config(hf)) in {layout.hf_architecture for layout in LAYOUTS.values()}
+    return convert_moe(hf, out) if is_moe else convert_dense(hf, out)
+
+
+def _convert(
+    hf: Path,
+    out: Path,
+    architecture: Architecture,
+    moe: MoEShape | None,
+    rules: list[Rule],
+    common: dict[str, Any],
+) -> dict[str, object]:
+    start = time.monotonic()
     source = SafetensorsFolder(hf)
-    rules = dense_rules(architecture)
     expected = hf_shapes(rules)
     check_names(source.names - _redundant(architecture, source), set(expected), str(hf))
     for name, shape in expected.items():
@@ -46,20 +94,15 @@ def convert_dense(hf: Path, out: Path) -> dict[str, object]:
         tensor = source.read(name)
         if tensor.dtype not in _FLOATS:
             raise L0MoEError(
-                f"{hf}: the tensor {name} is {tensor.dtype}; quantised or integer weights are not supported, "
-                "convert the model to bfloat16 or float32 first."
+                f"{hf}: the tensor {name} is {tensor.dtype}, but weights must be bfloat16, float16 or float32, not "
+                "quantised or integer; convert the model first."
             )
         refuse_non_finite(name, tensor)
         return tensor
 
-    common = common_state(
-        architecture.megatron_arguments(),
-        {"stage": "dense", "architecture": asdict(architecture)},
-        architecture.vocab_size,
-    )
     with CheckpointWriter(out / MEGATRON_FOLDER, common) as writer:
         parameters, size = write_pieces(writer, rules, read)
-        for name, shards in extra_states(architecture, None).items():
+        for name, shards in extra_states(architecture, moe).items():
             writer.write_empty_state(name, shards)
     seconds = time.monotonic() - start
     logger.info("converted %s: %d parameters in %.1f s", hf, parameters, seconds)
@@ -72,12 +115,12 @@ def convert_dense(hf: Path, out: Path) -> dict[str, object]:
     }
 
 
-def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: Any) -> tuple[int, int]:
+def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: ReadHF) -> tuple[int, int]:
     """Run rules towards Megatron; return the numbers of values and of bytes written."""
     values = size = 0
     logged = time.monotonic()
     for done, rule in enumerate(rules):
-        for piece in rule.to_megatron(read):
+        for piece in rule.to_megatron(_one_dtype(read)):
             write_piece(writer, piece)
             values += piece.tensor.numel()
             size += piece.tensor.numel() * piece.tensor.element_size()
@@ -85,6 +128,24 @@ def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: Any) -> tupl
             logged = time.monotonic()
             logger.info("%d of %d rules, %.2f GB", done + 1, len(rules), size / 1e9)
     return values, size
+
+
+def _one_dtype(read: ReadHF) -> ReadHF:
+    """Return a reader for one rule, whose tensors become one of Megatron's: torch would mix their dtypes silently."""
+    first: tuple[str, torch.dtype] | None = None
+
+    def checked(name: str) -> torch.Tensor:
+        nonlocal first
+        tensor = read(name)
+        first = first or (name, tensor.dtype)
+        if tensor.dtype is not first[1]:
+            raise L0MoEError(
+                f"The tensor {name} is {tensor.dtype}, but {first[0]}, with which it becomes one tensor of Megatron, "
+                f"is {first[1]}; convert the model to one dtype first."
+            )
+        return tensor
+
+    return checked
 
 
 def write_piece(writer: CheckpointWriter, piece: Piece) -> None:

@@ -1,49 +1,52 @@
 """Write Megatron checkpoints as Hugging Face checkpoints that need no custom code, one tensor at a time.
 
-A dense model is written in its own family's layout; an L0-MoE as Ernie4.5-MoE: SwiGLU experts, softmax router whose
-top-k weights are renormalised, dense layers first, no shared expert, no q/k norm. Ernie rotates q and k in neighbour
-pairs, so their rows are reordered; the scores do not change.
+A dense model is written in its own family's layout; an L0-MoE in the layout that the wanted engines compute rightly
+(`targets.py`): Ernie4.5-MoE or Qwen2-MoE, with SwiGLU experts, a softmax router, dense layers first, no shared expert,
+no q/k norm. Ernie rotates q and k in neighbour pairs, so their rows are reordered; the scores do not change.
 """
 
 import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.architecture import Architecture, read_config
-from megatron_l0moe.conversion.families import MoEShape, dense_rules, ernie_moe_rules, is_training_state
+from megatron_l0moe.conversion import targets
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.conversion.companions import (
+    copy_licence,
+    copy_tokenizer,
+    token_ids,
+    write_generation_config,
+)
+from megatron_l0moe.conversion.families import MoEShape, dense_rules, is_training_state
 from megatron_l0moe.conversion.mapping import Rule, check_names, check_shape, hf_shapes, megatron_shapes
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.conversion.model_card import CardFacts, model_card
+from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.safetensors_files import (
     MAX_SHARD_BYTES,
     SafetensorsWriter,
     refuse_existing_checkpoint,
 )
+from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 5.0
-# Everything beside weights and config that a server needs; what the base lacks is not written.
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Padded rows of these belong to no token: Megatron rounds the vocabulary up to a multiple of TP * 128.
 _VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_COMPARED_ARGUMENTS = (
+    *("num_attention_heads", "num_query_groups", "kv_channels", "rotary_base"),
+    *("use_rope_scaling", "rope_scaling_factor", "norm_epsilon", "layernorm_epsilon"),
+)
+# Of the router; every layout computes a plain softmax.
+_ROUTER_ARGUMENTS = {"moe_router_score_function": "softmax", "moe_router_topk_scaling_factor": None}
 
 
 def export_dense(
@@ -71,61 +74,50 @@ def export_moe(
     *,
     dense_layers: int,
     top_k: int,
+    target: Target = "all",
+    card: CardFacts | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, object]:
-    """Write an L0-MoE Megatron checkpoint as `Ernie4_5_MoeForCausalLM`.
+    """Write an L0-MoE Megatron checkpoint in the layouts that the target's engines compute rightly.
 
     Args:
         megatron: folder with `latest_checkpointed_iteration.txt`.
-        hf_base: the dense Hugging Face checkpoint that the run began with: sizes and tokenizer.
-        out: folder without a checkpoint.
+        hf_base: the dense Hugging Face checkpoint that the run began with: sizes, tokenizer, licence.
+        out: folder without a checkpoint; a second layout, if one is needed, lies below it.
         dense_layers: bottom layers without experts.
-        top_k: experts that serve one token; their weights sum to 1.
+        top_k: experts that serve one token.
+        target: the engines to serve.
+        card: what the model card says beside the model's sizes.
         max_shard_bytes: size at which a new safetensors file is begun.
 
     Returns:
-        Numbers for the manifest: parameters, expert width, files' bytes, seconds.
+        Numbers for the manifest: parameters, expert width, files' bytes, seconds, the layouts and their engines.
 
     Raises:
-        L0MoEError: a checkpoint of another shape, NaN weights, or a base that this layout cannot express.
+        L0MoEError: a checkpoint of another shape, NaN weights, or a model that an engine has no layout for.
     """
     architecture = Architecture.from_hf(hf_base)
-    if architecture.qkv_bias:
-        raise L0MoEError(
-            f"{hf_base} is a {architecture.family} model with q/k/v biases, which the Ernie4.5-MoE layout cannot "
-            "express on every engine; only Llama and Mistral bases can be exported as L0-MoE."
-        )
     source = _Source(megatron, architecture)
     moe = source.moe_shape(dense_layers, top_k)
-    rules = ernie_moe_rules(architecture, moe)
-    config = ernie_config(architecture, moe, source.dtype_name)
-    result = _export(source, rules, config, hf_base, out, max_shard_bytes)
-    return {**result, "num_experts": moe.num_experts, "expert_ffn": moe.expert_ffn}
-
-
-def ernie_config(architecture: Architecture, moe: MoEShape, dtype: str) -> dict[str, Any]:
-    """Return config.json of the Ernie4.5-MoE layout in the transformers 4.57 form."""
-    base = architecture.hf_config(dtype)
-    for key in ("attention_bias", "mlp_bias", "sliding_window", "use_sliding_window"):
-        base.pop(key, None)
+    planned = targets.plan(target, targets.Model.of(architecture, renormalised=moe.renormalised))
+    for one in planned:
+        refuse_existing_checkpoint(out / one.folder)
+    results = []
+    for one in reversed(planned):  # the export's own folder last: it says that all are there
+        layout = LAYOUTS[one.form]
+        rules = layout.rules(architecture, moe)
+        config = layout.hf_config(architecture, moe, source.dtype_name, one.engines)
+        logger.info("writing %s for %s", layout.hf_architecture, ", ".join(one.engines))
+        folder = out / one.folder
+        card_of_this = model_card(config, hf_base, card or CardFacts())
+        results.append(_export(source, rules, config, hf_base, folder, max_shard_bytes, card_of_this))
+    written = {one.folder or ".": {"form": one.form, "engines": list(one.engines)} for one in planned}
     return {
-        **base,
-        "architectures": ["Ernie4_5_MoeForCausalLM"],
-        "model_type": "ernie4_5_moe",
-        # Explicit: the layout's default is true.
-        "tie_word_embeddings": architecture.tied_embeddings,
-        "use_bias": False,
-        "moe_intermediate_size": moe.expert_ffn,
-        "moe_k": moe.top_k,
-        "moe_num_experts": moe.num_experts,
-        "moe_num_shared_experts": 0,
-        "moe_layer_start_index": moe.dense_layers,
-        "moe_layer_end_index": architecture.num_layers - 1,
-        "moe_layer_interval": 1,
-        "moe_norm_min": 1e-12,
+        **results[-1],
         "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "output_router_logits": False,
+        "expert_ffn": moe.expert_ffn,
+        "target": target,
+        "folders": written,
     }
 
 
@@ -136,7 +128,25 @@ class _Source:
         self.reader = CheckpointReader(folder)
         self.architecture = architecture
         self._model_names = {name for name in self.reader.model_names() if not is_training_state(name)}
-        self.dtype_name = _DTYPE_NAMES[self.reader.dtype(_VOCABULARY_TENSORS[0])]
+        self._arguments = vars(self.reader.common["args"]) if "args" in self.reader.common else {}
+        self._check_arguments()
+        dtype = self.reader.dtype(_VOCABULARY_TENSORS[0])
+        if dtype not in _DTYPE_NAMES:
+            raise L0MoEError(
+                f"{self.reader.path} holds weights of {dtype}; only {', '.join(_DTYPE_NAMES.values())} can be exported."
+            )
+        self.dtype_name = _DTYPE_NAMES[dtype]
+
+    def _check_arguments(self) -> None:
+        """Compare what shapes of tensors do not tell: the wrong base would give a model that loads and is wrong."""
+        expected = self.architecture.megatron_arguments()
+        expected["layernorm_epsilon"] = expected["norm_epsilon"]  # what Megatron's own parser calls it
+        for name in _COMPARED_ARGUMENTS:
+            if name in self._arguments and self._arguments[name] != expected[name]:
+                raise L0MoEError(
+                    f"{self.reader.path} was made with {name} = {self._arguments[name]}, but the base model has "
+                    f"{expected[name]}; give the base model that the run began with."
+                )
 
     def moe_shape(self, dense_layers: int, top_k: int) -> MoEShape:
         layers = self.architecture.num_layers
@@ -153,7 +163,23 @@ class _Source:
             )
         if not 1 <= top_k <= shape[0]:
             raise L0MoEError(f"top_k ({top_k}) must be between 1 and the number of experts ({shape[0]}).")
-        return MoEShape(dense_layers=dense_layers, num_experts=shape[0], expert_ffn=shape[2], top_k=top_k)
+        return MoEShape(
+            dense_layers=dense_layers,
+            num_experts=shape[0],
+            expert_ffn=shape[2],
+            top_k=top_k,
+            renormalised=self._renormalised(top_k),
+        )
+
+    def _renormalised(self, top_k: int) -> bool:
+        """Return whether the top-k weights sum to 1, and refuse routers that no layout can express."""
+        for name, expected in (("moe_router_topk", top_k), *_ROUTER_ARGUMENTS.items()):
+            value = self._arguments.get(name, expected)
+            if value != expected:
+                raise L0MoEError(
+                    f"{self.reader.path} was trained with {name} = {value}, but only {expected} can be exported here."
+                )
+        return not self._arguments.get("moe_router_pre_softmax", False)
 
     def check(self, rules: list[Rule]) -> None:
         expected = megatron_shapes(rules)
@@ -178,8 +204,9 @@ def _export(
     hf_base: Path,
     out: Path,
     max_shard_bytes: int,
+    card: str | None = None,
 ) -> dict[str, object]:
-    """Write weights, then tokenizer files, then config.json, which makes the folder a checkpoint."""
+    """Write weights, then what lies beside them, then config.json, which makes the folder a checkpoint."""
     start = logged = time.monotonic()
     refuse_existing_checkpoint(out)
     source.check(rules)
@@ -194,10 +221,13 @@ def _export(
             if time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
                 logger.info("%d of %d rules", done + 1, len(rules))
-    for name in COPIED_FILES:
-        if (hf_base / name).is_file():
-            shutil.copyfile(hf_base / name, out / name)
-    write_text(out / "config.json", json.dumps(_with_token_ids(config, hf_base), indent=2) + "\n")
+    ids = token_ids(hf_base)
+    copy_tokenizer(hf_base, out)
+    write_generation_config(hf_base, out, ids)
+    if card is not None:
+        copy_licence(hf_base, out)
+        write_text(out / "README.md", card)
+    write_text(out / "config.json", json.dumps({**config, **ids}, indent=2) + "\n")
     seconds = time.monotonic() - start
     logger.info("exported %d parameters to %s in %.1f s", parameters, out, seconds)
     return {
@@ -207,10 +237,3 @@ def _export(
         "seconds": seconds,
         "dtype": source.dtype_name,
     }
-
-
-def _with_token_ids(config: dict[str, Any], hf_base: Path) -> dict[str, Any]:
-    base = read_config(hf_base)
-    # Also when null: a layout's own default would be another model's token.
-    ids = {key: base.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {**config, **ids}

@@ -19,6 +19,8 @@ class MoEShape:
     num_experts: int
     expert_ffn: int
     top_k: int
+    renormalised: bool = True
+    """Whether the weights of the top-k experts sum to 1 (softmax after top-k); else they are softmax's own."""
 
 
 def dense_rules(architecture: Architecture) -> list[Rule]:
@@ -30,32 +32,46 @@ def dense_rules(architecture: Architecture) -> list[Rule]:
 
 
 def ernie_moe_rules(architecture: Architecture, moe: MoEShape) -> list[Rule]:
-    """Table of an L0-MoE as Ernie4.5-MoE: dense layers first, then routed experts only."""
+    """Table of an L0-MoE as Ernie4.5-MoE: dense layers first, then routed experts only.
+
+    Of a model with biases on q, k and v it is the form that only SGLang takes: biases on q, k, v and, zero, on o.
+    """
     a = architecture
     rules = _ends(a)
     for layer in range(a.num_layers):
+        hf = f"model.layers.{layer}"
         rules += _attention(a, layer, interleaved_rope=True)
+        if a.qkv_bias:
+            rules.append(Zeros(hf=f"{hf}.self_attn.o_proj.bias", shape=(a.hidden_size,)))
         if layer < moe.dense_layers:
             rules += _dense_mlp(a, layer)
             continue
-        hf, megatron = f"model.layers.{layer}.mlp", f"decoder.layers.{layer}.mlp"
-        rules += [
-            _mlp_norm(a, layer, "pre_mlp_layernorm.weight"),
-            Rename(
-                megatron=f"{megatron}.router.weight",
-                hf=f"{hf}.gate.weight",
-                shape=(moe.num_experts, a.hidden_size),
-            ),
-            Zeros(hf=f"{hf}.moe_statics.e_score_correction_bias", shape=(1, moe.num_experts)),
-            Experts(
-                fc1=f"{megatron}.experts.experts.linear_fc1.weight",
-                fc2=f"{megatron}.experts.experts.linear_fc2.weight",
-                hf=f"{hf}.experts.{{expert}}",
-                num_experts=moe.num_experts,
-                expert_ffn=moe.expert_ffn,
-                hidden=a.hidden_size,
-            ),
-        ]
+        correction = f"{hf}.mlp.moe_statics.e_score_correction_bias"
+        rules += [*_experts(a, moe, layer), Zeros(hf=correction, shape=(1, moe.num_experts))]
+    return rules
+
+
+def qwen2_moe_rules(architecture: Architecture, moe: MoEShape) -> list[Rule]:
+    """Table of an L0-MoE as Qwen2-MoE: no shared expert, whose gate is there all the same, and always q/k/v biases.
+
+    vLLM makes the biases whatever config.json says, and leaves what the checkpoint lacks unset.
+    """
+    a = architecture
+    rows = {"q": a.num_attention_heads, "k": a.num_query_groups, "v": a.num_query_groups}
+    rules = _ends(a)
+    for layer in range(a.num_layers):
+        hf = f"model.layers.{layer}"
+        rules += _attention(a, layer)
+        if not a.qkv_bias:
+            rules += [
+                Zeros(hf=f"{hf}.self_attn.{n}_proj.bias", shape=(count * a.head_dim,))
+                for n, count in rows.items()
+            ]
+        if layer < moe.dense_layers:
+            rules += _dense_mlp(a, layer)
+            continue
+        gate = f"{hf}.mlp.shared_expert_gate.weight"
+        rules += [*_experts(a, moe, layer), Zeros(hf=gate, shape=(1, a.hidden_size))]
     return rules
 
 
@@ -157,3 +173,23 @@ def _mlp_norm(a: Architecture, layer: int, megatron: str) -> Rule:
         hf=f"model.layers.{layer}.post_attention_layernorm.weight",
         shape=(a.hidden_size,),
     )
+
+
+def _experts(a: Architecture, moe: MoEShape, layer: int) -> list[Rule]:
+    hf, megatron = f"model.layers.{layer}.mlp", f"decoder.layers.{layer}.mlp"
+    return [
+        _mlp_norm(a, layer, "pre_mlp_layernorm.weight"),
+        Rename(
+            megatron=f"{megatron}.router.weight",
+            hf=f"{hf}.gate.weight",
+            shape=(moe.num_experts, a.hidden_size),
+        ),
+        Experts(
+            fc1=f"{megatron}.experts.experts.linear_fc1.weight",
+            fc2=f"{megatron}.experts.experts.linear_fc2.weight",
+            hf=f"{hf}.experts.{{expert}}",
+            num_experts=moe.num_experts,
+            expert_ffn=moe.expert_ffn,
+            hidden=a.hidden_size,
+        ),
+    ]

@@ -66,6 +66,8 @@ def gguf_to_hf(
     with SafetensorsWriter(out, state) as writer:
         for name in sorted(state):
             writer.write(name, state[name])
+    if licence := fields.get("general.license"):
+        write_text(out / "README.md", f"---\nlicense: {licence}\n---\n")  # where model cards look for it
     special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_text(out / "generation_config.json", json.dumps(special, indent=2) + "\n")
     written = {**architecture.hf_config(dtype), **special}

@@ -49,6 +49,10 @@ _COMMON_KEY = (
     "common_state/shard_0_1"  # unique_key of Megatron's ShardedObject("common_state", ..., (1,), (0,))
 )
 _DCP_VERSION = "1.0.0"
+DAMAGED_PICKLE = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, ValueError, ImportError, LookupError, TypeError),
+    *(RuntimeError, OverflowError),  # RuntimeError: torch's own files, which are zip archives
+)
 
 
 class CheckpointWriter:
@@ -290,14 +294,17 @@ def _latest(folder: Path) -> Path:
 
 
 def _read_metadata(path: Path) -> Metadata:
-    backend = json.loads((path / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
+    try:
+        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
+    except (ValueError, AttributeError) as error:
+        raise L0MoEError(f"{path / 'metadata.json'} is damaged; make the checkpoint again.") from error
     if backend != "torch_dist":
         raise L0MoEError(f"{path} has the format {backend!r}; save with Megatron's --ckpt-format torch_dist.")
     try:
         metadata = FileSystemReader(path).read_metadata()
     except FileNotFoundError as error:
         raise L0MoEError(f"{path} has no .metadata file; the checkpoint is incomplete.") from error
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+    except DAMAGED_PICKLE as error:
         raise L0MoEError(
             f"{path / '.metadata'} is truncated or damaged; make the checkpoint again."
         ) from error
@@ -321,12 +328,12 @@ def _load_objects(stream: io.BytesIO, source: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(stream, weights_only=True)
-    except pickle.UnpicklingError:
+    except DAMAGED_PICKLE:
         from megatron.core.safe_globals import SAFE_GLOBALS
 
         stream.seek(0)
         try:
             with torch.serialization.safe_globals([*SAFE_GLOBALS]):
                 return torch.load(stream, weights_only=True)
-        except pickle.UnpicklingError as error:
+        except DAMAGED_PICKLE as error:
             raise L0MoEError(f"The settings in {source} are damaged or of an unknown kind.") from error

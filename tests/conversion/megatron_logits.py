@@ -32,6 +32,7 @@ def build(args, settings):
         extra = {
             "num_moe_experts": args.num_experts,
             "moe_router_topk": args.moe_router_topk,
+            "moe_router_pre_softmax": args.moe_router_pre_softmax,
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
             "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "allgather",
@@ -77,6 +78,7 @@ def build(args, settings):
         position_embedding_type="rope",
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
     )
 
 

@@ -61,6 +61,19 @@ def test_the_written_config_reads_back(tmp_path):
         assert Architecture.from_hf(tmp_path) == architecture
 
 
+def test_a_window_limits_the_positions_and_comes_back(tmp_path):
+    mistral = {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 32768}
+    windowed = read(tmp_path, **mistral, sliding_window=4096)
+    assert (windowed.sliding_window, windowed.exact_positions) == (4096, 4096)
+    assert windowed.megatron_arguments()["max_position_embeddings"] == 4096
+    assert windowed.hf_config("float32")["sliding_window"] == 4096
+    assert windowed.hf_config("float32")["max_position_embeddings"] == 32768
+    assert read(tmp_path, **mistral).sliding_window == 4096  # the default of transformers
+    assert read(tmp_path, **mistral, sliding_window=None).exact_positions == 32768
+    with pytest.raises(L0MoEError, match="sliding_window must be a whole number above 0, got 0"):
+        read(tmp_path, **mistral, sliding_window=0)
+
+
 def test_flags_by_hand(tmp_path):
     flags = " ".join(read(tmp_path).megatron_flags())
     assert flags == (
@@ -118,7 +131,8 @@ def test_megatrons_own_parser_makes_of_the_flags_what_the_checkpoint_says(tmp_pa
 BAD_CONFIGS = {
     "architecture": (
         {"architectures": ["GemmaForCausalLM"]},
-        "architecture GemmaForCausalLM.*supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+        "architecture GemmaForCausalLM.*supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, and an "
+        "L0-MoE",
     ),
     "no architecture": ({"architectures": ..., "model_type": "bert"}, "architecture model_type bert"),
     "size": ({"hidden_size": 0}, "hidden_size must be a whole number above 0, got 0"),
@@ -148,8 +162,8 @@ BAD_CONFIGS = {
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     "base": ({"rope_theta": 10000.5}, "rope_theta must be a whole number"),
     "window": (
-        {"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
-        "sliding_window = 4096 is not supported",
+        {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": True},
+        "use_sliding_window = true",
     ),
 }
 

@@ -9,7 +9,7 @@ from conversion.reference import forward
 from conversion.toy_checkpoints import MODELS, VOCAB, save_model, sizes_of, state_of
 from transformers import AutoModelForCausalLM
 
-from megatron_l0moe.conversion.convert import convert_dense
+from megatron_l0moe.conversion.convert import convert_any, convert_dense
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.safetensors_files import INDEX_NAME, SafetensorsFolder
@@ -123,8 +123,19 @@ BAD_TENSORS = {
         "model.norm.weight holds 32 values that are NaN",
     ),
     "infinite": (put("model.norm.weight", torch.full((32,), torch.inf)), "NaN or infinite"),
-    "integer": (put("model.norm.weight", torch.zeros(32, dtype=torch.int32)), "int32.*quantised or integer"),
+    "integer": (
+        put("model.norm.weight", torch.zeros(32, dtype=torch.int32)),
+        "int32, but.*not quantised or integer",
+    ),
     "type": (put("model.norm.weight", torch.zeros(32, dtype=torch.uint8)), "type U8, which is not supported"),
+    "float64": (
+        put("model.norm.weight", torch.zeros(32, dtype=torch.float64)),
+        "float64, but weights must be bfloat16, float16 or float32",
+    ),
+    "mixed": (
+        put("model.layers.1.mlp.up_proj.weight", torch.zeros(48, 32, dtype=torch.bfloat16)),
+        r"1\.mlp\.up_proj\.weight is torch\.bfloat16, but model\.layers\.1\.mlp\.gate_proj\.weight, with",
+    ),
 }
 
 
@@ -135,6 +146,34 @@ def test_bad_tensors_stop_and_leave_nothing(tmp_path, change, message):
     with pytest.raises(L0MoEError, match=message):
         convert_dense(source, tmp_path / "converted")
     assert not list(tmp_path.glob("converted/megatron/*"))
+
+
+def test_one_rule_may_have_another_dtype_than_the_next(tmp_path):
+    """Norms in float32 beside bfloat16 weights, as some models are stored, keep their bytes."""
+    source = save_model(tmp_path / "hf", dtype=torch.bfloat16)
+    rewrite(source, put("model.norm.weight", torch.randn(32)))
+    convert_dense(source, tmp_path / "converted")
+    export_dense(tmp_path / "converted/megatron", source, tmp_path / "back")
+    assert_same_bytes(bytes_of(source), bytes_of(tmp_path / "back"))
+
+
+def test_bad_input_leaves_the_last_good_checkpoint_as_it_was(tmp_path):
+    source = save_model(tmp_path / "hf")
+    convert_dense(source, tmp_path / "converted")
+    good = {file: file.read_bytes() for file in (tmp_path / "converted").rglob("*") if file.is_file()}
+    rewrite(source, put("model.norm.weight", torch.full((32,), torch.nan)))
+    for message in ("already holds a checkpoint", "NaN"):
+        out = tmp_path / ("converted" if "already" in message else "other")
+        with pytest.raises(L0MoEError, match=message):
+            convert_dense(source, out)
+    assert good == {file: file.read_bytes() for file in (tmp_path / "converted").rglob("*") if file.is_file()}
+
+
+def test_pickled_weights_are_not_loaded_though_there(tmp_path):
+    source = save_model(tmp_path / "hf")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(L0MoEError, match=r"pickled weights \(pytorch_model\.bin\), which are not loaded"):
+        convert_any(source, tmp_path / "converted")
 
 
 def test_old_computed_tensors_are_ignored_and_a_stored_tied_output_must_be_the_embedding(tmp_path):

@@ -1,67 +1,29 @@
 """The exported L0-MoE loads with plain transformers and computes what the independent reference computes."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from conversion.reference import MoELayer, forward
-from conversion.toy_checkpoints import (
-    HEAD_DIM,
-    LAYERS,
-    VOCAB,
-    save_model,
-    sizes_of,
-    state_of,
-    write_expert_run,
-)
+from conversion.toy_checkpoints import HEAD_DIM, LAYERS, VOCAB, sizes_of, state_of
+from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make_moe, rewrite_megatron
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeForCausalLM
 
-from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_dense, export_moe
-from megatron_l0moe.conversion.families import MoEShape, ernie_moe_rules
 from megatron_l0moe.conversion.mapping import interleaved_rows
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, CheckpointWriter
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile
-from megatron_l0moe.experts.extraction import extract_expert
-from megatron_l0moe.experts.merging import assemble
 
 # float32 transformers against a float64 reference, logits of size 1 (relative 1e-5 of the largest)
 FP32_RELATIVE_TOLERANCE = 1e-5
-DENSE_LAYERS, EXPERTS, WIDTH, TOP_K = 1, 4, 20, 2
-
-
-def make(folder, name="llama", dtype=torch.float32):
-    """Dense model, experts with different weights, assembled and exported checkpoints in `folder`."""
-    convert_dense(save_model(folder / "hf", name, dtype=dtype), folder / "convert")
-    files = []
-    for k in range(EXPERTS):
-
-        def change(tensor_name, tensor, k=k):
-            is_mlp = ".linear_fc" in tensor_name and "norm" not in tensor_name
-            return tensor * (1 + 0.1 * k) if is_mlp else tensor
-
-        run = write_expert_run(
-            folder / f"run{k}", folder / "convert/megatron", dense_layers=DENSE_LAYERS, seed=k, change=change
-        )
-        files.append(folder / f"expert{k}.safetensors")
-        extract_expert(run, files[-1], width=WIDTH)
-    assemble(folder / "convert/megatron", files, folder / "assemble", top_k=TOP_K)
-    return files
-
-
-def export(folder, **changes):
-    arguments = {"dense_layers": DENSE_LAYERS, "top_k": TOP_K, **changes}
-    return export_moe(folder / "assemble/megatron", folder / "hf", folder / "export", **arguments)
 
 
 @pytest.fixture(scope="module", params=["llama", "llama-tied", "llama3.1", "mistral"])
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    files = make(folder, request.param)
+    files = make_moe(folder, request.param)
     return folder, files, export(folder)
 
 
@@ -121,21 +83,8 @@ def test_control_rows_of_q_are_reordered_and_biases_zero(exported):
     assert not bias.any()
 
 
-def test_the_rules_also_import_the_export(exported):
-    """HF -> Megatron by the same table gives the assembled checkpoint again."""
-    folder, _, _ = exported
-    tensors, megatron = SafetensorsFolder(folder / "export"), CheckpointReader(folder / "assemble/megatron")
-    moe = MoEShape(dense_layers=DENSE_LAYERS, num_experts=EXPERTS, expert_ffn=WIDTH, top_k=TOP_K)
-    seen = set()
-    for rule in ernie_moe_rules(Architecture.from_hf(folder / "hf"), moe):
-        for piece in rule.to_megatron(tensors.read):
-            seen.add(piece.name)
-            assert torch.equal(piece.tensor, megatron.read(piece.name, piece.row)), piece.name
-    assert seen == megatron.model_names()
-
-
 def test_bfloat16_stays_and_the_router_is_float32(tmp_path):
-    make(tmp_path, dtype=torch.bfloat16)
+    make_moe(tmp_path, dtype=torch.bfloat16)
     assert export(tmp_path)["dtype"] == "bfloat16"
     tensors = SafetensorsFolder(tmp_path / "export")
     assert tensors.read("model.layers.2.mlp.gate.weight").dtype is torch.float32
@@ -146,7 +95,7 @@ def test_bfloat16_stays_and_the_router_is_float32(tmp_path):
 
 
 def test_tokenizer_files_are_copied(tmp_path):
-    make(tmp_path)
+    make_moe(tmp_path)
     (tmp_path / "hf/tokenizer.json").write_text("{}")
     (tmp_path / "hf/secret.txt").write_text("not this")
     export(tmp_path)
@@ -156,20 +105,9 @@ def test_tokenizer_files_are_copied(tmp_path):
 
 
 def test_counters_of_training_are_left_out(tmp_path):
-    make(tmp_path)
+    make_moe(tmp_path)
     rewrite_megatron(tmp_path, extra={"decoder.layers.1.mlp.router.expert_load.load": torch.ones(EXPERTS)})
     export(tmp_path)
-
-
-def rewrite_megatron(folder, change=lambda name, tensor: tensor, extra=None):
-    reader = CheckpointReader(folder / "assemble/megatron")
-    with CheckpointWriter(folder / "changed", reader.common) as writer:
-        for name in reader.model_names():
-            writer.write(name, change(name, reader.read(name)))
-        for name, tensor in (extra or {}).items():
-            writer.write(name, tensor)
-    shutil.rmtree(folder / "assemble/megatron")
-    (folder / "changed").rename(folder / "assemble/megatron")
 
 
 def nan_in_the_last_expert(name, tensor):
@@ -179,7 +117,7 @@ def nan_in_the_last_expert(name, tensor):
 
 
 def test_nan_weights_are_refused_and_nothing_is_left(tmp_path):
-    make(tmp_path)
+    make_moe(tmp_path)
     rewrite_megatron(tmp_path, nan_in_the_last_expert)
     with pytest.raises(
         L0MoEError, match=r"model\.layers\.2\.mlp\.experts\.3\.down_proj\.weight holds 1 values"
@@ -189,7 +127,7 @@ def test_nan_weights_are_refused_and_nothing_is_left(tmp_path):
 
 
 def test_unknown_megatron_tensors_are_refused(tmp_path):
-    make(tmp_path)
+    make_moe(tmp_path)
     rewrite_megatron(tmp_path, extra={"decoder.layers.1.mlp.shared.weight": torch.ones(1)})
     with pytest.raises(L0MoEError, match=r"holds the tensor decoder\.layers\.1\.mlp\.shared\.weight"):
         export(tmp_path)
@@ -211,12 +149,100 @@ def test_wrong_settings_are_refused(exported, tmp_path, changes, message):
         export_moe(folder / "assemble/megatron", folder / "hf", tmp_path / "export", **arguments)
 
 
-def test_a_qkv_bias_and_a_dense_checkpoint_are_refused(exported, tmp_path):
+def test_a_dense_checkpoint_is_no_moe_and_the_other_way_round(exported, tmp_path):
     folder, _, _ = exported
-    qwen2 = save_model(tmp_path / "qwen2", "qwen2")
-    with pytest.raises(L0MoEError, match="qwen2 model with q/k/v biases"):
-        export_moe(folder / "assemble/megatron", qwen2, tmp_path / "export", dense_layers=1, top_k=2)
     with pytest.raises(L0MoEError, match="no experts in layer 1"):
         export_moe(folder / "convert/megatron", folder / "hf", tmp_path / "export", dense_layers=1, top_k=2)
     with pytest.raises(L0MoEError, match="holds the tensor"):
         export_dense(folder / "assemble/megatron", folder / "hf", tmp_path / "export")
+
+
+WRONG_ARGUMENTS = {
+    "base": ({"rotary_base": 77}, r"made with rotary_base = 77, but the base model has 10000\.0"),
+    "norm": ({"norm_epsilon": 1e-6}, "made with norm_epsilon = 1e-06"),
+    "norm of a trained one": ({"layernorm_epsilon": 1e-6}, "made with layernorm_epsilon = 1e-06"),
+    "heads": ({"num_attention_heads": 2}, "made with num_attention_heads = 2, but the base model has 4"),
+    "top_k": ({"moe_router_topk": 1}, "trained with moe_router_topk = 1, but only 2"),
+    "score": ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function = sigmoid"),
+    "scale": ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor = 2.5"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS.keys())
+def test_what_shapes_do_not_tell_is_compared(tmp_path, arguments, message):
+    make_moe(tmp_path)
+    rewrite_megatron(tmp_path, **arguments)
+    with pytest.raises(L0MoEError, match=message):
+        export(tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
+def padded(name, tensor):
+    vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return torch.nn.functional.pad(tensor, (0, 0, 0, 64), value=7.0) if vocabulary else tensor
+
+
+def test_padding_of_the_vocabulary_is_dropped(tmp_path):
+    make_moe(tmp_path)
+    export(tmp_path, "good")
+    rewrite_megatron(tmp_path, padded)
+    export(tmp_path)
+    good, other = SafetensorsFolder(tmp_path / "good"), SafetensorsFolder(tmp_path / "export")
+    assert all(torch.equal(good.read(name), other.read(name)) for name in good.names)
+
+
+def test_a_failed_export_leaves_the_last_good_one_as_it_was(tmp_path):
+    make_moe(tmp_path, "qwen2")
+    export(tmp_path)
+    before = {file: file.read_bytes() for file in (tmp_path / "export").rglob("*") if file.is_file()}
+    rewrite_megatron(tmp_path, nan_in_the_last_expert)
+    for target in ("all", "transformers"):
+        with pytest.raises(L0MoEError, match="already holds a checkpoint"):
+            export(tmp_path, target=target)
+    (tmp_path / "export/config.json").unlink()
+    with pytest.raises(L0MoEError, match="already holds a checkpoint"):
+        export(tmp_path)
+    del before[tmp_path / "export/config.json"]
+    assert before == {file: file.read_bytes() for file in before}
+    assert {file for file in (tmp_path / "export").rglob("*") if file.is_file()} == before.keys()
+
+
+def test_two_layouts_lie_in_two_folders(tmp_path):
+    make_moe(tmp_path, "qwen2")
+    result = export(tmp_path)
+    assert result["folders"] == {
+        ".": {"form": "qwen2_moe", "engines": ["transformers", "vllm"]},
+        "sglang": {"form": "ernie4_5_moe_bias", "engines": ["sglang"]},
+    }
+    for folder, name in (("export", "Qwen2MoeForCausalLM"), ("export/sglang", "Ernie4_5_MoeForCausalLM")):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["architectures"] == [name]
+    assert "sglang" in (tmp_path / "export/sglang/README.md").read_text()
+
+
+def test_what_sglang_loads(tmp_path):
+    """Its Ernie4.5-MoE stops at a name it does not know, and has q, k, v and o biases and no others."""
+    make_moe(tmp_path, "qwen2")
+    export(tmp_path, target="sglang")
+    tensors = SafetensorsFolder(tmp_path / "export")
+    biases = {name for name in tensors.names if name.endswith(".bias")}
+    assert biases == {f"model.layers.{i}.self_attn.{n}_proj.bias" for i in range(LAYERS) for n in "qkvo"}
+    assert json.loads((tmp_path / "export/config.json").read_text())["use_bias"] is True
+    assert not tensors.read("model.layers.0.self_attn.o_proj.bias").any()
+    source = SafetensorsFolder(tmp_path / "hf").read("model.layers.0.self_attn.q_proj.bias")
+    head_dim = source.numel() // 4
+    written = tensors.read("model.layers.0.self_attn.q_proj.bias")
+    assert torch.equal(written, interleaved_rows(source, head_dim))
+    assert not torch.equal(written, source)
+
+
+def test_what_vllm_loads(tmp_path):
+    """Its Qwen2-MoE always has q, k, v biases, and stops at a shared expert of width 0."""
+    make_moe(tmp_path, "llama-square")
+    rewrite_megatron(tmp_path, moe_router_pre_softmax=True)
+    export(tmp_path, target="vllm")
+    tensors = SafetensorsFolder(tmp_path / "export")
+    for n in "qkv":
+        assert not tensors.read(f"model.layers.0.self_attn.{n}_proj.bias").any()
+    assert not [name for name in tensors.names if ".shared_expert." in name]
+    assert not tensors.read("model.layers.1.mlp.shared_expert_gate.weight").any()
+    assert "model.layers.0.mlp.shared_expert_gate.weight" not in tensors.names

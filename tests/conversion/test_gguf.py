@@ -57,6 +57,7 @@ def write_gguf(file, *, architecture="llama", pre="smollm"):
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(32)
+    writer.add_license("apache-2.0")
     writer.add_feed_forward_length(64)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -99,6 +100,7 @@ def test_weights_and_config(imported):
     loaded = AutoModelForCausalLM.from_pretrained(folder / "hf")
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
     assert result["name"] == "toy"
+    assert (folder / "hf/README.md").read_text() == "---\nlicense: apache-2.0\n---\n"
     for (name, got), (other, expected) in zip(
         loaded.named_parameters(), model.named_parameters(), strict=True
     ):

@@ -38,13 +38,26 @@ _COMMON = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+_TIED = {**_COMMON, "tie_word_embeddings": True}
+WINDOW = 32
+
+
+def _without_head_dim(sizes: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in sizes.items() if key != "head_dim"}
+
+
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_COMMON),
-    "llama-tied": lambda: LlamaConfig(**{**_COMMON, "tie_word_embeddings": True}),
+    "llama-tied": lambda: LlamaConfig(**_TIED),
     "llama3.1": lambda: LlamaConfig(**_COMMON, rope_parameters=LLAMA3),
+    "llama3.2": lambda: LlamaConfig(**_TIED, rope_parameters={**LLAMA3, "factor": 32.0}),
+    "mistral-v0.1": lambda: MistralConfig(**_COMMON, sliding_window=WINDOW),
     "mistral": lambda: MistralConfig(**_COMMON, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**{key: value for key, value in _COMMON.items() if key != "head_dim"}),
+    "qwen2": lambda: Qwen2Config(**_without_head_dim(_COMMON)),
+    "qwen2.5-tied": lambda: Qwen2Config(**_without_head_dim(_TIED)),
 }
+# for single tests
+OTHERS = {"llama-square": lambda: LlamaConfig(**_without_head_dim(_COMMON))}
 
 
 def save_model(
@@ -52,7 +65,7 @@ def save_model(
 ) -> Path:
     """Write a random model; every parameter is random, norms and biases too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(MODELS[name]())
+    model = AutoModelForCausalLM.from_config({**MODELS, **OTHERS}[name]())
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:

@@ -1,0 +1,180 @@
+"""The model card of an exported L0-MoE, README.md: where it comes from, its sizes, what was measured, the licence."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_l0moe.conversion.architecture import read_config
+from megatron_l0moe.conversion.companions import licence_files
+from megatron_l0moe.conversion.moe_layouts import ENGINES_KEY, layout_of
+from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.parameters import count_parameters
+from megatron_l0moe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a model card says beside the sizes of the model."""
+
+    base_name: str | None = None
+    """Of the dense model; None: as its config.json or its folder is called."""
+    recipe: str | None = None
+    """The recipe's text."""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Training tokens by stage."""
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    """What was measured -> value with its unit."""
+
+
+def recipe_facts(recipe: Recipe) -> CardFacts:
+    """Return what a recipe says: its text with all defaults, and the training tokens of the stages."""
+    length = recipe.data.seq_length
+    expert = recipe.expert_steps * recipe.expert_training.global_batch_size * length
+    return CardFacts(
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        tokens={
+            f"experts, {recipe.model.num_experts} runs together": expert * recipe.model.num_experts,
+            "MoE": recipe.moe_steps * recipe.moe_global_batch_size * length,
+        },
+    )
+
+
+def summary_facts(file: Path) -> CardFacts:
+    """Return what a finished run's summary.json says, with what was measured.
+
+    Raises:
+        L0MoEError: the file is missing, or not such a summary.
+    """
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        facts = recipe_facts(Recipe.model_validate(summary["recipe"]))
+        perplexity, speed = summary["perplexity"], summary["speed"]
+        numbers = {
+            "perplexity on held-out text, dense": f"{perplexity['dense']['overall']:.3f}",
+            "perplexity on held-out text, L0-MoE": f"{perplexity['l0moe']['overall']:.3f}",
+            "speed against dense, prefill": f"{speed['prefill_ratio']:.2f} times",
+            "speed against dense, decode, batch 1": f"{speed['decode_b1_ratio']:.2f} times",
+            "speed against dense, decode, batch 8": f"{speed['decode_b8_ratio']:.2f} times",
+            "largest difference of logits, Megatron against this checkpoint": (
+                f"{summary['parity']['megatron_vs_hf_max_abs']:.1e}"
+            ),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise L0MoEError(f"{file} is not the summary.json of a finished run ({error}).") from error
+    return dataclasses.replace(facts, numbers=numbers)
+
+
+def rewrite_card(export: Path, hf_base: Path, facts: CardFacts) -> None:
+    """Write README.md of an export anew, for example when its numbers are measured.
+
+    Raises:
+        L0MoEError: the folder holds no exported L0-MoE.
+    """
+    config = read_config(export)
+    layout_of(config, export / "config.json")
+    write_text(export / "README.md", model_card(config, hf_base, facts))
+
+
+def model_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> str:
+    """Return the text of README.md.
+
+    Args:
+        config: config.json of the export.
+        hf_base: the dense model; its own card names the licence.
+        facts: the rest.
+    """
+    base = facts.base_name or hf_base.resolve().name
+    parts = [
+        _front_matter(_base_licence(hf_base), base),
+        f"# {base} as L0-MoE\n",
+        f"A mixture of experts made from `{base}`: each expert holds {config['moe_intermediate_size']} of the "
+        f"{config['intermediate_size']} units of a dense layer, chosen for one domain by L0 regularization, and was "
+        "then trained together with the others and the routers.\n",
+        _table(("what", "value"), _sizes(config)),
+        _engines(config),
+        "## Training\n",
+        _table(("stage", "tokens"), [(name, f"{count:,}") for name, count in facts.tokens.items()])
+        or "The numbers of tokens were not given to the export.\n",
+        f"The recipe:\n\n```yaml\n{facts.recipe.strip()}\n```\n" if facts.recipe else "",
+        "## Measured\n",
+        _table(("what", "value"), list(facts.numbers.items())) or "Nothing was given to the export.\n",
+        "## Licence\n",
+        _licence_text(hf_base, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(licence: Mapping[str, Any], base: str) -> str:
+    values = {
+        **licence,
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def _sizes(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    counts = count_parameters(config)
+    dense = next(i for i in range(config["num_hidden_layers"] + 1) if not _is_dense(config, i))
+    return [
+        ("parameters", f"{counts.total:,}"),
+        ("parameters that one token uses", f"{counts.active:,}"),
+        ("layers", f"{config['num_hidden_layers']}, the bottom {dense} of them dense"),
+        ("experts of a layer", f"{config['num_experts']}, {config['num_experts_per_tok']} for each token"),
+        ("longest sequence", f"{config['max_position_embeddings']:,} tokens"),
+        ("dtype", str(config["torch_dtype"])),
+    ]
+
+
+def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
+    if "mlp_only_layers" in config:
+        return layer in config["mlp_only_layers"]
+    return layer < int(config["moe_layer_start_index"])
+
+
+def _engines(config: Mapping[str, Any]) -> str:
+    return (
+        f"The layout is `{config['architectures'][0]}`, without code of its own, for "
+        f"{', '.join(config[ENGINES_KEY])}. Other engines may load it and answer wrongly.\n"
+    )
+
+
+def _base_licence(hf_base: Path) -> dict[str, Any]:
+    """Return `license`, `license_name` and `license_link` of the base model's card, as far as they are there."""
+    file = hf_base / "README.md"
+    if not file.is_file():
+        return {}
+    parts = file.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        values = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: values[key] for key in keys if key in values} if isinstance(values, dict) else {}
+
+
+def _licence_text(hf_base: Path, base: str) -> str:
+    licence, files = _base_licence(hf_base), licence_files(hf_base)
+    named = licence.get("license_name") or licence.get("license")
+    text = (
+        f"The weights derive from `{base}`, whose licence applies: {named}."
+        if named
+        else f"The weights derive from `{base}`, whose licence applies; its checkpoint does not name it."
+    )
+    return f"{text} {'See ' + ', '.join(files) + '.' if files else ''}".rstrip() + "\n"
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    return "\n".join(lines) + "\n"
