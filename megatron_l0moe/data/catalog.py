@@ -6,35 +6,43 @@ in corpus order.
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from datatrove.data import Document
 
-from megatron_l0moe.data.corpus import Document, find_shards, read_shard
+from megatron_l0moe.data.corpus import Corpus, Format, open_corpus
+from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.data.progress import Progress
+from megatron_l0moe.data.readers import ShardReader
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import FilterSection
 
 logger = logging.getLogger(__name__)
 
 ROW = np.dtype([("shard", "<u4"), ("line", "<u4"), ("domain", "<u2"), ("chars", "<i8"), ("digest", "<u8")])
 MAX_DOMAINS = 1024
+BLOCK_ROWS = 1 << 14
+"""Rows that are held as Python objects, about ten times their size, before they become an array."""
+REPETITION = "exact repetition"
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Place, source domain and length of every distinct document of a corpus."""
+    """Place, source domain and length of every usable document of a corpus."""
 
-    folder: Path
-    shards: list[str]
+    corpus: Corpus
     domains: list[str]
     """Source domains, sorted by name."""
     rows: npt.NDArray[np.void]
     """[N] of ``ROW``, in corpus order."""
-    duplicates: int
-    """Documents left out because an earlier one has exactly the same text."""
+    dropped: dict[str, int]
+    """Documents left out, by reason, those that are set aside as unreadable among them."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,63 +58,123 @@ class Catalog:
         return _splitmix64(place ^ np.uint64(salt))
 
 
-def scan_corpus(folder: Path) -> Catalog:
-    """Read the whole corpus once, check every line, and drop exact repetitions of a text.
+def scan_corpus(
+    location: str | Path,
+    *,
+    form: Format = "auto",
+    filters: FilterSection | None = None,
+    max_quarantined: float = 0.0,
+    quarantine_file: Path | None = None,
+) -> Catalog:
+    """Read the whole corpus once, check every document, and drop what the filters ask for.
 
-    Repetitions are dropped because one copy could be held out while the other is trained on.
+    Exact repetitions are dropped because one copy could be held out while the other is trained on. What cannot be
+    read is listed in ``quarantine_file`` and left out; more than the fraction ``max_quarantined`` of it is refused.
+    Memory: ``ROW`` for each document.
 
     Raises:
-        L0MoEError: no shard, a broken shard or line (see ``corpus``), no document, or too many domains.
+        L0MoEError: no shard, too much that is unreadable, no document, or too many domains.
     """
-    paths = find_shards(folder)
-    shards = [path.relative_to(folder).as_posix() for path in paths]
-    numbers: dict[str, int] = {}
-    parts: list[npt.NDArray[np.void]] = []
-    progress = Progress(logger, "scanned documents")
-    for index, (path, name) in enumerate(zip(paths, shards, strict=True)):
-        rows = []
-        for document in read_shard(path, name):
-            domain = numbers.setdefault(document.domain, len(numbers))
-            if domain >= MAX_DOMAINS:
-                raise L0MoEError(
-                    f"Corpus {folder} has more than {MAX_DOMAINS} source domains at document {document.id}; "
-                    "`meta.source` must name the domain of a document (such as arxiv), not the document."
-                )
-            rows.append((index, document.line, domain, len(document.text), _digest(document.text)))
-            progress.advance()
-        parts.append(np.array(rows, dtype=ROW))
-    rows_found = np.concatenate(parts)
-    if not len(rows_found):
-        raise L0MoEError(
-            f"Corpus folder {folder} has {len(shards)} shard(s) but no document; add text to it."
-        )
-    rows_found["domain"] = _rank(list(numbers))[rows_found["domain"]]
-    _, first = np.unique(rows_found["digest"], return_index=True)
-    kept = rows_found[np.sort(first)]
-    catalog = Catalog(folder, shards, sorted(numbers), kept, len(rows_found) - len(kept))
-    logger.info(
-        "corpus: %d shards, %d documents (%d exact repetitions left out), %d domains, %.1f MB of text",
-        *(len(shards), len(catalog), catalog.duplicates, len(numbers), catalog.column("chars").sum() / 1e6),
+    settings = filters or FilterSection()
+    corpus = open_corpus(str(location), form)
+    reader = corpus.reader(
+        with_signals=bool(settings.quality_signals), with_duplicates=settings.drop_duplicates
     )
+    numbers: dict[str, int] = {}
+    dropped = Counter({REPETITION: 0})
+    usable = _usable(corpus, reader, DocumentFilter(settings), numbers, dropped)
+    parts = [np.array(list(block), dtype=ROW) for block in batched(usable, BLOCK_ROWS)]
+    rows = np.concatenate(parts) if parts else np.empty(0, dtype=ROW)
+    if quarantine_file:
+        reader.quarantine.save(quarantine_file)
+    reader.quarantine.check(
+        corpus.location,
+        read=len(rows) + dropped.total(),
+        shards=len(corpus.shards),
+        limit=max_quarantined,
+        written_to=quarantine_file,
+    )
+    if not len(rows):
+        raise L0MoEError(_nothing(corpus, dropped))
+    rows["domain"] = _rank(list(numbers))[rows["domain"]]
+    if settings.drop_duplicates:
+        _, first = np.unique(rows["digest"], return_index=True)
+        dropped[REPETITION] = len(rows) - len(first)
+        rows = rows[np.sort(first)]
+    dropped.update(reader.quarantine.reasons)
+    catalog = Catalog(corpus, sorted(numbers), rows, dict(dropped))
+    _log(catalog)
     return catalog
 
 
+def _usable(
+    corpus: Corpus,
+    reader: ShardReader,
+    rules: DocumentFilter,
+    numbers: dict[str, int],
+    dropped: Counter[str],
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield the row of each document that passes the filters; fills the domains' numbers and the counts."""
+    progress = Progress(logger, "scanned documents")
+    for index, shard in enumerate(corpus.shards):
+        for document in reader.read_rows(shard):
+            progress.advance()
+            if reason := rules.reason(document):
+                dropped[reason] += 1
+                continue
+            domain = numbers.setdefault(document.metadata["domain"], len(numbers))
+            if domain >= MAX_DOMAINS:
+                raise L0MoEError(
+                    f"Corpus {corpus.location} has more than {MAX_DOMAINS} source domains at document {document.id}; "
+                    "`meta.source` must name the domain of a document (such as arxiv), not the document."
+                )
+            yield index, document.metadata["line"], domain, len(document.text), _digest(document.text)
+
+
+def _nothing(corpus: Corpus, dropped: Counter[str]) -> str:
+    found = f"Corpus folder {corpus.location} has {len(corpus.shards)} shard(s) but no document"
+    if not dropped.total():
+        return f"{found}; add text to it."
+    return f"{found} that is used (left out: {_listed(dropped)}); add text to it, or loosen data.filters."
+
+
 def read_documents(catalog: Catalog, ids: npt.NDArray[np.int64]) -> Iterator[tuple[int, Document]]:
-    """Yield (id, document) for the distinct ``ids``, in corpus order; shards without any are not opened."""
+    """Yield (id, document) for the distinct ``ids``, in corpus order; shards without any are not opened.
+
+    Raises:
+        L0MoEError: a document is not where it was when the corpus was scanned.
+    """
     wanted = np.unique(ids)
     shard_of = catalog.rows["shard"][wanted]
+    reader = catalog.corpus.reader()
     for shard in np.unique(shard_of):
         here = wanted[shard_of == shard]
-        lines = {int(line): int(i) for line, i in zip(catalog.rows["line"][here], here, strict=True)}
-        name = catalog.shards[int(shard)]
-        for document in read_shard(catalog.folder / name, name, lines):
-            yield lines.pop(document.line), document
+        lines = dict(zip(catalog.rows["line"][here].tolist(), here.tolist(), strict=True))
+        name = catalog.corpus.shards[int(shard)]
+        for document in reader.read_rows(name, lines):
+            number = lines[document.metadata["line"]]
+            if _digest(document.text) != catalog.rows["digest"][number]:
+                break
+            del lines[document.metadata["line"]]
+            yield number, document
             if not lines:
                 break
         if lines:
             raise L0MoEError(
-                f"Shard {name} of {catalog.folder} changed while it was read; start curate again."
+                f"Shard {name} of {catalog.corpus.location} changed while it was read; start curate again."
             )
+
+
+def _log(catalog: Catalog) -> None:
+    logger.info(
+        "corpus: %d shards, %d documents, %d domains, %.1f MB of text; left out: %s",
+        *(len(catalog.corpus.shards), len(catalog), len(catalog.domains)),
+        *(catalog.column("chars").sum() / 1e6, _listed(catalog.dropped)),
+    )
+
+
+def _listed(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "nothing"
 
 
 def _digest(text: str) -> int:

@@ -1,146 +1,109 @@
-"""Streaming reader of RedPajama-v1-style shards: JSON lines with `text` and `meta`, plain or zstd.
+"""A corpus: the shards below a folder or fsspec URL, and the reader of their format."""
 
-A shard is never held in memory: one line at a time, so that a corpus of any size can be read. Lines that are
-not wanted are not parsed.
-"""
-
-import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from typing import Literal
 
-import zstandard
+from datatrove.io import DataFolder, get_datafolder
 
+from megatron_l0moe.data.parquet_reader import ParquetRowsReader
+from megatron_l0moe.data.readers import JsonLinesReader, ShardReader, TextReader
+from megatron_l0moe.data.redpajama_v2 import DOCUMENTS, SUFFIX, RedPajamaV2Reader
 from megatron_l0moe.errors import L0MoEError
 
-SUFFIXES = (".jsonl", ".jsonl.zst")
-CHUNK_BYTES = 1 << 20
-UNKNOWN_DOMAIN = "unknown"
+Format = Literal["auto", "jsonl", "redpajama_v2", "parquet", "text"]
+SUFFIXES = {
+    "redpajama_v2": (SUFFIX,),
+    "jsonl": (".jsonl", ".jsonl.zst", ".jsonl.gz"),
+    "parquet": (".parquet",),
+    "text": (".txt", ".txt.zst", ".txt.gz"),
+}
+READERS: dict[str, type[ShardReader]] = {
+    "redpajama_v2": RedPajamaV2Reader,
+    "jsonl": JsonLinesReader,
+    "parquet": ParquetRowsReader,
+    "text": TextReader,
+}
+GUESSED = ("jsonl", "parquet")
+"""Formats that "auto" finds beside RedPajama v2, whose tree holds Parquet files too. Text is asked for by name, since a
+readme would be taken for it."""
 
 
 @dataclass(frozen=True)
-class Document:
-    """One line of a shard."""
+class Corpus:
+    """Shards of one format, in the order of their names."""
 
-    shard: str
-    """Path of the shard relative to the corpus folder."""
-    line: int
-    """Line number in the shard, from 1."""
-    text: str
-    domain: str
-    """`meta.source` up to its first slash, or "unknown"."""
+    location: str
+    folder: DataFolder
+    format: str
+    shards: list[str]
+    """Paths relative to the location."""
 
-    @property
-    def id(self) -> str:
-        """Name of the document: shard and line number."""
-        return f"{self.shard}:{self.line}"
-
-
-def find_shards(folder: Path) -> list[Path]:
-    """Return the shards below ``folder``, sorted by their relative path.
-
-    Raises:
-        L0MoEError: the folder is missing or holds no shard.
-    """
-    if not folder.is_dir():
-        raise L0MoEError(
-            f"Corpus folder {folder} does not exist; set data.corpus to a folder of *.jsonl or *.jsonl.zst shards."
-        )
-    shards = [path for path in folder.rglob("*") if path.is_file() and path.name.endswith(SUFFIXES)]
-    if not shards:
-        raise L0MoEError(
-            f"Corpus folder {folder} holds no *.jsonl or *.jsonl.zst shard; put RedPajama-style shards there or "
-            "correct data.corpus."
-        )
-    return sorted(shards, key=lambda path: path.relative_to(folder).as_posix())
+    def reader(self, *, with_signals: bool = False, with_duplicates: bool = False) -> ShardReader:
+        """Return a new reader; the arguments are for RedPajama v2: what is joined to the documents."""
+        if self.format == "redpajama_v2":
+            return RedPajamaV2Reader(self.folder, with_signals=with_signals, with_duplicates=with_duplicates)
+        return READERS[self.format](self.folder)
 
 
-def read_shard(path: Path, name: str, wanted: Collection[int] | None = None) -> Iterator[Document]:
-    """Yield the documents of one shard in order; with ``wanted`` only those line numbers.
+class _ShardFolder(DataFolder):
+    """A folder that lists the shards of a format only, which is what a datatrove executor deals out to its tasks."""
+
+    def __init__(self, folder: DataFolder, shards: list[str]) -> None:
+        super().__init__(folder.path, fs=folder.fs)
+        self._shards = shards
+
+    def list_files(self, *args: object, **kwargs: object) -> list[str]:
+        """Return the shards."""
+        return list(self._shards)
+
+
+def open_corpus(location: str, form: Format = "auto") -> Corpus:
+    """List the shards below a local folder or an fsspec URL such as s3://bucket/folder.
 
     Raises:
-        L0MoEError: a line that is wanted is not JSON or has no text, or a zstd frame is cut off.
+        L0MoEError: the place cannot be opened or does not exist, or holds no shard, or shards of two formats.
     """
-    for number, line in enumerate(_lines(path), start=1):
-        if wanted is None or number in wanted:
-            yield _parse(path, name, number, line)
-
-
-def domain_of(meta: object) -> str:
-    """Return the source domain of a document's `meta`.
-
-    Common Crawl lines of RedPajama v1 carry `cc/2019-30/en_middle_0053.json.gz/line405796`; the domain is `cc`.
-    """
-    source = meta.get("source") if isinstance(meta, dict) else None
-    domain = source.split("/", 1)[0].strip() if isinstance(source, str) else ""
-    return domain or UNKNOWN_DOMAIN
-
-
-def _parse(path: Path, name: str, number: int, line: bytes) -> Document:
-    where = f"Line {number} of {path}"
     try:
-        record = json.loads(line)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        folder = get_datafolder(location)
+        files = folder.list_files() if folder.isdir("") else None
+    except (ImportError, ValueError, OSError) as error:
         raise L0MoEError(
-            f"{where} is not valid UTF-8 JSON ({error}); repair or delete that line, or copy the shard again."
+            f"Corpus {location} cannot be opened ({' '.join(str(error).split())}); correct data.corpus, or install the "
+            "fsspec package of its protocol."
         ) from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str) or not text.strip():
+    if files is None:
         raise L0MoEError(
-            f"{where} has no non-empty string `text`; each line must be like "
-            '{"text": "...", "meta": {"source": "..."}}, so repair or delete that line.'
+            f"Corpus folder {location} does not exist; set data.corpus to a folder of shards "
+            f"({_patterns('jsonl')}, {_patterns('parquet')})."
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+    found = {name: shards for name in SUFFIXES if (shards := _shards(files, name))}
+    guessed = _guess(found) if form == "auto" else [form]
+    if len(guessed) > 1:
         raise L0MoEError(
-            f"{where} has a lone surrogate in `text` at character {error.start}, which no tokenizer accepts; "
-            "repair or delete that line."
-        ) from error
-    return Document(name, number, text, domain_of(record.get("meta")))
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield lines without their newline; a last line without newline counts, an empty remainder does not."""
-    pieces: list[bytes] = []  # of a line that spans chunks; joined once, so a huge line costs linear time
-    with path.open("rb") as file:
-        for chunk in _zstd_chunks(path, file) if path.suffix == ".zst" else _plain_chunks(file):
-            first, *rest = chunk.split(b"\n")
-            pieces.append(first)
-            for piece in rest:
-                yield b"".join(pieces)
-                pieces = [piece]
-    if last := b"".join(pieces):
-        yield last
-
-
-def _plain_chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK_BYTES):
-        yield chunk
-
-
-def _zstd_chunks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Decompress all frames. The library's own stream reader ends quietly at a truncated frame; this does not."""
-    decompressor = zstandard.ZstdDecompressor()
-    frame = decompressor.decompressobj()
-    open_frame = False
-    try:
-        for chunk in _plain_chunks(file):
-            data = chunk
-            while data:
-                open_frame = True
-                yield frame.decompress(data)
-                if not frame.eof:
-                    break
-                data = frame.unused_data
-                frame = decompressor.decompressobj()
-                open_frame = False
-    except zstandard.ZstdError as error:
-        raise L0MoEError(
-            f"Shard {path} is not valid zstd data ({error}); copy or download the shard again."
-        ) from error
-    if open_frame:
-        raise L0MoEError(
-            f"Shard {path} ends inside a zstd frame, so it is truncated; copy or download the shard again."
+            f"Corpus {location} holds shards of several formats ({', '.join(guessed)}); choose one with "
+            "data.corpus_format."
         )
+    if not guessed or guessed[0] not in found:
+        texts = len(found.get("text", []))
+        hint = f"set data.corpus_format to text to read its {texts} .txt file(s)" if texts else ""
+        wanted = " or ".join(_patterns(name) for name in (guessed or ("redpajama_v2", *GUESSED)))
+        raise L0MoEError(
+            f"Corpus folder {location} holds no shard ({wanted}); {hint or 'put shards there or correct data.corpus'}."
+        )
+    shards = found[guessed[0]]
+    return Corpus(location, _ShardFolder(folder, shards), guessed[0], shards)
+
+
+def _guess(found: Collection[str]) -> list[str]:
+    return ["redpajama_v2"] if "redpajama_v2" in found else [name for name in GUESSED if name in found]
+
+
+def _shards(files: list[str], form: str) -> list[str]:
+    inside = DOCUMENTS if form == "redpajama_v2" else ""
+    return sorted(name for name in files if name.startswith(inside) and name.endswith(SUFFIXES[form]))
+
+
+def _patterns(form: str) -> str:
+    inside = f"{DOCUMENTS}**/" if form == "redpajama_v2" else ""
+    return ", ".join(f"{inside}*{suffix}" for suffix in SUFFIXES[form])

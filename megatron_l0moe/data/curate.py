@@ -46,7 +46,13 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     out.mkdir(parents=True, exist_ok=True)
 
     with clock.step("scan"):
-        catalog = scan_corpus(Path(data.corpus))
+        catalog = scan_corpus(
+            data.corpus,
+            form=data.corpus_format,
+            filters=data.filters,
+            max_quarantined=data.max_quarantined,
+            quarantine_file=out / "quarantine.jsonl",
+        )
     with clock.step("hold out"):
         heldout = hold_out(
             catalog,
@@ -94,7 +100,7 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     write_clusters(out / "clusters.npz", clusters)
     write_json(out / "ccm.json", describe_ccm(recipe, terms, distances, order, matching[1:]))
     summary = summarise(catalog, heldout, subsets, clusters, chosen, budgets)
-    summary |= {"order": order, "d_ds": distances, "seconds": clock.seconds}
+    summary |= {"order": order, "d_ds": distances, "model": recipe.model.path, "seconds": clock.seconds}
     write_json(out / "summary.json", summary)
     return summary
 
@@ -269,13 +275,13 @@ def summarise(
     used = sum(len(cluster.ids) for iteration in chosen for cluster in iteration)
     return {
         "documents": {
-            "corpus": len(catalog) + catalog.duplicates,
+            "corpus": len(catalog) + sum(catalog.dropped.values()),
             "heldout": len(heldout.ids),
             "clustered": drawn,
             "training": used,
         },
         "dropped": {
-            "exact repetition": catalog.duplicates,
+            **catalog.dropped,
             "not drawn": len(catalog) - len(heldout.ids) - drawn,
             "budget of the cluster was full": drawn - used,
         },

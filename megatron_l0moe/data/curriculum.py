@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.lib.format import open_memmap
 
 from megatron_l0moe.data.index import DOC, SAMPLE, IndexHeader, index_files, load_header
-from megatron_l0moe.data.manifest import sha256_file
+from megatron_l0moe.data.verify import (
+    check_batches,
+    check_checksums,
+    check_records,
+    check_sizes,
+    checksums_of,
+)
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -44,17 +51,15 @@ class CurriculumDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.prefix = Path(prefix)
         self.header: IndexHeader = load_header(self.prefix)
         self._check_model(vocab_size, seq_length)
-        self._check_files(verify)
+        check_sizes(self.prefix, self.header)
+        if verify:
+            check_checksums(self.prefix, checksums_of(self.prefix, self.header))
         try:
             self._open()
-        except (
-            ValueError,
-            AssertionError,
-            OSError,
-        ) as error:  # numpy's and Megatron's words for damaged files
+        except Exception as error:  # numpy parses an array's header as Python: damage raises nearly anything
             raise L0MoEError(
-                f"A file of sample index {self.prefix} is damaged ({error}); copy the curate folder again or run "
-                "curate again."
+                f"A file of sample index {self.prefix} is damaged ({' '.join(str(error).split())}); copy the curate "
+                "folder again or run curate again."
             ) from error
         self._check_contents()
 
@@ -65,16 +70,25 @@ class CurriculumDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         """Return tokens int64 [S], labels int64 [S], loss_mask fp32 [S], position_ids int64 [S], domain int64 []."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        record = self._samples[index]
-        tokens = torch.from_numpy(self._read(int(record["doc_pos"]), int(record["offset"])))
+        tokens = torch.from_numpy(self._read(index))
         length = self.header.seq_length
         return {
             "tokens": tokens[:-1].contiguous(),
             "labels": tokens[1:].contiguous(),
             "loss_mask": torch.ones(length, dtype=torch.float32),
             "position_ids": torch.arange(length, dtype=torch.int64),
-            "domain": torch.tensor(int(record["cluster"]), dtype=torch.int64),
+            "domain": torch.tensor(int(self._samples[index]["cluster"]), dtype=torch.int64),
         }
+
+    def check_all(self) -> None:
+        """Check every record's range and every global batch; checksums are checked on opening.
+
+        Raises:
+            L0MoEError: the first violation.
+        """
+        lengths = [shard.sequence_lengths for shard in self._shards]
+        check_records(self.prefix, self.header, self._docs, self._samples, lengths)
+        check_batches(self.prefix, self.header, self._samples)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"prefix": self.prefix, "header": self.header}
@@ -83,22 +97,38 @@ class CurriculumDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.__dict__.update(state)
         self._open()
 
-    def _read(self, position: int, offset: int) -> npt.NDArray[np.int64]:
-        """Return S + 1 tokens from ``offset`` of the document at ``position`` on."""
+    def _read(self, index: int) -> npt.NDArray[np.int64]:
+        """Return the S + 1 tokens of a sample.
+
+        Raises:
+            L0MoEError: its record points outside the files, which only an index that was not verified can hold.
+        """
+        record = self._samples[index]
+        position, offset = int(record["doc_pos"]), int(record["offset"])
         missing = self.header.seq_length + 1
         parts = []
-        while missing:
-            shard, document = (int(number) for number in self._docs[position])
-            length = min(int(self._shards[shard].sequence_lengths[document]) - offset, missing)
-            parts.append(self._shards[shard].get(document, offset=offset, length=length))
-            missing -= length
-            position, offset = position + 1, 0
+        try:
+            while missing:
+                place = self._docs[position]
+                shard, document = self._shards[place["shard"]], int(place["doc"])
+                length = min(int(shard.sequence_lengths[document]) - offset, missing)
+                if position < 0 or length <= 0:
+                    raise IndexError("a start outside its document")
+                parts.append(shard.get(document, offset=offset, length=length))
+                missing -= length
+                position, offset = position + 1, 0
+        except (IndexError, ValueError, OverflowError) as error:
+            raise L0MoEError(
+                f"Record {index} of sample index {self.prefix} points outside its files ({error}); copy the curate "
+                "folder again or run curate again."
+            ) from error
         return np.concatenate(parts, dtype=np.int64)
 
     def _open(self) -> None:
         _, docs_file, samples_file = index_files(self.prefix)
-        self._docs = np.load(docs_file, mmap_mode="r")
-        self._samples = np.load(samples_file, mmap_mode="r")
+        # Plain arrays over the mapped files: numpy's memmap class makes each access slower.
+        self._docs = np.asarray(open_memmap(docs_file, mode="r"))
+        self._samples = np.asarray(open_memmap(samples_file, mode="r"))
         self._shards = [IndexedDataset(str(self.prefix.parent / shard.path)) for shard in self.header.shards]
 
     def _check_model(self, vocab_size: int | None, seq_length: int | None) -> None:
@@ -114,38 +144,12 @@ class CurriculumDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"{seq_length}; set its sequence length to {header.seq_length}, or run curate again."
             )
 
-    def _check_files(self, verify: bool) -> None:
-        _, docs_file, samples_file = index_files(self.prefix)
-        expected = {docs_file: self.header.docs_sha256, samples_file: self.header.samples_sha256}
-        for shard in self.header.shards:
-            for suffix, checksum in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
-                expected[self.prefix.parent / f"{shard.path}{suffix}"] = checksum
-        for path, checksum in expected.items():
-            if not path.is_file():
-                raise L0MoEError(
-                    f"Sample index {self.prefix} needs {path}, which does not exist; run curate again."
-                )
-            if verify and sha256_file(path) != checksum:
-                raise L0MoEError(
-                    f"{path} is not the file that sample index {self.prefix} was made with (sha256 differs); copy the "
-                    "curate folder again or run curate again."
-                )
-
     def _check_contents(self) -> None:
-        """Compare sizes and types with the header."""
+        """Compare the arrays with the header, without reading through them."""
         header = self.header
-        found = [(self._samples.dtype == SAMPLE, "samples"), (self._docs.dtype == DOC, "documents")]
-        found.append((len(self._samples) == header.samples, "samples"))
-        for dataset, shard in zip(self._shards, header.shards, strict=True):
-            tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
-            size = (self.prefix.parent / f"{shard.path}.bin").stat().st_size
-            whole = (
-                size
-                == tokens * DType.size(dataset.index.dtype)
-                == shard.tokens * DType.size(dataset.index.dtype)
-            )
-            found.append((whole and len(dataset) == shard.documents, shard.path))
-        for fits, what in found:
+        samples_fit = self._samples.dtype == SAMPLE and self._samples.shape == (header.samples,)
+        docs_fit = self._docs.dtype == DOC and self._docs.ndim == 1
+        for fits, what in ((samples_fit, "samples"), (docs_fit, "documents")):
             if not fits:
                 raise L0MoEError(
                     f"Sample index {self.prefix}: the size or type of {what} differs from the header; copy the curate "

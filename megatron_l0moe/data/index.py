@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_l0moe.data.manifest import sha256_file, write_json
 from megatron_l0moe.errors import L0MoEError
@@ -176,7 +177,7 @@ def load_header(prefix: Path) -> IndexHeader:
         raise L0MoEError(f"Sample index {file} does not exist; run the curate stage first.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise L0MoEError(
             f"Sample index {file} is not valid JSON ({error}); run the curate stage again."
         ) from error
@@ -191,7 +192,34 @@ def load_header(prefix: Path) -> IndexHeader:
         raise L0MoEError(
             f"Sample index {file} has missing or unknown keys ({', '.join(wrong)}); run the curate stage again."
         )
-    return IndexHeader(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+    try:
+        header: IndexHeader = TypeAdapter(IndexHeader).validate_python(values, strict=False)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise L0MoEError(
+            f"Sample index {file} has a wrong value for {key} ({problem['msg']}); run the curate stage again."
+        ) from error
+    _check_header(file, header)
+    return header
+
+
+def _check_header(file: Path, header: IndexHeader) -> None:
+    """Refuse numbers that do not fit each other."""
+    starts = header.iteration_start_samples
+    sizes = (header.num_domains, header.seq_length, header.sequences_per_domain, header.samples)
+    if (
+        min(sizes) < 1
+        or not starts
+        or len(starts) != len(header.order)
+        or starts != sorted(starts)
+        or starts[0] != 0
+        or starts[-1] >= header.samples
+    ):
+        raise L0MoEError(
+            f"Sample index {file} has sizes that do not fit each other (num_domains, seq_length, sequences_per_domain, "
+            "samples, order, iteration_start_samples); run the curate stage again."
+        )
 
 
 def check_batching(

@@ -70,6 +70,12 @@ class CorpusTokenizer:
             raise L0MoEError(
                 f"{config_file} has no integer `vocab_size`; set model.path to a causal LM checkpoint."
             )
+        highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        if highest >= vocab_size:
+            raise L0MoEError(
+                f"The tokenizer in {model} has ids up to {highest}, but the model's vocab_size is {vocab_size}; it is "
+                "not the tokenizer of the model."
+            )
         eod = _find_eod(tokenizer, config, model)
         if eod >= vocab_size:
             raise L0MoEError(

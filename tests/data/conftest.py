@@ -118,13 +118,14 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
     from megatron_l0moe.data.indexed import describe_shard
 
     def build(
-        *, clusters: int = 4, order: tuple[int, ...] = (2, 1), rounds: int = 6, p: int = 2, seq_length: int = 8,
-        rotate: bool = True, kind: str = "moe", name: str = "moe",
+        *, clusters: int = 4, order: tuple[int, ...] = (2, 1), rounds: int | dict[int, int] = 6, p: int = 2,
+        seq_length: int = 8, rotate: bool = True, kind: str = "moe", name: str = "moe",
     ) -> tuple[Path, dict[tuple[int, int], list[int]]]:  # fmt: skip
         rng = np.random.default_rng(7)
         streams: dict[tuple[int, int], list[int]] = {}
         blocks = []
         for iteration in order:
+            rounds_here = rounds[iteration] if isinstance(rounds, dict) else rounds
             prefixes = [tmp_path / f"iter_{iteration:03d}" / f"shard_{n:05d}" for n in range(2)]
             prefixes[0].parent.mkdir(exist_ok=True)
             builders = [IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16) for prefix in prefixes]
@@ -132,7 +133,7 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
             per_cluster = []
             for cluster in range(clusters):
                 lengths, places, stream = [], [], []
-                while len(stream) < rounds * seq_length + 1:
+                while len(stream) < rounds_here * seq_length + 1:
                     length = int(rng.integers(1, 3 * seq_length))
                     start = len(stream)
                     tokens = [1000 * iteration + 100 * cluster + (start + i) % 100 for i in range(length)]
@@ -147,7 +148,7 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
             for builder, prefix in zip(builders, prefixes, strict=True):
                 builder.finalize(f"{prefix}.idx")
             shards = [describe_shard(prefix, tmp_path) for prefix in prefixes]
-            blocks.append(IterationBlock(iteration, shards, per_cluster, rounds))
+            blocks.append(IterationBlock(iteration, shards, per_cluster, rounds_here))
         write_index(
             tmp_path / name, blocks, kind=kind, num_domains=clusters, iterations=3, seq_length=seq_length,
             d_ds=[0.2, 0.1], sequences_per_domain=p, rotate=rotate, tokenizer_sha256="t", vocab_size=5000, eod=0,

@@ -1,12 +1,16 @@
-"""The catalog: places, domains and lengths of distinct documents, and reading them again."""
+"""The catalog: places, domains and lengths of distinct documents, what is left out, and reading them again."""
 
+import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_l0moe.data import catalog as catalog_module
 from megatron_l0moe.data.catalog import read_documents, scan_corpus
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import FilterSection
 
 
 @pytest.fixture
@@ -17,15 +21,26 @@ def corpus(tmp_path: Path, write_lines) -> Path:
     return folder
 
 
-def test_scan(corpus: Path) -> None:
+@pytest.mark.parametrize("block", [1, 2, 100])
+def test_scan(corpus: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(catalog_module, "BLOCK_ROWS", block)
     catalog = scan_corpus(corpus)
-    assert catalog.shards == ["a.jsonl.zst", "b.jsonl"]
+    assert catalog.corpus.shards == ["a.jsonl.zst", "b.jsonl"]
     assert catalog.domains == ["ant", "unknown", "zoo"]
-    assert catalog.duplicates == 1  # the second "four", in b.jsonl
+    assert catalog.dropped == {"exact repetition": 1}  # the second "four", in b.jsonl
     assert catalog.column("shard").tolist() == [0, 0, 1]
     assert catalog.column("line").tolist() == [1, 2, 2]
     assert [catalog.domains[d] for d in catalog.column("domain")] == ["ant", "unknown", "unknown"]
     assert catalog.column("chars").tolist() == [3, 4, 6]
+
+
+def test_filters(corpus: Path, write_lines) -> None:
+    write_lines(corpus / "c.jsonl", [{"text": " "}, {"text": "----"}])
+    catalog = scan_corpus(corpus, filters=FilterSection(min_chars=4, drop_duplicates=False))
+    assert catalog.column("chars").tolist() == [4, 4, 6]
+    assert catalog.dropped == {
+        "exact repetition": 0, "shorter than filters.min_chars": 1, "empty text": 1, "one repeated character": 1,
+    }  # fmt: skip
 
 
 def test_read_documents_in_corpus_order(corpus: Path) -> None:
@@ -33,11 +48,48 @@ def test_read_documents_in_corpus_order(corpus: Path) -> None:
     assert [(i, d.text) for i, d in read_documents(catalog, np.array([2, 0]))] == [(0, "abc"), (2, "six ch")]
 
 
-def test_a_corpus_that_changes_is_refused(corpus: Path) -> None:
+@pytest.mark.parametrize(
+    "lines", [[], ["{", "}"], ['{"text": "x"}', '{"text": "longer"}'], ['{"text": "x"}'] * 3]
+)
+def test_a_corpus_that_changes_is_refused(corpus: Path, write_lines, lines: list[str]) -> None:
     catalog = scan_corpus(corpus)
-    (corpus / "b.jsonl").write_text("")
+    write_lines(corpus / "b.jsonl", lines)
     with pytest.raises(L0MoEError, match=r"Shard b\.jsonl of .* changed while it was read"):
         list(read_documents(catalog, np.array([2])))
+
+
+def test_a_few_bad_lines_are_set_aside(tmp_path: Path, write_lines) -> None:
+    corpus, quarantine = tmp_path / "corpus", tmp_path / "q" / "quarantine.jsonl"
+    write_lines(corpus / "a.jsonl", [*({"text": f"text {i}"} for i in range(8)), "broken", {"text": 3}])
+    catalog = scan_corpus(corpus, max_quarantined=0.2, quarantine_file=quarantine)
+    assert len(catalog) == 8
+    assert catalog.dropped == {"exact repetition": 0, "not JSON": 1, "no text": 1}
+    entries = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in entries] == [(9, "not JSON"), (10, "no text")]
+    message = (
+        r"2 of 10 document\(s\) of corpus .* cannot be used \(1 not JSON, 1 no text\): line 9 of a\.jsonl is not valid "
+        r"JSON \(.*\); see .*quarantine\.jsonl, repair .* raising data\.max_quarantined \(0\.19\)\."
+    )
+    with pytest.raises(L0MoEError, match=message):
+        scan_corpus(corpus, max_quarantined=0.19, quarantine_file=quarantine)
+    write_lines(corpus / "a.jsonl", [{"text": "good"}])
+    scan_corpus(corpus, quarantine_file=quarantine)
+    assert not quarantine.exists()  # the list of an earlier run does not stay
+
+
+def test_broken_shards(tmp_path: Path, write_lines) -> None:
+    for name in "abcd":
+        path = write_lines(tmp_path / f"{name}.jsonl.zst", [{"text": f"{name} text"}])
+    path.write_bytes(path.read_bytes()[:-3])
+    quarantine = tmp_path / "quarantine.jsonl.out"
+    with pytest.raises(
+        L0MoEError,
+        match=r"1 of 4 shard\(s\) .* to the end \(shard d\.jsonl\.zst ends inside a zstd frame.*raising",
+    ):
+        scan_corpus(tmp_path, max_quarantined=0.2, quarantine_file=quarantine)
+    assert json.loads(quarantine.read_text())["reason"] == "broken shard"
+    catalog = scan_corpus(tmp_path, max_quarantined=0.25)
+    assert set(catalog.column("shard").tolist()) >= {0, 1, 2}
 
 
 def test_random_keys_depend_on_place_and_seed_only(corpus: Path, write_lines) -> None:
@@ -51,8 +103,13 @@ def test_random_keys_depend_on_place_and_seed_only(corpus: Path, write_lines) ->
 
 def test_no_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(L0MoEError, match=r"has 1 shard\(s\) but no document"):
+    with pytest.raises(L0MoEError, match=r"has 1 shard\(s\) but no document; add text"):
         scan_corpus(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "short"}\n')
+    with pytest.raises(
+        L0MoEError, match=r"no document that is used \(left out: 1 shorter than .*loosen data\.filters"
+    ):
+        scan_corpus(tmp_path, filters=FilterSection(min_chars=10))
 
 
 def test_a_source_per_document_is_refused(tmp_path: Path, write_lines, monkeypatch) -> None:
@@ -60,3 +117,20 @@ def test_a_source_per_document_is_refused(tmp_path: Path, write_lines, monkeypat
     write_lines(tmp_path / "a.jsonl", [{"text": f"t{i}", "meta": {"source": f"s{i}"}} for i in range(6)])
     with pytest.raises(L0MoEError, match=r"more than 5 source domains at document a\.jsonl:6"):
         scan_corpus(tmp_path)
+
+
+def test_memory_grows_by_a_row_for_each_document(tmp_path: Path, write_lines, monkeypatch) -> None:
+    """Eight times the text: the growth is that of the rows, not that of the text."""
+    monkeypatch.setattr(catalog_module, "BLOCK_ROWS", 256)
+    monkeypatch.setattr("megatron_l0moe.data.lines.CHUNK_BYTES", 1 << 14)
+    peaks = []
+    counts = (500, 4000)
+    for count in counts:
+        folder = tmp_path / str(count)
+        write_lines(folder / "a.jsonl", [{"text": f"{i} " * 500} for i in range(count)])
+        tracemalloc.start()
+        assert len(scan_corpus(folder)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    grown = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
+    assert grown < 4 * catalog_module.ROW.itemsize, f"{grown} bytes for each document of about 2400"

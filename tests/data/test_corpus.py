@@ -1,116 +1,123 @@
-"""Reading shards: what comes out, and one clear sentence for each kind of bad input."""
+"""Finding the shards of a corpus: formats, places, and one clear sentence for what is not there."""
 
-import json
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pytest
-import zstandard
+from datatrove.data import Document
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
 
-from megatron_l0moe.data.corpus import domain_of, find_shards, read_shard
+from megatron_l0moe.data.catalog import read_documents, scan_corpus
+from megatron_l0moe.data.corpus import open_corpus
+from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import FilterSection
 
 GOOD = {"text": "hello", "meta": {"source": "web"}}
 
 
-def test_reads_plain_and_zstd_alike(tmp_path: Path, write_lines) -> None:
-    records = [GOOD, {"text": "a\nb \u00e9", "meta": {}}, {"text": "no meta"}]
-    plain = write_lines(tmp_path / "a.jsonl", records)
-    packed = write_lines(tmp_path / "b.jsonl.zst", records)
-    for path in (plain, packed):
-        documents = list(read_shard(path, "s"))
-        assert [d.text for d in documents] == ["hello", "a\nb \u00e9", "no meta"]
-        assert [d.id for d in documents] == ["s:1", "s:2", "s:3"]
-        assert [d.domain for d in documents] == ["web", "unknown", "unknown"]
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return folder
 
 
-def test_reads_several_frames_and_lines_across_chunks(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_l0moe.data.corpus.CHUNK_BYTES", 7)
-    lines = [json.dumps({"text": "x" * n, "meta": {"source": "s"}}) + "\n" for n in (1, 500, 30)]
-    compress = zstandard.ZstdCompressor().compress
-    whole = "".join(lines).encode()
-    (tmp_path / "a.jsonl.zst").write_bytes(compress(whole[:40]) + compress(whole[40:]))
-    (tmp_path / "a.jsonl").write_bytes(whole.rstrip(b"\n"))  # a last line without newline counts
-    for name in ("a.jsonl.zst", "a.jsonl"):
-        assert [len(d.text) for d in read_shard(tmp_path / name, name)] == [1, 500, 30]
+def test_shards_are_sorted_by_relative_path(tmp_path: Path) -> None:
+    touch(tmp_path, "b.jsonl", "a/z.jsonl.zst", "c.txt", "a.jsonl", "d.jsonl.gz", "SHA256SUMS")
+    corpus = open_corpus(str(tmp_path))
+    assert corpus.format == "jsonl"
+    assert corpus.shards == ["a.jsonl", "a/z.jsonl.zst", "b.jsonl", "d.jsonl.gz"]
 
 
-def test_unwanted_lines_are_not_parsed(tmp_path: Path, write_lines) -> None:
-    path = write_lines(tmp_path / "a.jsonl", ["broken", GOOD])
-    assert [d.line for d in read_shard(path, "a", {2})] == [2]
-    with pytest.raises(L0MoEError):
-        list(read_shard(path, "a"))
-
-
-def test_shards_are_sorted_by_relative_path(tmp_path: Path, write_lines) -> None:
-    for name in ("b.jsonl", "a/z.jsonl.zst", "c.txt", "a.jsonl"):
-        write_lines(tmp_path / name, [GOOD])
-    assert [p.relative_to(tmp_path).as_posix() for p in find_shards(tmp_path)] == [
-        "a.jsonl",
-        "a/z.jsonl.zst",
-        "b.jsonl",
+def test_formats(tmp_path: Path) -> None:
+    touch(
+        tmp_path / "v2",
+        "documents/2023-06/0000/en_head.json.gz",
+        "duplicates/2023-06/0000/en_head.duplicates.parquet",
+    )
+    touch(tmp_path / "parquet", "train/0.parquet", "readme.txt")
+    touch(tmp_path / "text", "law/a.txt", "b.txt.gz")
+    assert open_corpus(str(tmp_path / "v2")).format == "redpajama_v2"
+    assert open_corpus(str(tmp_path / "v2"), "parquet").shards == [
+        "duplicates/2023-06/0000/en_head.duplicates.parquet"
     ]
+    assert open_corpus(str(tmp_path / "parquet")).shards == ["train/0.parquet"]
+    assert open_corpus(str(tmp_path / "text"), "text").shards == ["b.txt.gz", "law/a.txt"]
 
 
-@pytest.mark.parametrize(
-    ("meta", "domain"),
-    [
-        ({"source": "github"}, "github"),
-        ({"source": "cc/2019-30/en_middle_0053.json.gz/line405796"}, "cc"),
-        ({"source": ""}, "unknown"),
-        ({"source": 3}, "unknown"),
-        ({}, "unknown"),
-        ("text", "unknown"),
-        (None, "unknown"),
-    ],
-)
-def test_domain_of(meta: object, domain: str) -> None:
-    assert domain_of(meta) == domain
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{'text': 'x'}", r"Line 2 of .*a\.jsonl is not valid UTF-8 JSON .* repair or delete that line"),
-        ("", r"Line 2 of .*a\.jsonl is not valid UTF-8 JSON"),
-        ('{"text": "cut of', r"Line 2 of .*a\.jsonl is not valid UTF-8 JSON"),
-        ("[1, 2]", r"Line 2 of .*a\.jsonl has no non-empty string `text`"),
-        ('{"meta": {}}', r"Line 2 of .* has no non-empty string `text`"),
-        ('{"text": ""}', r"Line 2 of .* has no non-empty string `text`"),
-        ('{"text": " \\n\\t"}', r"Line 2 of .* has no non-empty string `text`"),
-        ('{"text": 5}', r"Line 2 of .* has no non-empty string `text`"),
-        ('{"text": "a\\ud800b"}', r"Line 2 of .* has a lone surrogate in `text` at character 1"),
-    ],
-    ids=["quotes", "blank", "cut", "list", "missing", "empty", "space", "number", "surrogate"],
-)
-def test_bad_lines_are_named(tmp_path: Path, write_lines, line: str, message: str) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [GOOD, line, GOOD])
-    with pytest.raises(L0MoEError, match=message):
-        list(read_shard(path, "a"))
-
-
-def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n')
-    with pytest.raises(L0MoEError, match=r"Line 1 of .* is not valid UTF-8 JSON"):
-        list(read_shard(tmp_path / "a.jsonl", "a"))
-
-
-@pytest.mark.parametrize("cut", [1, 20, 60], ids=lambda cut: f"minus{cut}")
-def test_truncated_zstd_is_seen(tmp_path: Path, write_lines, cut: int) -> None:
-    path = write_lines(tmp_path / "a.jsonl.zst", [{"text": f"{i * 7919} some text"} for i in range(50)])
-    path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(L0MoEError, match=r"a\.jsonl\.zst ends inside a zstd frame.*copy or download"):
-        list(read_shard(path, "a"))
-
-
-def test_not_zstd(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.zst").write_bytes(b'{"text": "plain"}\n')
-    with pytest.raises(L0MoEError, match=r"a\.jsonl\.zst is not valid zstd data"):
-        list(read_shard(tmp_path / "a.jsonl.zst", "a"))
-
-
-def test_missing_and_empty_folder(tmp_path: Path) -> None:
+def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(L0MoEError, match=r"Corpus folder .*nowhere does not exist; set data\.corpus"):
-        find_shards(tmp_path / "nowhere")
-    (tmp_path / "readme.txt").write_text("x")
-    with pytest.raises(L0MoEError, match=r"holds no \*\.jsonl"):
-        find_shards(tmp_path)
+        open_corpus(str(tmp_path / "nowhere"))
+    touch(tmp_path, "a.json")
+    with pytest.raises(
+        L0MoEError, match=r"holds no shard \(documents/\*\*/\*\.json\.gz or \*\.jsonl, .*put shards there"
+    ):
+        open_corpus(str(tmp_path))
+    touch(tmp_path, "readme.txt")
+    with pytest.raises(L0MoEError, match=r"set data\.corpus_format to text to read its 1 \.txt file"):
+        open_corpus(str(tmp_path))
+    with pytest.raises(L0MoEError, match=r"holds no shard \(\*\.parquet\)"):
+        open_corpus(str(tmp_path), "parquet")
+    touch(tmp_path, "a.jsonl", "b.parquet")
+    with pytest.raises(
+        L0MoEError, match=r"several formats \(jsonl, parquet\); choose one with data\.corpus_format"
+    ):
+        open_corpus(str(tmp_path))
+
+
+def test_unknown_protocols(tmp_path: Path) -> None:
+    with pytest.raises(
+        L0MoEError, match=r"Corpus nosuch://x cannot be opened \(.*nosuch.*\); correct data\.corpus"
+    ):
+        open_corpus("nosuch://x")
+
+
+def test_remote_corpus(write_lines, tmp_path: Path) -> None:
+    """The same documents from a folder and from an fsspec file system."""
+    local = tmp_path / "corpus"
+    write_lines(local / "a.jsonl.zst", [GOOD, {"text": "two"}])
+    write_lines(local / "sub" / "b.jsonl", [{"text": "three"}])
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{local}/", "/readers-test/", recursive=True)
+    try:
+        here, there = scan_corpus(local), scan_corpus("memory://readers-test")
+        assert there.corpus.shards == here.corpus.shards == ["a.jsonl.zst", "sub/b.jsonl"]
+        assert there.rows.tolist() == here.rows.tolist()
+        texts = [document.text for _, document in read_documents(there, np.arange(3))]
+        assert texts == ["hello", "two", "three"]
+        with pytest.raises(L0MoEError, match="Corpus folder memory://readers-none does not exist"):
+            scan_corpus("memory://readers-none")
+    finally:
+        memory.rm("/readers-test", recursive=True)
+
+
+class Collect(PipelineStep):
+    """Writes the ids of what arrives to a file of its task."""
+
+    name, type = "collect", "test"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data, rank: int = 0, world_size: int = 1):
+        (self.folder / f"{rank}.txt").write_text("\n".join(document.id for document in data))
+        yield from ()
+
+
+def test_readers_and_filters_are_datatrove_steps(write_lines, tmp_path: Path) -> None:
+    for name in "abc":
+        write_lines(tmp_path / "corpus" / f"{name}.jsonl", [GOOD, {"text": "too short"[:3]}, "broken"])
+    (tmp_path / "ids").mkdir()
+    pipeline = [
+        open_corpus(str(tmp_path / "corpus")).reader(),
+        DocumentFilter(FilterSection(min_chars=4)),
+        Collect(tmp_path / "ids"),
+    ]
+    LocalPipelineExecutor(pipeline, tasks=2, logging_dir=str(tmp_path / "logs")).run()
+    assert (tmp_path / "ids" / "0.txt").read_text().split() == ["a.jsonl:1", "c.jsonl:1"]
+    assert (tmp_path / "ids" / "1.txt").read_text().split() == ["b.jsonl:1"]
+    assert isinstance(next(open_corpus(str(tmp_path / "corpus")).reader().run()), Document)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
 from megatron_l0moe.data.curriculum import CurriculumDataset
@@ -116,3 +117,66 @@ def test_header_of_other_sizes(toy_index) -> None:
     file.write_text(json.dumps(header))
     with pytest.raises(L0MoEError, match="the size or type of samples differs"):
         CurriculumDataset(prefix, verify=False)
+
+
+UNEQUAL = {2: 4, 1: 6}
+
+
+def global_batches(
+    dataset: CurriculumDataset, dp: int, workers: int, consumed: int = 0
+) -> list[list[torch.Tensor]]:
+    """Return the tokens of each global batch of 8, as the loaders of all ranks deliver them."""
+    loaders = []
+    for rank in range(dp):
+        sampler = MegatronPretrainingSampler(len(dataset), consumed, 1, rank, dp)
+        loaders.append(iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers)))
+    steps = (len(dataset) - consumed) // 8
+    return [[next(loader) for _ in range(8 // dp) for loader in loaders] for _ in range(steps)]
+
+
+@pytest.mark.parametrize(("dp", "workers"), [(1, 0), (1, 2), (2, 1), (4, 0)])
+def test_global_batches_are_the_same_for_every_layout(toy_index, dp: int, workers: int) -> None:
+    """Sets of unequal length, Megatron's own sampler, loader workers, and a resume by consumed samples only."""
+    dataset = CurriculumDataset(toy_index(rounds=UNEQUAL)[0])
+    assert dataset.header.iteration_start_samples == [0, 16]
+    assert len(dataset) == 16 + 24
+    for consumed in (0, 24):
+        batches = global_batches(dataset, dp, workers, consumed)
+        assert len(batches) == 5 - consumed // 8
+        for number, batch in enumerate(batches):
+            first = consumed + 8 * number
+            expected = [dataset[i]["tokens"] for i in range(first, first + 8)]
+            assert torch.equal(torch.cat([item["tokens"] for item in batch]), torch.stack(expected))
+            assert sorted(int(item["domain"]) for item in batch) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_another_order_is_seen(toy_index) -> None:
+    """Control of the test above: one step more or less gives other batches."""
+    dataset = CurriculumDataset(toy_index(rounds=UNEQUAL)[0])
+    (first, *_), (second, *_) = global_batches(dataset, 1, 0), global_batches(dataset, 1, 0, consumed=1)
+    assert not torch.equal(first[0]["tokens"], second[0]["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("doc_pos", 10**9), ("doc_pos", -(10**9)), ("offset", 2**32 - 1)], ids=str
+)
+def test_a_record_that_points_outside(toy_index, field: str, value: int) -> None:
+    prefix, _ = toy_index()
+    samples = np.load(index_files(prefix)[2])
+    samples[3][field] = value
+    np.save(index_files(prefix)[2], samples)
+    dataset = CurriculumDataset(prefix, verify=False)
+    dataset[2]
+    with pytest.raises(L0MoEError, match=r"Record 3 of sample index .* points outside its files"):
+        dataset[3]
+
+
+def test_opening_reads_no_lengths(toy_index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of 30B tokens has 15M documents: opening it must not touch them all."""
+    prefix, _ = toy_index()
+    touched = []
+    monkeypatch.setattr("megatron_l0moe.data.verify.sha256_file", lambda path: touched.append(path))
+    CurriculumDataset(prefix, verify=False)
+    assert touched == []
+    with pytest.raises(L0MoEError, match="sha256 differs"):  # control: None is no checksum
+        CurriculumDataset(prefix, verify=True)

@@ -136,6 +136,14 @@ def test_bad_headers(toy_index, tmp_path: Path) -> None:
         ([], "has version None"),
         ({**good, "extra": 1}, r"missing or unknown keys \(extra\)"),
         ({k: v for k, v in good.items() if k != "eod"}, r"missing or unknown keys \(eod\)"),
+        ({**good, "samples": "many"}, "has a wrong value for samples"),
+        ({**good, "samples": None}, "has a wrong value for samples"),
+        ({**good, "kind": "other"}, "has a wrong value for kind"),
+        ({**good, "shards": [{"path": "x"}]}, r"has a wrong value for shards\.0\.bin_sha256"),
+        ({**good, "shards": "x"}, "has a wrong value for shards"),
+        ({**good, "seq_length": 0}, "sizes that do not fit each other"),
+        ({**good, "order": [1]}, "sizes that do not fit each other"),
+        ({**good, "iteration_start_samples": [0, 48]}, "sizes that do not fit each other"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(L0MoEError, match=message):

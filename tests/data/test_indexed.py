@@ -66,8 +66,10 @@ def test_eod_rule(model: Path, vocabulary: str, eos: object, eod: int) -> None:
 
 def test_bad_models(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({"vocab_size": 300}))
-    with pytest.raises(L0MoEError, match=r"made the id \d+, but the model's vocab_size is 300"):
-        CorpusTokenizer.load(model).encode(["flour butter oven harbour compass rudder momentum"], [99])
+    with pytest.raises(
+        L0MoEError, match=r"has ids up to \d+, but the model's vocab_size is 300; it is not the"
+    ):
+        CorpusTokenizer.load(model)
     (model / "config.json").write_text(json.dumps({"hidden_size": 3}))
     with pytest.raises(L0MoEError, match="has no integer `vocab_size`"):
         CorpusTokenizer.load(model)
@@ -109,3 +111,17 @@ def test_a_failed_write_leaves_no_shard(model: Path, tmp_path: Path, monkeypatch
     with pytest.raises(L0MoEError, match=r"does not hold what was written .* check the disk"):
         write_shard(tmp_path / "s", [(0, "sail", 9)], CorpusTokenizer.load(model), count=1)
     assert not (tmp_path / "s.bin").exists()
+
+
+def test_added_tokens_beyond_the_model(model: Path) -> None:
+    """Some tokenizers carry tokens that their model has no row for: refused only where a text uses one."""
+    file = model / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["zeppelin"])
+    tokenizer.save(str(file))
+    (model / "config.json").write_text(json.dumps({"vocab_size": size}))
+    loaded = CorpusTokenizer.load(model)
+    loaded.encode(["flour butter"], [99])
+    with pytest.raises(L0MoEError, match=rf"made the id {size}, but the model's vocab_size is {size}"):
+        loaded.encode(["flour zeppelin"], [99])
