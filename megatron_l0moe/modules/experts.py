@@ -11,7 +11,7 @@ from megatron_l0moe.runtime.platform import expert_row_multiple
 
 
 class PaddedExperts(SequentialMLP):
-    """SequentialMLP whose experts each see a multiple of `expert_row_multiple()` rows, filled up with zeros.
+    """SequentialMLP whose experts each see a multiple of `expert_row_multiple(dtype)` rows, filled up with zeros.
 
     A zero row gives a zero output and no gradient, so the numbers are those of SequentialMLP. Transformer Engine's
     grouped experts take the place of this class where it can be imported.
@@ -22,7 +22,7 @@ class PaddedExperts(SequentialMLP):
     ) -> tuple[Tensor, Tensor | None]:
         """[T, h], [local experts], [T] -> [T, h] and the bias, as in SequentialMLP."""
         counts = tokens_per_expert.tolist()
-        multiple = expert_row_multiple()
+        multiple = expert_row_multiple(permuted_local_hidden_states.dtype)
         padded = [-(-count // multiple) * multiple for count in counts]
         if padded == counts:
             unpadded: tuple[Tensor, Tensor | None] = super().forward(

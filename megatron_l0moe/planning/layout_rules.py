@@ -260,7 +260,7 @@ def _neighbours(layout: Layout, sizes: JobSizes, world: int) -> Iterator[Layout]
                     virtual_pipeline=vp,
                     pipeline_layers=split,
                     uneven=layout.uneven and pp == layout.pipeline,
-                    overlap_p2p=overlap,
+                    overlap_p2p=overlap or vp == 1,
                     expert=ep,
                     expert_tensor=etp,
                     context=cp,

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 from collections.abc import Iterable
 
+import torch
+
 from megatron_l0moe.runtime.cpu import has_cuda
 
 # Kernels that exist on CUDA only, or whose unfused form is as fast on a CPU.
@@ -74,10 +76,10 @@ def _cuda_flags(moe: bool) -> list[tuple[str, str | None]]:
     return flags
 
 
-def expert_row_multiple() -> int:
+def expert_row_multiple(dtype: torch.dtype) -> int:
     """Return the multiple to which the rows of an expert's matrices are filled up.
 
-    oneDNN compiles a kernel for each new shape, which takes longer than the product itself; in steps of 128 rows an
-    MoE step has a dozen shapes instead of hundreds of new ones.
+    For bfloat16 oneDNN compiles a kernel for each new shape, which takes longer than the product itself; in steps of
+    32 rows an MoE step has a dozen shapes instead of hundreds of new ones. float32 products compile nothing.
     """
-    return 1 if has_cuda() else 128
+    return 1 if has_cuda() or dtype is torch.float32 else 32

@@ -89,9 +89,9 @@ def _transformer(layout: Layout, case: Case, batched_messages: bool) -> Transfor
             "moe_layer_freq": [0] * DENSE + [1] * (LAYERS - DENSE),
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
-            # a hundred times the product's: the losses' gradients must stand out
-            "moe_aux_loss_coeff": 1.0,
-            "moe_z_loss_coeff": 0.3,
+            # ten times a recipe's: the losses' gradients must stand out
+            "moe_aux_loss_coeff": 0.1,
+            "moe_z_loss_coeff": 0.03,
             "moe_token_dispatcher_type": layout.dispatcher,
             "expert_model_parallel_size": layout.expert,
             "expert_tensor_parallel_size": layout.expert_tensor,

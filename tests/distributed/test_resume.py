@@ -33,12 +33,13 @@ EXPERT_CHAIN = [(2, toy.layout(tp=2), 4), (2, toy.layout(pp=2), 6), (2, toy.layo
 MOE_FULL, EXPERT_FULL = toy.Case("moe", "bf16", "distributed"), toy.Case("expert", "fp32", "plain")
 SHARED, SHIFTED = toy.Case("moe", "fp32", "distributed"), toy.Case("expert", "fp32", "distributed")
 
-# Other orders of summation in other layouts; Adam divides by the root of the mean square and so lifts the rounding of
-# a small gradient to a part of the learning rate, which is 0.01 for weights, 0.3 for masks.
-FP32_ATOL = 1e-4
-# One unit in the last place of a bf16 activation near 1 is 8e-3, and layouts round at other places.
-BF16_LOSS_ATOL = 3e-2
-FP32_LOSS_ATOL = 1e-5
+# Other orders of summation in other layouts; seen: 8e-7 in masks (values near 1, steps of 0.3), 1.3e-7 in weights.
+FP32_ATOL = 1e-5
+FP32_LOSS_ATOL = 5e-6  # seen: 5e-7, one unit in the last place of a loss of 4
+# bf16 keeps 8 bits, and layouts round at other places; seen: 2e-3. The sign of a small gradient decides a step of Adam:
+# 0.01 for weights, 0.3 for masks; seen: 0.03.
+BF16_LOSS_ATOL = 1e-2
+BF16_WEIGHT_ATOL = 0.1
 
 
 def chain_of(case: toy.Case) -> list[tuple[int, list[str], int]]:
@@ -142,8 +143,18 @@ def test_the_chain_of_layouts_gives_the_straight_runs_numbers(root, case):
     one, two = toy.opened(straight), toy.opened(chain)
     assert toy.position(one) == toy.position(two)
     assert toy.position(one)["steps"] == {float(toy.STEPS)}
+    differences = toy.differences(one, two)
     if case.precision == "fp32":
-        assert max(toy.differences(one, two).values()) < FP32_ATOL
+        assert max(differences.values()) < FP32_ATOL
+    else:
+        trained = (
+            "weight",
+            "log_alpha",
+            "lambdas",
+        )  # a hard mask or a count of tokens may differ by whole units
+        assert (
+            max(differences[name] for name in one.model_names() if name.endswith(trained)) < BF16_WEIGHT_ATOL
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

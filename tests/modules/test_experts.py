@@ -21,7 +21,8 @@ def experts():
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5], [1, 130, 2], [128, 128, 128]])
-def test_output_and_gradients_equal_megatrons_experts(experts, counts):
+def test_output_and_gradients_equal_megatrons_experts(experts, counts, monkeypatch):
+    monkeypatch.setattr(ex, "expert_row_multiple", lambda dtype: 32)
     hidden = torch.randn(sum(counts), models.HIDDEN)
     probs = torch.rand(sum(counts))
     results = []
@@ -46,6 +47,11 @@ def test_every_expert_sees_a_multiple(experts, monkeypatch):
     seen = []
     for expert in experts.local_experts:
         expert.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    monkeypatch.setattr(ex, "expert_row_multiple", lambda: 4)
+    monkeypatch.setattr(ex, "expert_row_multiple", lambda dtype: 4)
     experts(torch.randn(9, models.HIDDEN), torch.tensor([2, 0, 7]), torch.rand(9))
     assert seen == [4, 0, 8]
+
+
+def test_only_products_whose_kernels_are_compiled_for_each_shape_are_filled_up():
+    assert ex.expert_row_multiple(torch.float32) == 1
+    assert (ex.expert_row_multiple(torch.bfloat16) == 1) is cpu.has_cuda()
