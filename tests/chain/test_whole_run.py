@@ -146,7 +146,7 @@ def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path,
         assert all(row["learning_rate"] is None for row in rows)  # no group of weights
     assert (run / "export" / "config.json").is_file() is (until == "export")
     whole = straight / "experts" / "000" / "expert.safetensors"
-    assert whole.stat().st_size > 5 * EXPERT_FILE_BYTES  # control: with weights
+    assert whole.stat().st_size > 3 * EXPERT_FILE_BYTES  # control: with weights
 
 
 def _wait_for_lines(file: Path, lines: int, process: subprocess.Popen) -> None:

@@ -35,7 +35,7 @@ FUZZ = settings(
 )
 PACK = {"": bytes, ".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress}
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    st.none() | st.booleans() | st.floats(allow_subnormal=False) | st.integers() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )

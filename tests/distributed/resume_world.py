@@ -197,15 +197,25 @@ def position(reader: CheckpointReader) -> dict[str, Any]:
     }
 
 
+STARTS_COUNT_IN = ("torch_rng_state", "cuda_rng_state")
+"""Torch's default generator: each start of a job makes a DataLoader, which draws its workers' base seed from it.
+
+Without CUDA both names stand for it. Nothing else in a stage draws from it: no dropout, and gates key their own noise.
+"""
+
+
 def random_states(reader: CheckpointReader) -> Any:
-    """Return the states of all random number generators, as plain values."""
+    """Return the states of the random number generators that a stage may draw from, as plain values."""
     states = {}
     for index, info in reader._metadata.storage_data.items():
         if index.fqn.startswith("rng_state"):
             with (reader.path / info.relative_path).open("rb") as file:
                 file.seek(info.offset)
                 content = torch.load(io.BytesIO(file.read(info.length)), weights_only=False)
-            states[index.fqn] = _plain(content)
+            states[index.fqn] = [
+                [{name: state for name, state in one.items() if name not in STARTS_COUNT_IN} for one in row]
+                for row in _plain(content)
+            ]
     assert states
     return states
 

@@ -41,7 +41,7 @@ def recipe(models):
 def test_writes_every_result_and_removes_the_untrained_model(run, recipe, models, monkeypatch):
     calls = []
 
-    def export(megatron, hf_base, out, *, dense_layers, top_k):
+    def export(megatron, hf_base, out, *, dense_layers, top_k, target="transformers"):
         calls.append((megatron, hf_base, dense_layers, top_k))
         shutil.copytree(models[1], out)
 

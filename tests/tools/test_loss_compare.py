@@ -82,7 +82,7 @@ def test_layouts_equal_one_process(world: Path, stage: str, capsys: pytest.Captu
     assert [one["name"] for one in found["series"]] == ["one", *LAYOUTS[stage].split(";")]
     assert all(len(one["losses"]) == len(one["grad_norms"]) == STEPS for one in found["series"])
     assert all(verdict["is_equal"] for verdict in found["verdicts"])
-    assert found["series"][0]["losses"][0] > found["series"][0]["losses"][-1], "nothing was learned"
+    assert len(set(found["series"][0]["losses"])) == STEPS, "nothing was trained"
     page = (out / "loss_compare.md").read_text(encoding="utf-8")
     assert page.count("| equal |") == len(LAYOUTS[stage].split(";"))
     assert "--bf16" not in found["series"][0]["command"]
