@@ -8,208 +8,29 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe_sections import (
+    DataSection,
+    EvaluationSection,
+    ExpertTrainingSection,
+    ExportSection,
+    ModelSection,
+    MoETrainingSection,
+    ParallelSection,
+    RecipePart,
+)
 
-Flag = bool | int | float | str
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
 
 
-def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
-    for name, value in flags.items():
-        if name.startswith("-") or "_" in name:
-            raise ValueError(
-                f"flag {name!r} must be written without leading dashes and with '-' between words; "
-                f"write {name.lstrip('-').replace('_', '-')!r}"
-            )
-        if value is False:
-            raise ValueError(f"flag {name!r} is false, which means nothing on a command line; remove it")
-    return flags
-
-
-Flags = Annotated[dict[str, Flag], AfterValidator(_check_flags)]
-
-
-class _Section(BaseModel):
-    """Base of all recipe sections: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class ModelSection(_Section):
-    """The dense base model and the shape of the L0-MoE that is made from it."""
-
-    path: str
-    """Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)."""
-    dense_layers: int = Field(ge=0)
-    """Bottom layers that stay dense (paper: 8 for Llama-3 and Mistral, 4 for Qwen2)."""
-    num_experts: int = Field(ge=2)
-    """K: clusters, domains and experts of each MoE layer."""
-    expert_ffn: int = Field(ge=1)
-    """Units of the dense FFN that each expert keeps, exactly, in every MoE layer."""
-    top_k: int = Field(default=2, ge=1)
-    """Experts that serve one token."""
-
-
-class SignalRange(_Section):
-    """Values of a quality signal that a document may have; None: no limit."""
-
-    min: float | None = None
-    max: float | None = None
-
-
-class FilterSection(_Section):
-    """Which documents of the corpus are used; each dropped one is counted by its reason."""
-
-    min_chars: int = Field(default=0, ge=0)
-    languages: list[str] | None = Field(default=None, min_length=1)
-    """Codes such as en; a document without one is dropped then. None: all."""
-    quality_signals: dict[str, SignalRange] = Field(default_factory=dict)
-    """Of RedPajama v2, by name, such as rps_doc_word_count: {min: 50}."""
-    drop_duplicates: bool = True
-    """Drop exact repetitions of a text, and what RedPajama v2's duplicates files list."""
-
-
-class DataSection(_Section):
-    """Where the text comes from and how it is cut into ordered, balanced sets (paper section 3.1)."""
-
-    corpus: str
-    """Folder, or fsspec URL, of shards: RedPajama v1 (*.jsonl, .zst, .gz) or v2, Parquet or text files."""
-    corpus_format: Literal["auto", "jsonl", "redpajama_v2", "parquet", "text"] = "auto"
-    filters: FilterSection = FilterSection()
-    max_quarantined: float = Field(default=0.01, ge=0, le=1)
-    """Fraction of documents, and of shards, that may be unreadable before the stage stops."""
-    embedding_model: str
-    """Path or name of the sentence encoder, loaded through FlagEmbedding (BGE-M3 in the paper)."""
-    embedding_max_tokens: int = Field(default=512, ge=8)
-    embedding_batch_size: int = Field(default=32, ge=1)
-    iterations: int = Field(default=21, ge=2)
-    """Q: iteration 0 makes the experts' sets D^(0), the Q - 1 others are ordered for MoE training."""
-    seq_length: int = Field(default=4096, ge=8)
-    """Tokens of one packed training sequence."""
-    tokens_per_expert: int = Field(ge=1)
-    """Training tokens of each cluster of D^(0), that is of each expert run."""
-    tokens_per_set: int = Field(ge=1)
-    """Training tokens of each of the Q - 1 later sets, all K clusters together."""
-    include_initial_tokens: int = Field(default=0, ge=0)
-    """Tokens of D^(0), all clusters together, replayed before the ordered sets in MoE training."""
-    heldout_tokens_per_domain: int = Field(default=8192, ge=1)
-    """Tokens of each source domain kept out of training for perplexity."""
-    matching: Literal["hungarian", "none"] = "hungarian"
-    """How centres of later iterations are paired with those of iteration 0 before eq. 4."""
-    beta: float = 0.5
-    """Weight of the mean in eq. 5."""
-    delta: float = 0.1
-    """Factor of f3 in eq. 4."""
-    rotate: bool = True
-    """Rotate the cyclic domain order every round, so that a data-parallel rank sees all domains."""
-
-
-class ParallelSection(_Section):
-    """Parallel layout of one training job; the products must fit the processes that are started."""
-
-    processes: int = Field(default=1, ge=1)
-    """Processes (GPUs) in all."""
-    nodes: int = Field(default=1, ge=1)
-    tensor: int = Field(default=1, ge=1)
-    sequence: bool = True
-    """Sequence parallelism where tensor is above 1; an MoE needs it."""
-    pipeline: int = Field(default=1, ge=1)
-    virtual_pipeline: int = Field(default=1, ge=1)
-    """Model chunks of each pipeline rank, which shorten the pipeline's idle time."""
-    pipeline_layers: list[int] | None = Field(default=None, min_length=2)
-    """Layers of each of the pipeline * virtual_pipeline stages; None: the same number in all."""
-    overlap_p2p: bool = True
-    """Send the messages of a virtual pipeline while computing, not in batches."""
-    expert: int = Field(default=1, ge=1)
-    expert_tensor: int | None = Field(default=None, ge=1)
-    """Processes that share one expert; None: as many as tensor."""
-    context: int = Field(default=1, ge=1)
-    """Processes that share one sequence; needs GPUs with Transformer Engine."""
-    distributed_optimizer: bool = False
-    """Spread the optimizer's state over the data-parallel processes."""
-    dispatcher: Literal["alltoall", "allgather"] | None = None
-    """How tokens travel to their experts; None: what the machine takes."""
-    threads: int = Field(default=1, ge=1)
-    """OMP threads of each process."""
-
-    @property
-    def layout(self) -> Layout:
-        """The layout without what belongs to the machine, its nodes and threads."""
-        return Layout(
-            processes=self.processes,
-            tensor=self.tensor,
-            sequence=self.sequence and self.tensor > 1,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual_pipeline,
-            pipeline_layers=tuple(self.pipeline_layers or ()),
-            overlap_p2p=self.overlap_p2p,
-            expert=self.expert,
-            expert_tensor=self.expert_tensor,
-            context=self.context,
-            distributed_optimizer=self.distributed_optimizer,
-            dispatcher=self.dispatcher,
-        )
-
-
-class ExpertTrainingSection(_Section):
-    """The K expert runs (paper section 3.2)."""
-
-    micro_batch_size: int = Field(default=1, ge=1)
-    global_batch_size: int = Field(default=32, ge=1)
-    """Sequences of one step."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    mask_learning_rate: float = Field(default=0.3, gt=0)
-    train_weights: bool = True
-    """False: train the masks only; an expert is then a list of units of the dense model."""
-    save_interval: int = Field(default=100, ge=1)
-    at_once: int = Field(default=1, ge=1)
-    """Experts that one machine trains at the same time, each on `parallel.processes` GPUs of its own."""
-    parallel: ParallelSection = ParallelSection()
-    flags: Flags = Field(default_factory=dict)
-    """Further flags of Megatron or `l0-...` flags, by their names without the leading dashes."""
-
-
-class MoETrainingSection(_Section):
-    """MoE training (paper section 3.3)."""
-
-    micro_batch_size: int = Field(default=1, ge=1)
-    sequences_per_domain: int = Field(default=1, ge=1)
-    """p: each global batch holds p sequences of each of the K domains."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    router_learning_rate: float | None = Field(default=None, gt=0)
-    """Learning rate of the routers; None: that of the other weights."""
-    save_interval: int = Field(default=100, ge=1)
-    parallel: ParallelSection = ParallelSection()
-    flags: Flags = Field(default_factory=dict)
-
-
-class EvaluationSection(_Section):
-    """Perplexity per domain and speed, dense against L0-MoE, with transformers."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    prefill_tokens: int = Field(default=512, ge=1)
-    decode_tokens: int = Field(default=32, ge=1)
-    repeats: int = Field(default=5, ge=1)
-    parity_positions: int = Field(default=64, ge=1)
-    """Positions of real text on which Megatron's and the exported model's logits are compared."""
-
-
-class ExportSection(_Section):
-    """Which inference engines the exported L0-MoE is for."""
-
-    target: Literal["transformers", "vllm", "sglang", "all"] = "all"
-    """all: one checkpoint if one layout serves them all, else a second one in a folder below it."""
-
-
-class Recipe(_Section):
+class Recipe(RecipePart):
     """A whole run, from a dense checkpoint and a corpus to an exported L0-MoE and its report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -30,7 +30,8 @@ from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.planning.layouts import SIZES, Layout, parse_layouts
-from megatron_l0moe.recipe import Flag, Section, layout_names, load_recipe
+from megatron_l0moe.recipe import Section, layout_names, load_recipe
+from megatron_l0moe.recipe_sections import Flag
 from megatron_l0moe.runtime.devices import visible_gpus
 
 LOSS_TOLERANCE = 5e-6

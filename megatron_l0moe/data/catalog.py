@@ -21,7 +21,7 @@ from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.data.readers import ShardReader
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import FilterSection
+from megatron_l0moe.recipe_sections import FilterSection
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.stages import CHAIN, Run, StageSpec, folders, stage_command
 from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters, l0moe_counts
-from megatron_l0moe.recipe import ParallelSection
+from megatron_l0moe.recipe_sections import ParallelSection
 
 Row = tuple[str, str]
 NOT_KNOWN = "not known without the model"

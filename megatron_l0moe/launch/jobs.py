@@ -13,7 +13,8 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe import ExpertTrainingSection, Flag, MoETrainingSection, Recipe
+from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection
 
 Flags = dict[str, Flag]
 """Flag names without the leading dashes; True stands for a flag without a value."""

@@ -10,7 +10,7 @@ import pytest
 from megatron_l0moe.data import catalog as catalog_module
 from megatron_l0moe.data.catalog import read_documents, scan_corpus
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import FilterSection
+from megatron_l0moe.recipe_sections import FilterSection
 
 
 @pytest.fixture

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from processes import PATIENCE, alive, wait_until
 from toy_recipe import make_run, write_model
 
 import megatron_l0moe
@@ -23,7 +22,6 @@ from megatron_l0moe.recipe import load_recipe
 PACKAGE_ROOT = Path(megatron_l0moe.__file__).parent.parent
 FAKE = Path(__file__).parent / "fake_stage.py"
 BEFORE_EVALUATION = ["convert", "curate", "experts", "assemble", "moe", "export"]
-PATIENCE = 30.0
 
 
 def fake_command(run: Run, name: str) -> list[str]:
@@ -206,17 +204,16 @@ def test_killed_in_the_middle_then_going_on(run: Run, number: int) -> None:
     environment = {**os.environ, "FAKE_HANG": "experts"}
     command = [sys.executable, "-c", CHAIN, str(run.recipe_file), str(run.runs_dir)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + PATIENCE
-    while not (run.folder / "hanging").is_file() or not (run.folder / "hanging").read_text():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    hanging = run.folder / "hanging"
+    wait_until(lambda: process.poll() is not None or (hanging.is_file() and hanging.read_text() != ""))
+    assert process.poll() is None
     process.send_signal(number)
     process.wait(PATIENCE)
     calls(run)
     pipeline.run_chain(run, last="moe")  # waits for the children of the killed command
     assert calls(run) == ["experts", "assemble", "moe"]
-    assert not psutil.pid_exists(int((run.folder / "hanging").read_text()))
+    # A process's locks go a moment before the process itself does.
+    wait_until(lambda: not alive(int(hanging.read_text())))
 
 
 def test_extraction_is_not_repeated(tmp_path: Path) -> None:

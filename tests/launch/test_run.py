@@ -4,12 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
+from processes import PATIENCE, alive, wait_until
 
 from megatron_l0moe.launch.run import (
     Command,
@@ -18,22 +16,6 @@ from megatron_l0moe.launch.run import (
     run_command,
     run_commands,
 )
-
-PATIENCE = 20.0  # seconds; process starts are slow on a loaded machine
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def python(code: str) -> list[str]:
