@@ -25,6 +25,31 @@ def plan(stage: str, **retention: Any) -> LayerPlan:
     )
 
 
+def transformer_config(**changes: Any) -> TransformerConfig:
+    """A small Llama-like config of local modules without dropout and fusions."""
+    options: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": FFN,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "transformer_impl": "local",
+        "hetereogenous_dist_checkpoint": True,
+    }
+    return TransformerConfig(**(options | changes))
+
+
 def build(
     stage: str, *, experts: int = 3, expert_ffn: int = FFN, layer_plan: LayerPlan | None = None
 ) -> GPTModel:
@@ -41,27 +66,7 @@ def build(
             "moe_token_dispatcher_type": "allgather",
             "moe_router_dtype": "fp32",
         }
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=FFN,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        transformer_impl="local",
-        hetereogenous_dist_checkpoint=True,
-        **moe,
-    )
+    config = transformer_config(**moe)
     return GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, layer_plan or plan(stage)),

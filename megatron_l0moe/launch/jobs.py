@@ -79,6 +79,17 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Extent:
+    """What differs between a stage's own job and a trial of it."""
+
+    folder: Path
+    steps: int
+    layout: Layout
+    save_interval: int | None
+    """None: no checkpoint is saved, nor read from the stage's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A command and the variables that it needs on top of the environment."""
 
@@ -91,18 +102,15 @@ def expert_job(
 ) -> Job:
     """Return the job that trains the masks and the MLPs of expert k (paper section 3.2), or a trial of it."""
     recipe, training = run.recipe, run.recipe.expert_training
-    folder = trial.folder if trial else run.expert_folder(k)
-    steps = trial.steps if trial else recipe.expert_steps
+    extent = _extent(training, run.expert_folder(k), recipe.expert_steps, trial)
     flags = (
         _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, training.global_batch_size, steps, recipe.seed)
-        | _schedule(training.learning_rate, steps, EXPERT_WARMUP_SHARE)
+        | _batch(training.micro_batch_size, training.global_batch_size, extent.steps, recipe.seed)
+        | _schedule(training.learning_rate, extent.steps, EXPERT_WARMUP_SHARE)
         | _optimizer()
-        | _checkpoints(
-            folder, run.stage_folder("convert") / "megatron", None if trial else training.save_interval
-        )
-        | _parallel(trial.layout if trial else training.parallel.layout)
-        | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", folder)
+        | _checkpoints(extent, run.stage_folder("convert") / "megatron")
+        | _parallel(extent.layout)
+        | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", extent.folder)
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
         | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
@@ -114,19 +122,16 @@ def moe_job(
 ) -> Job:
     """Return the job that trains experts and routers together (paper section 3.3), or a trial of it."""
     recipe, training = run.recipe, run.recipe.moe_training
-    folder = trial.folder if trial else run.stage_folder("moe")
-    steps = trial.steps if trial else recipe.moe_steps
+    extent = _extent(training, run.stage_folder("moe"), recipe.moe_steps, trial)
     flags = (
         _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, steps, recipe.seed)
-        | _schedule(training.learning_rate, steps, MOE_WARMUP_SHARE)
+        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, extent.steps, recipe.seed)
+        | _schedule(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
         | _optimizer()
-        | _checkpoints(
-            folder, run.stage_folder("assemble") / "megatron", None if trial else training.save_interval
-        )
-        | _parallel(trial.layout if trial else training.parallel.layout)
+        | _checkpoints(extent, run.stage_folder("assemble") / "megatron")
+        | _parallel(extent.layout)
         | _experts(recipe, architecture)
-        | _l0("moe", recipe, run.stage_folder("curate") / "moe", folder)
+        | _l0("moe", recipe, run.stage_folder("curate") / "moe", extent.folder)
         | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
     )
     return _job(python, training, architecture, flags, "moe_training", trial)
@@ -220,16 +225,28 @@ def _optimizer() -> Flags:
     return {"weight-decay": 0.1, "adam-beta1": 0.9, "adam-beta2": 0.95, "clip-grad": 1.0}
 
 
-def _checkpoints(folder: Path, start: Path, interval: int | None) -> Flags:
-    """Go on from our own checkpoint when there is one, else start from the stage before; without interval save none."""
-    flags: Flags = {"ckpt-format": "torch_dist"}
-    if interval is not None:
-        own = str(folder / "checkpoints")
-        flags |= {"save": own, "load": own}
-    flags["pretrained-checkpoint"] = str(start)
-    if interval is not None:
-        flags["save-interval"] = interval
-    return flags
+def _extent(
+    training: ExpertTrainingSection | MoETrainingSection, folder: Path, steps: int, trial: Trial | None
+) -> _Extent:
+    if trial:
+        return _Extent(folder=trial.folder, steps=trial.steps, layout=trial.layout, save_interval=None)
+    return _Extent(
+        folder=folder, steps=steps, layout=training.parallel.layout, save_interval=training.save_interval
+    )
+
+
+def _checkpoints(extent: _Extent, start: Path) -> Flags:
+    """Go on from our own checkpoint when there is one, else start from the stage before."""
+    if extent.save_interval is None:
+        return {"ckpt-format": "torch_dist", "pretrained-checkpoint": str(start)}
+    own = str(extent.folder / "checkpoints")
+    return {
+        "ckpt-format": "torch_dist",
+        "save": own,
+        "load": own,
+        "pretrained-checkpoint": str(start),
+        "save-interval": extent.save_interval,
+    }
 
 
 def _parallel(layout: Layout) -> Flags:

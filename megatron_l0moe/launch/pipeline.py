@@ -77,9 +77,9 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
         if not 0 <= only < len(wanted):
             raise L0MoEError(f"--index {only} must be between 0 and {len(wanted) - 1}.")
         wanted = wanted[only : only + 1]
-    if name == "experts" and only is None and run.recipe.expert_training.at_once > 1:
-        _side_by_side(run, wanted)
-    with locked(run.folder, expert=only):
+    with locked(run.folder, expert=only) as lock:
+        if name == "experts" and only is None and run.recipe.expert_training.at_once > 1:
+            _side_by_side(run, wanted, lock)
         for stage in wanted:
             if is_done(stage):
                 logger.info("%s is done.", stage.folder)
@@ -174,26 +174,24 @@ def _run_job(job: jobs.Job, log: Path) -> None:
     run_command(job.command, log=log, env=job.env, keep_open=inherited())
 
 
-def _side_by_side(run: Run, wanted: tuple[Stage, ...]) -> None:
+def _side_by_side(run: Run, wanted: tuple[Stage, ...], lock: tuple[int, ...]) -> None:
     """Train the experts that are not done yet, several at the same time, each by a command of its own."""
-    with locked(run.folder) as lock:
-        commands = [
-            Command(
-                words=[*stage_command(run, "experts"), "--index", str(k)],
-                log=run.log_file(f"expert_{k:03d}"),
-            )
-            for k, stage in enumerate(wanted)
-            if not is_done(stage)
-        ]
-        processes = run.recipe.expert_training.parallel.processes
-        with _failures_of("experts"):
-            run_commands(
-                commands,
-                at_once=run.recipe.expert_training.at_once,
-                share=lambda place: gpu_share(place, processes),
-                grace=PARENT_GRACE_SECONDS,
-                keep_open=lock,
-            )
+    commands = [
+        Command(
+            words=[*stage_command(run, "experts"), "--index", str(k)], log=run.log_file(f"expert_{k:03d}")
+        )
+        for k, stage in enumerate(wanted)
+        if not is_done(stage)
+    ]
+    processes = run.recipe.expert_training.parallel.processes
+    with _failures_of("experts"):
+        run_commands(
+            commands,
+            at_once=run.recipe.expert_training.at_once,
+            share=lambda place: gpu_share(place, processes),
+            grace=PARENT_GRACE_SECONDS,
+            keep_open=lock,
+        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron_models import transformer_config
 
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
@@ -98,27 +99,12 @@ def _transformer(layout: Layout, case: Case, batched_messages: bool) -> Transfor
         }
         if layout.recompute == "selective":
             options["recompute_modules"] = ["core_attn", "mlp", "moe"]
-    return TransformerConfig(
+    return transformer_config(
         num_layers=LAYERS,
         hidden_size=HIDDEN,
         ffn_hidden_size=FFN,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
         add_qkv_bias=case.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         init_method_std=INIT_STD,
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        transformer_impl="local",
-        hetereogenous_dist_checkpoint=True,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.tensor > 1 and layout.sequence,
         pipeline_model_parallel_size=layout.pipeline,

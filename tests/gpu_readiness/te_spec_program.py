@@ -26,8 +26,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.parallel_state import get_data_parallel_group  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from megatron_models import DENSE, LAYERS, SEQUENCE, VOCAB, plan  # noqa: E402
+from megatron_models import DENSE, LAYERS, SEQUENCE, VOCAB, plan, transformer_config  # noqa: E402
 
 from megatron_l0moe.modules.layer_specs import block_spec  # noqa: E402
 from megatron_l0moe.modules.retention import GateStep, Phase  # noqa: E402
@@ -76,25 +75,9 @@ def build(stage: str, machine: dict[str, Any], *, qkv_bias: bool) -> GPTModel:
         }
     else:
         machine = {name: value for name, value in machine.items() if not name.startswith("moe_")}
-    config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=16,
-        ffn_hidden_size=24,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+    config = transformer_config(
         add_qkv_bias=qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        hetereogenous_dist_checkpoint=True,
-        **{"bias_activation_fusion": False, **machine},
+        **machine,
         **moe,
     )
     return GPTModel(

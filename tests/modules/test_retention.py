@@ -1,6 +1,7 @@
 """Eq. 2 and its schedule: by hand, against the reference, and the signs of every gradient."""
 
 import itertools
+import math
 
 import equations
 import pytest
@@ -11,7 +12,8 @@ from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, open_probab
 from megatron_l0moe.runtime import cpu
 
 FLOAT32_ATOL = 1e-6  # a handful of float32 roundings of values below 1
-BUDGET_ATOL = 1e-5  # bisection down to float32's spacing of tau, times the slope of the mean
+BUDGET_ATOL = 1e-5  # a few float32 roundings of tau (below 40), times the slope of the mean
+ROOT_ATOL = 1e-8  # three Newton steps in float64 from within 0.16: 0.012, 8e-5, 3e-9
 
 
 def test_schedule_by_hand():
@@ -70,6 +72,32 @@ def test_exact_budget_holds_the_retention_and_sums_its_gradient_to_zero(group, r
     # r-hat is held whatever log_alpha does: its derivative with respect to every log_alpha is 0
     p.mean().backward()
     assert log_alpha.grad.abs().max().item() < BUDGET_ATOL
+
+
+def bisected(values: list[float], budget: float) -> float:
+    """The shift by which the mean of sigmoids falls to the budget, one halving after the other in float64."""
+    low, high = -60.0, 60.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        mean = sum(1 / (1 + math.exp(middle - value)) for value in values) / len(values)
+        low, high = (middle, high) if mean > budget else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("budget", [0.998, 0.5, 0.25, 0.07, 0.001])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3.0] * 8,  # the start of training
+        [4.6] * 2 + [-10.0] * 6,  # all at the clamps: the mean is flat in between
+        [-10.0, 4.6, 0.0, -3.0, 1.5, 2.0, -0.5, 4.0],
+    ],
+)
+def test_exact_budget_finds_the_root_that_bisection_finds(group, values, budget):
+    tau = rt.budget_shift(torch.tensor(values, dtype=torch.float64), budget, torch.sigmoid, group)
+    assert tau.item() == pytest.approx(bisected(values, budget), abs=ROOT_ATOL)
+    coarse = rt._bracket(torch.tensor(values, dtype=torch.float64), budget, torch.sigmoid)
+    assert abs(coarse.item() - bisected(values, budget)) < 2 * rt.SHIFT_BOUND / rt.SECTIONS**rt.SECTION_ROUNDS
 
 
 def test_exact_budget_gradient_equals_finite_differences(group):
