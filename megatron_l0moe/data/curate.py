@@ -8,13 +8,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_l0moe.data.catalog import Catalog
-from megatron_l0moe.data.ccm import Confusion, ascending_order, confusion, match_centres, semantic_distance
-from megatron_l0moe.data.clustering import Clustering, nearest_centre, spherical_kmeans
+from megatron_l0moe.data.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
+from megatron_l0moe.data.clustering import (
+    Clustering,
+    Vectors,
+    nearest_centre,
+    random_clusters,
+    spherical_kmeans,
+)
 from megatron_l0moe.data.corpus import Corpus, open_corpus
 from megatron_l0moe.data.drive import Tokeniser, embed, scan
 from megatron_l0moe.data.embedding import find_model
@@ -82,16 +89,17 @@ def _curate(
     with clock.step("embed"):
         embedded = embed(workspace, catalog, np.concatenate([*subsets, heldout.ids]), data)
     with clock.step("cluster"):
+        divide = spherical_kmeans if data.clustering == "kmeans" else random_clusters
         raw = [
-            spherical_kmeans(embedded.of(subset), num_clusters, seed=recipe.seed + number)
-            for number, subset in enumerate(subsets)
+            divide(embedded.of(subset), num_clusters, seed=recipe.seed + n)
+            for n, subset in enumerate(subsets)
         ]
         matching = [match_centres(raw[0].centres, c.centres, method=data.matching) for c in raw]
         matching[0] = np.arange(num_clusters)
         clusters = [c.relabelled(m) for c, m in zip(raw, matching, strict=True)]
         terms = [confusion(clusters[0].centres, c.centres, delta=data.delta) for c in clusters[1:]]
         distances = [semantic_distance(t.ccm, beta=data.beta) for t in terms]
-        order = ascending_order(distances)
+        order = training_order(distances, order=data.order, seed=recipe.seed)
     with clock.step("tokenise"):
         fillers = [
             ClusterFiller(subset, c.assignment, estimate[subset], budget, num_clusters=num_clusters)
@@ -180,9 +188,7 @@ def draw_iterations(
     return draw_subsets(ids, usable, [num_clusters * budget.tokens for budget in budgets], seed=seed)
 
 
-def nearest_of_first_documents(
-    heldout: HeldOut, vectors: npt.NDArray[np.float32], clustering: Clustering
-) -> list[int]:
+def nearest_of_first_documents(heldout: HeldOut, vectors: Vectors, clustering: Clustering) -> list[int]:
     """Return for each held-out sequence the cluster of its first document; ``vectors`` follow ``heldout.ids``."""
     cluster_of = dict(
         zip(heldout.ids.tolist(), nearest_centre(vectors, clustering.centres).tolist(), strict=True)
@@ -202,7 +208,7 @@ def write_indexes(
     distances: Sequence[float],
 ) -> None:
     """Write expert_000 .. expert_(K-1) and moe."""
-    common = {
+    common: dict[str, Any] = {
         "num_domains": recipe.model.num_experts,
         "iterations": recipe.data.iterations,
         "seq_length": recipe.data.seq_length,
@@ -230,7 +236,8 @@ def write_indexes(
         kind="moe",
         d_ds=list(distances),
         sequences_per_domain=recipe.moe_training.sequences_per_domain,
-        rotate=recipe.data.rotate,
+        rotate=recipe.data.rotates,
+        shuffle_seed=recipe.seed if recipe.data.batches == "random" else None,
         **common,
     )
 
@@ -265,7 +272,9 @@ def describe_ccm(
         "order": list(order),
         "beta": recipe.data.beta,
         "delta": recipe.data.delta,
+        "clustering": recipe.data.clustering,
         "matching": recipe.data.matching,
+        "ordering": recipe.data.order,
         "permutation": [m.tolist() for m in matching],
     }
 

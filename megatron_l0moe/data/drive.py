@@ -21,6 +21,7 @@ from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.index import Shard
 from megatron_l0moe.data.sampling import WRITTEN, ClusterFiller
 from megatron_l0moe.data.steps import EmbedStep, ScanStep, TokeniseStep, shard_path
+from megatron_l0moe.data.vectors import VectorShards
 from megatron_l0moe.recipe_sections import DataSection
 
 SCAN_BYTES = 64e6
@@ -42,19 +43,10 @@ class Embedded:
     """[N], ascending: the document of each row."""
     files: list[Path]
     """float16 [n, V] each, one after the other."""
-    ends: Ids
-    """Rows up to the end of each file."""
 
-    def of(self, ids: Ids) -> npt.NDArray[np.float32]:
-        """Return the vectors of some documents, float32 [len(ids), V], in their order."""
-        rows = np.searchsorted(self.ids, ids)
-        file_of = np.searchsorted(self.ends, rows, side="right")
-        found = np.empty((len(ids), np.load(self.files[0], mmap_mode="r").shape[1]), dtype=np.float32)
-        for number in np.unique(file_of):
-            here = file_of == number
-            first = self.ends[number - 1] if number else 0
-            found[here] = np.load(self.files[number], mmap_mode="r")[rows[here] - first]
-        return found
+    def of(self, ids: Ids) -> VectorShards:
+        """Return the vectors of some documents, in their order; they are read when they are asked for."""
+        return VectorShards(self.files, np.searchsorted(self.ids, ids))
 
 
 def scan(workspace: Workspace, corpus: Corpus, data: DataSection, quarantine_file: Path) -> Catalog:
@@ -91,7 +83,7 @@ def embed(workspace: Workspace, catalog: Catalog, ids: Ids, data: DataSection) -
     step = EmbedStep(workspace, workspace.work / "catalog", model, data)
     plan = Plan.of(wanted, ends)
     run_step(step, plan, data.executor, what="embedded documents", takes_gpu=True)
-    return Embedded(wanted, [step.files_of(plan, unit)[0] for unit in range(len(plan))], ends)
+    return Embedded(wanted, [step.files_of(plan, unit)[0] for unit in range(len(plan))])
 
 
 class Tokeniser:

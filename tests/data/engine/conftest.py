@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from data.engine import worlds
 
-from megatron_l0moe.data import drive
+from megatron_l0moe.data import drive, sampling
 from megatron_l0moe.data.curate import curate
 from megatron_l0moe.recipe import Recipe
 
@@ -16,6 +16,8 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the steps into several units each; the driver decides that, so it holds for tasks in other processes too."""
     for name, value in worlds.SMALL_UNITS.items():
         monkeypatch.setattr(drive, name, value)
+    # One round of tokenising, since every round costs Ray and Slurm new processes; test_curate.py has two rounds.
+    monkeypatch.setattr(sampling, "TOKENISE_MARGIN", 2.0)
 
 
 @pytest.fixture
