@@ -41,7 +41,7 @@ RECORDED_PACKAGES = (
 
 Restart = Literal["clear", "resume", "own"]
 """What becomes of an unfinished stage's folder: it is emptied; or its checkpoints are used, and work that was started
-with other settings is refused; or the stage itself keeps in `work/` what it can go on from and clears the rest."""
+with other settings is refused; or the stage itself goes on from what it keeps in `work/`, or clears that."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def begin(stage: Stage, restart: Restart) -> None:
         L0MoEError: the folder holds resumable work that was started with other settings or inputs.
     """
     assert not (stage.folder / MARKER).exists(), f"{stage.folder} is finished"
-    if restart == "clear":
+    if restart == "clear" or (restart == "own" and not (stage.folder / WORK).is_dir()):
         clear(stage)
     if restart != "resume":
         stage.folder.mkdir(parents=True, exist_ok=True)
