@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from megatron_l0moe.planning.layouts import Layout
 
@@ -64,6 +64,45 @@ class FilterSection(RecipePart):
     """Drop exact repetitions of a text, and what RedPajama v2's duplicates files list."""
 
 
+class SlurmSection(RecipePart):
+    """What sbatch is told for curate's tasks."""
+
+    partition: str
+    time: str = "24:00:00"
+    """Of each task, in quotes."""
+    qos: str | None = None
+    environment: str | None = None
+    """Shell line that prepares a job; None: this Python's folder comes first on the PATH."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """Further options by their long names, such as account."""
+
+
+class ExecutorSection(RecipePart):
+    """Where the heavy steps of curate run, as tasks of datatrove. The result does not depend on it."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    workers: int = Field(default=1, ge=1)
+    """Tasks that run at the same time; one local worker is this process itself."""
+    tasks: int | None = Field(default=None, ge=1)
+    """Shares that a step is cut into; None: one for each worker."""
+    cpus_per_task: int = Field(default=1, ge=1)
+    """Threads of a task; one local worker takes what the machine has."""
+    mem_per_cpu_gb: int = Field(default=4, ge=1)
+    """Memory that Slurm or Ray reserves."""
+    gpus_per_task: int = Field(default=0, ge=0, le=1)
+    """What Slurm or Ray reserves for embedding; local workers share out the GPUs of the machine."""
+    ray_address: str | None = None
+    """Of a running Ray cluster; None: Ray on this machine, for the time of the stage."""
+    slurm: SlurmSection | None = None
+    """Needed for kind slurm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExecutorSection":
+        if self.kind == "slurm" and self.slurm is None:
+            raise ValueError("kind is slurm, but the section slurm is missing; give at least slurm.partition")
+        return self
+
+
 class DataSection(RecipePart):
     """Where the text comes from and how it is cut into ordered, balanced sets (paper section 3.1)."""
 
@@ -89,14 +128,28 @@ class DataSection(RecipePart):
     """Tokens of D^(0), all clusters together, replayed before the ordered sets in MoE training."""
     heldout_tokens_per_domain: int = Field(default=8192, ge=1)
     """Tokens of each source domain kept out of training for perplexity."""
+    clustering: Literal["kmeans", "random"] = "kmeans"
+    """random: folds of equal size without k-means, the paper's ablation."""
     matching: Literal["hungarian", "none"] = "hungarian"
     """How centres of later iterations are paired with those of iteration 0 before eq. 4."""
     beta: float = 0.5
     """Weight of the mean in eq. 5."""
     delta: float = 0.1
     """Factor of f3 in eq. 4."""
-    rotate: bool = True
-    """Rotate the cyclic domain order every round, so that a data-parallel rank sees all domains."""
+    order: Literal["ascending", "descending", "random"] = "ascending"
+    """Order of the Q - 1 later sets in MoE training, by d_ds of eq. 5; random is the paper's ablation."""
+    batches: Literal["balanced", "random"] = "balanced"
+    """balanced: p sequences of each domain in every global batch; random: a set's sequences shuffled (ablation)."""
+    rotate: bool | None = None
+    """Rotate the cyclic domain order every round, so that a data-parallel rank sees all domains. None: yes, where
+    batches are balanced; random ones have no rounds."""
+
+    executor: ExecutorSection = ExecutorSection()
+
+    @property
+    def rotates(self) -> bool:
+        """Whether balanced batches start at another domain in every round."""
+        return self.batches == "balanced" and self.rotate is not False
 
 
 class ParallelSection(RecipePart):

@@ -1,9 +1,7 @@
 """Tokens on disk: texts to Megatron's .bin/.idx with Megatron's own builder, one document per text plus EOD."""
 
 import json
-import logging
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import batched
 from pathlib import Path
 
@@ -15,10 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron_l0moe.data.index import Shard
 from megatron_l0moe.data.manifest import sha256_file
-from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.errors import L0MoEError
-
-logger = logging.getLogger(__name__)
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """End-of-document tokens by preference. A chat model's eos_token_id ends a turn, not a document: it is asked last."""
@@ -111,33 +106,32 @@ class CorpusTokenizer:
         return tokens
 
 
-def write_shard(
-    prefix: Path, documents: Iterable[tuple[int, str, int]], tokenizer: CorpusTokenizer, *, count: int
-) -> tuple[list[int], list[int]]:
-    """Tokenise (id, text, token limit) triples into ``prefix``.bin/.idx; return ids and lengths with EOD, as stored.
+def write_documents(
+    prefix: Path,
+    documents: Iterable[tuple[int, str, int]],
+    tokenizer: CorpusTokenizer,
+    advance: Callable[[int], None],
+) -> list[tuple[int, int]]:
+    """Tokenise (id, text, token limit) triples into ``prefix``.bin/.idx; return (id, length with EOD), as stored.
 
-    The pair appears under its name only when it is whole and has been read back.
+    The pair is read back. A name for a file that is not whole yet is the caller's part.
+
+    Raises:
+        L0MoEError: the files do not hold what was written.
     """
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    partial = prefix.with_name(prefix.name + ".partial")
-    builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
-    ids: list[int] = []
-    lengths: list[int] = []
-    progress = Progress(logger, f"tokenised documents of {prefix.parent.name}", count)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    written: list[tuple[int, int]] = []
     last = np.empty(0, dtype=np.int64)
     for batch in batched(documents, BATCH_DOCUMENTS):
         encoded = tokenizer.encode([text for _, text, _ in batch], [limit for _, _, limit in batch])
         for (document, _, _), tokens in zip(batch, encoded, strict=True):
             builder.add_document(torch.from_numpy(tokens), [len(tokens)])
-            ids.append(document)
-            lengths.append(len(tokens))
+            written.append((document, len(tokens)))
             last = tokens
-        progress.advance(len(batch))
-    builder.finalize(f"{partial}.idx")
-    _read_back(partial, lengths, last)
-    for suffix in (".bin", ".idx"):
-        os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")
-    return ids, lengths
+        advance(len(batch))
+    builder.finalize(f"{prefix}.idx")
+    _read_back(prefix, [length for _, length in written], last)
+    return written
 
 
 def describe_shard(prefix: Path, folder: Path) -> Shard:

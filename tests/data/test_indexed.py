@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from megatron_l0moe.data.indexed import CorpusTokenizer, describe_shard, write_shard
+from megatron_l0moe.data.indexed import CorpusTokenizer, describe_shard, write_documents
 from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
 
@@ -93,7 +93,13 @@ def test_write_shard_round_trip(model: Path, tmp_path: Path, monkeypatch) -> Non
     tokenizer = CorpusTokenizer.load(model)
     texts = ["sail wind", "quark " * 30, "x", "oven dough"]
     prefix = tmp_path / "out" / "shard_00000"
-    ids, lengths = write_shard(prefix, [(10 + i, t, 12) for i, t in enumerate(texts)], tokenizer, count=4)
+    prefix.parent.mkdir()
+    counted: list[int] = []
+    written = write_documents(
+        prefix, [(10 + i, t, 12) for i, t in enumerate(texts)], tokenizer, counted.append
+    )
+    ids, lengths = [i for i, _ in written], [length for _, length in written]
+    assert counted == [2, 2]
     dataset = IndexedDataset(str(prefix))
     assert ids == [10, 11, 12, 13]
     assert [dataset[i].tolist() for i in range(4)] == [[*reference(model, t)[:12], 0] for t in texts]
@@ -105,12 +111,11 @@ def test_write_shard_round_trip(model: Path, tmp_path: Path, monkeypatch) -> Non
     assert shard.bin_sha256 == sha256_file(Path(f"{prefix}.bin"))
 
 
-def test_a_failed_write_leaves_no_shard(model: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_write_is_seen(model: Path, tmp_path: Path, monkeypatch) -> None:
     """As on a full disk: the file is shorter than what was written."""
     monkeypatch.setattr("megatron_l0moe.data.indexed.DType.size", lambda key: 3)
     with pytest.raises(L0MoEError, match=r"does not hold what was written .* check the disk"):
-        write_shard(tmp_path / "s", [(0, "sail", 9)], CorpusTokenizer.load(model), count=1)
-    assert not (tmp_path / "s.bin").exists()
+        write_documents(tmp_path / "s", [(0, "sail", 9)], CorpusTokenizer.load(model), lambda count: None)
 
 
 def test_added_tokens_beyond_the_model(model: Path) -> None:
