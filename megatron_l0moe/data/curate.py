@@ -43,7 +43,7 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     """
     data, num_clusters, clock = recipe.data, recipe.model.num_experts, StepClock()
     budgets, replay = plan_budgets(recipe)
-    tokenizer = CorpusTokenizer.load(Path(recipe.model.path))
+    tokenizer = CorpusTokenizer.load(Path(recipe.model.path), eod=data.eod)
     out.mkdir(parents=True, exist_ok=True)
 
     with clock.step("scan"):
