@@ -33,6 +33,7 @@ RECORDED_PACKAGES = (
     "faiss-cpu",
     "faiss-gpu",
     "transformer-engine",
+    "lm-eval",
 )
 
 
