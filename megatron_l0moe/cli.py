@@ -192,11 +192,17 @@ def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
 @app.command(rich_help_panel=ONE_STAGE)
 def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
-    """Measure perplexity by domain and speed, dense against L0-MoE."""
+    """Measure perplexity by domain, speed and benchmarks, dense against L0-MoE."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
+        benchmarks: dict[str, object] = {}
+        if (section := this.recipe.evaluation.benchmarks) is not None:
+            # Before this process takes memory; and a rerun goes on with the next task.
+            from megatron_l0moe.evaluation.benchmarks import run_in_chain
+
+            benchmarks = run_in_chain(this.recipe, section, this.folder, stage.folder)
         logits = pipeline.write_logits(this, stage)  # in a process of its own, which frees its memory
         from megatron_l0moe.data.manifest import write_json
         from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
@@ -205,7 +211,8 @@ def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
         agreement = parity(logits, this.stage_folder("export"))
         write_json(stage.folder / "parity.json", agreement)
         logits.unlink()
-        return {**evaluate_models(this.recipe, this.folder, stage.folder), "parity": agreement}
+        numbers = evaluate_models(this.recipe, this.folder, stage.folder)
+        return {**benchmarks, **numbers, "parity": agreement}
 
     _stage("evaluate", recipe, runs_dir, work)
 

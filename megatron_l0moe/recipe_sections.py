@@ -233,8 +233,37 @@ class MoETrainingSection(RecipePart):
     flags: Flags = Field(default_factory=dict)
 
 
+class BenchmarkSection(RecipePart):
+    """Tasks of the LM evaluation harness; dense and L0-MoE get the same harness, tasks and arguments."""
+
+    tasks: list[str] = Field(min_length=1)
+    """The harness' own names of tasks and groups, such as gsm8k, bbh, mmlu, humaneval or mmlu_anatomy."""
+    backend: Literal["hf", "vllm", "sglang"] = "hf"
+    local_data: str | None = None
+    """Folder of local copies, see docs/evaluate.md; None: the harness fetches its data sets."""
+    limit: int | None = Field(default=None, ge=1)
+    """First documents of each task only, to try it; None: all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in each prompt; None: as many as the task's own definition says."""
+    batch_size: int | Literal["auto"] = 1
+    max_length: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and answer; None: what both models can take."""
+    allow_code_execution: bool = False
+    """HumanEval runs what the models write: true permits it, in an isolated process."""
+    backend_arguments: dict[str, Flag] = Field(default_factory=dict)
+    """Further arguments of the harness' backend, the same for both models, such as tensor_parallel_size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BenchmarkSection":
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks names a task twice; remove one")
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise ValueError(f"batch_size ({self.batch_size}) must be at least 1, or 'auto'")
+        return self
+
+
 class EvaluationSection(RecipePart):
-    """Perplexity per domain and speed, dense against L0-MoE, with transformers."""
+    """Perplexity per domain and speed, dense against L0-MoE, with transformers; and benchmarks where asked for."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     prefill_tokens: int = Field(default=512, ge=1)
@@ -242,6 +271,8 @@ class EvaluationSection(RecipePart):
     repeats: int = Field(default=5, ge=1)
     parity_positions: int = Field(default=64, ge=1)
     """Positions of real text on which Megatron's and the exported model's logits are compared."""
+    benchmarks: BenchmarkSection | None = None
+    """None: no benchmarks are run."""
 
 
 class ExportSection(RecipePart):

@@ -105,7 +105,7 @@ def test_third_party_imports_are_declared() -> None:
         "huggingface_hub": "huggingface-hub",
         "pynvml": "nvidia-ml-py",
     }
-    optional = {"faiss", "transformer_engine", "apex", "ray", "megatron_l0moe"}
+    optional = {"faiss", "transformer_engine", "apex", "lm_eval", "ray", "megatron_l0moe"}
     roots = {
         name.split(".")[0] for path in FILES for name in imports(ast.parse(path.read_text(encoding="utf-8")))
     }

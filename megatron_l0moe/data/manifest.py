@@ -37,6 +37,7 @@ RECORDED_PACKAGES = (
     "faiss-cpu",
     "faiss-gpu",
     "transformer-engine",
+    "lm-eval",
 )
 
 Restart = Literal["clear", "resume", "own"]

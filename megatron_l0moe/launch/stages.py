@@ -97,7 +97,7 @@ CHAIN: tuple[StageSpec, ...] = (
     ),
     StageSpec(
         name="evaluate",
-        does="measure perplexity by domain and speed, dense against L0-MoE",
+        does="measure perplexity by domain, speed and benchmarks, dense against L0-MoE",
         inputs=("curate", "assemble", "moe", "export"),
         settings=("seed", "model", "evaluation"),
     ),
