@@ -2,17 +2,19 @@
 
 import contextlib
 import errno
+import functools
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import megatron_l0moe
+from megatron_l0moe import bench_command
 from megatron_l0moe.errors import L0MoEError
 
 if TYPE_CHECKING:
@@ -262,6 +264,14 @@ def inspect(
         inspection.describe(folder, Console(), tokenizer=known, heads=heads)
         if done:
             typer.echo(done)
+
+
+@app.command("bench")
+@functools.wraps(bench_command.bench)
+def _bench(**options: Any) -> None:
+    with _one_sentence(Path("runs")):
+        _log_to_stderr()
+        bench_command.bench(**options)
 
 
 def _stage(
