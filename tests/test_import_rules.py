@@ -20,6 +20,7 @@ WITHOUT_TORCH = (
     "recipe.py",
     "recipe_sections.py",
     "cli.py",
+    "command_errors.py",
     "errors.py",
     "data/manifest.py",
     "conversion/architecture.py",

@@ -19,7 +19,6 @@ SUFFIXES = {
     "text": (".txt", ".txt.zst", ".txt.gz"),
 }
 READERS: dict[str, type[ShardReader]] = {
-    "redpajama_v2": RedPajamaV2Reader,
     "jsonl": JsonLinesReader,
     "parquet": ParquetRowsReader,
     "text": TextReader,

@@ -131,7 +131,7 @@ def verify(folder: CurateFolder) -> str:
     for name in folder.headers:
         CurriculumDataset(folder.prefix(name), verify=False).check_all()
     samples = sum(header.samples for header in folder.headers.values())
-    batches = sum(header.samples // _batch(header) for header in folder.headers.values())
+    batches = sum(header.samples // header.global_batch_size for header in folder.headers.values())
     return (
         f"verified: {len(folder.headers)} indexes, checksums of {len(expected)} files ({size / 1e9:.2f} GB), "
         f"{samples:,} records, {batches:,} global batches"
@@ -174,7 +174,7 @@ def _check_lists(folder: CurateFolder) -> None:
 def _settings(folder: CurateFolder) -> str:
     """Say how clusters, order and batches were made: by the paper's method or one of its ablations."""
     moe, ccm = folder.moe, _read_json(folder.path / "ccm.json")
-    batch = f"{_batch(moe)} sequences"
+    batch = f"{moe.global_batch_size} sequences"
     if moe.batches == "balanced":
         batch = (
             f"{moe.sequences_per_domain} sequence(s) of each domain, {'' if moe.rotate else 'not '}rotated"
@@ -265,10 +265,6 @@ def _dropped(folder: CurateFolder) -> Table:
     for reason, count in folder.summary.get("dropped", {}).items():
         table.add_row(Text(f"left out: {reason}"), f"{count:,}")
     return table
-
-
-def _batch(header: IndexHeader) -> int:
-    return header.sequences_per_domain * (header.num_domains if header.kind == "moe" else 1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
