@@ -121,6 +121,11 @@ def _curate(plan: Plan) -> list[Row]:
             f"{data.iterations - 1} ordered sets of {data.tokens_per_set:,}, "
             f"{data.heldout_tokens_per_domain:,} held out of each source domain",
         ),
+        (
+            "tasks",
+            f"{data.executor.tasks or data.executor.workers} a step, {data.executor.kind}, "
+            f"{data.executor.workers} at a time",
+        ),
     ]
 
 
