@@ -4,7 +4,8 @@
 
 Every subject runs in a process of its own. Sides that are compared run in turns, and in another order each time; each
 turn gives one ratio. Tokenising counts the processor time of the whole process and its children, less that of a run
-over one document: start-up is not what a large corpus costs. `--preprocess-data` is Megatron-LM's
+over one document: start-up is not what a large corpus costs. Documents that quote a special token are left out, since
+the tools differ there by intention; all others must be the same bytes. `--preprocess-data` is Megatron-LM's
 tools/preprocess_data.py (branch core_r0.19.0), which its wheel does not hold; without it that side is left out.
 """
 
@@ -56,7 +57,8 @@ def tokenise(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Compare tokens per CPU-second on the same text, and the documents that are written."""
     model = with_eod(options.model, options.eod, folder / "model")
     texts = {"whole": folder / "whole.jsonl", "start": folder / "start.jsonl"}
-    size = worker("make_text", corpus=options.corpus, out=str(texts["whole"]), characters=options.characters)
+    text = {"corpus": options.corpus, "model": str(options.model), "characters": options.characters}
+    size = worker("make_text", out=str(texts["whole"]), **text)
     with texts["whole"].open(encoding="utf-8") as file:
         texts["start"].write_text(file.readline(), encoding="utf-8")
     sides = ["ours", "datatrove"] + (["preprocess_data"] if options.preprocess_data else [])
@@ -180,12 +182,9 @@ def scale(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         )
     for times in options.growth:
         text, out = folder / f"{times}.jsonl", folder / f"{times}"
-        size = worker(
-            "make_text",
-            corpus=options.corpus,
-            out=str(text),
-            characters=options.characters * times // max(options.growth),
-        )
+        made = {"corpus": options.corpus, "model": str(options.model)}
+        characters = options.characters * times // max(options.growth)
+        size = worker("make_text", out=str(text), characters=characters, **made)
         numbers = worker("tokenise_ours", text=str(text), model=str(options.model), out=str(out))
         results.append(grown("tokenising, characters", size["characters"], numbers))
     for times in options.growth:

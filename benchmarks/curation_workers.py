@@ -46,20 +46,28 @@ def memory(key: str) -> float:
     raise LookupError(key)
 
 
-def make_text(corpus: str, out: str, characters: int) -> dict[str, Any]:
-    """Write documents of a corpus, as much of each shard, to a .jsonl file until they have so many characters."""
+def make_text(corpus: str, out: str, characters: int, model: str) -> dict[str, Any]:
+    """Write documents of a corpus, as much of each shard, to a .jsonl file until they have so many characters.
+
+    Documents that quote a special token are left out: other tools take it for special, and we for text.
+    """
     from megatron_l0moe.data.corpus import open_corpus
 
     source = open_corpus(corpus)
-    share, total, count = characters / len(source.shards), 0, 0
+    added = json.loads((Path(model) / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    special = [token["content"] for token in added]
+    share, total, count, left_out = characters / len(source.shards), 0, 0, 0
     with Path(out).open("w", encoding="utf-8") as file:
         for number, shard in enumerate(source.shards, start=1):
             for document in source.reader().read_rows(shard):
+                if any(token in document.text for token in special):
+                    left_out += 1
+                    continue
                 file.write(json.dumps({"text": document.text}) + "\n")
                 total, count = total + len(document.text), count + 1
                 if total >= number * share:
                     break
-    return {"documents": count, "characters": total}
+    return {"documents": count, "characters": total, "left_out": left_out}
 
 
 def tokenise_ours(text: str, model: str, out: str) -> dict[str, Any]:

@@ -23,7 +23,9 @@ LLOYD_ITERATIONS = 25
 RESTARTS = 4
 """k-means++ starts; faiss keeps the best. With random points as starts a small clear domain is often not found."""
 POINTS_PER_CLUSTER = 2048
-"""Up to this many points a cluster all are used, else so many are drawn at random. Measured: docs/curate.md#cost."""
+"""Up to this many points a cluster all are used, else so many are drawn at random; the cost is that of the points.
+Mean cosine to the nearest centre, 300,000 synthetic vectors, K = 64, one seed: 0.343 with faiss' own 256 points, 0.351
+with 1024, 0.350 with 2048, 0.354 with 4096, which is nearly all."""
 BLOCK_ROWS = 1 << 13
 """Vectors that are read at a time: 32 MB at V = 1024."""
 LENGTH_ATOL = 1e-2
