@@ -14,7 +14,7 @@ from megatron_l0moe.conversion.companions import licence_files
 from megatron_l0moe.conversion.moe_layouts import ENGINES_KEY, layout_of
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.parameters import count_parameters
+from megatron_l0moe.planning.parameters import count_parameters, moe_layers
 from megatron_l0moe.recipe import Recipe
 
 
@@ -122,7 +122,7 @@ def _front_matter(licence: Mapping[str, Any], base: str) -> str:
 
 def _sizes(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts = count_parameters(config)
-    dense = next(i for i in range(config["num_hidden_layers"] + 1) if not _is_dense(config, i))
+    dense = config["num_hidden_layers"] - moe_layers(config)
     return [
         ("parameters", f"{counts.total:,}"),
         ("parameters that one token uses", f"{counts.active:,}"),
@@ -131,12 +131,6 @@ def _sizes(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("longest sequence", f"{config['max_position_embeddings']:,} tokens"),
         ("dtype", str(config["torch_dtype"])),
     ]
-
-
-def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
-    if "mlp_only_layers" in config:
-        return layer in config["mlp_only_layers"]
-    return layer < int(config["moe_layer_start_index"])
 
 
 def _engines(config: Mapping[str, Any]) -> str:

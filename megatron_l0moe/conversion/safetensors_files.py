@@ -18,6 +18,7 @@ from megatron_l0moe.errors import L0MoEError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 MAX_SHARD_BYTES = 5 * 10**9
 # Room in the header for one tensor's dtype, shape and offsets; far above what they need.
 _HEADER_BYTES_PER_TENSOR = 160
@@ -75,7 +76,7 @@ def _shards(folder: Path) -> list[str]:
         return sorted(set(_weight_map(index).values()))
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
         if pickled:
             raise L0MoEError(
                 f"{folder} holds pickled weights ({pickled[0]}), which are not loaded because they can run "

@@ -8,6 +8,7 @@ F = FFN channels, E = units kept, H = hidden.
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,10 @@ from megatron_l0moe.experts.selection import GateSettings, deterministic_gate, s
 
 logger = logging.getLogger(__name__)
 
+_SETTINGS = (
+    *("l0_temperature", "l0_stretch_low", "l0_stretch_high"),
+    *("l0_train_weights", "l0_retention_control"),
+)
 _LOG_ALPHA = re.compile(r"decoder\.layers\.(\d+)\.mlp\.gate\.log_alpha")
 
 
@@ -39,8 +44,8 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
         file holds weights, its bytes, the expert's parameters.
 
     Raises:
-        L0MoEError: no such checkpoint, no gates in it, another width, NaN weights, or masks that are not frozen
-            though the retention was controlled by the exact budget or the weights were not trained.
+        L0MoEError: no such checkpoint, no gates or L0 settings in it, another width, NaN weights, or masks that are not
+            frozen though the retention was controlled by the exact budget or the weights were not trained.
     """
     reader = CheckpointReader(checkpoint)
     layers = sorted(int(match[1]) for name in reader.shapes if (match := _LOG_ALPHA.fullmatch(name)))
@@ -48,7 +53,8 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
         raise L0MoEError(
             f"{reader.path} has no masks (gate.log_alpha); it is not the checkpoint of an expert run."
         )
-    gate, with_weights = _gate_settings(reader), reader.settings.get("l0_train_weights", "on") == "on"
+    settings = _settings(reader)
+    gate, with_weights = _gate_settings(settings), settings["l0_train_weights"] == "on"
     tensors: dict[str, torch.Tensor] = {}
     fingerprints: dict[int, str] = {}
     parameters = 0
@@ -71,7 +77,7 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
             f"{reader.path}: {frozen_layers} of {len(layers)} masks are frozen; the checkpoint is damaged."
         )
     if not frozen_layers:
-        _refuse_open_masks(reader, with_weights)
+        _refuse_open_masks(reader.path, settings, with_weights)
     write_expert(out_file, tensors, width=width, layers=layers, fingerprints=fingerprints or None)
     logger.info("extracted %d units in each of %d layers to %s", width, len(layers), out_file)
     return {
@@ -85,26 +91,36 @@ def extract_expert(checkpoint: Path, out_file: Path, *, width: int) -> dict[str,
     }
 
 
-def _refuse_open_masks(reader: CheckpointReader, with_weights: bool) -> None:
+def _refuse_open_masks(path: Path, settings: dict[str, Any], with_weights: bool) -> None:
     """Refuse masks that are not frozen where the gates' values could not be folded into weights."""
-    if reader.settings.get("l0_retention_control") == "budget":
+    if settings["l0_retention_control"] == "budget":
         raise L0MoEError(
-            f"{reader.path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
+            f"{path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
             "--l0-retention-control budget the gates are those of a shifted log_alpha, which is not stored."
         )
     if not with_weights:
         raise L0MoEError(
-            f"{reader.path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
+            f"{path}: the masks are not frozen; train with --l0-freeze-fraction above 0, because with "
             "--l0-train-weights off an expert is a list of units, which has no place for the gates' values."
         )
 
 
-def _gate_settings(reader: CheckpointReader) -> GateSettings:
-    settings, default = reader.settings, GateSettings()
+def _settings(reader: CheckpointReader) -> dict[str, Any]:
+    """Return the run's L0 settings; defaults could be others than what the run used."""
+    settings = reader.settings
+    if missing := [name for name in _SETTINGS if name not in settings]:
+        raise L0MoEError(
+            f"The checkpoint {reader.path} holds no L0 settings ({missing[0]} is missing), so nothing says how its "
+            "gates are computed; train the expert with this version."
+        )
+    return settings
+
+
+def _gate_settings(settings: dict[str, Any]) -> GateSettings:
     return GateSettings(
-        temperature=float(settings.get("l0_temperature", default.temperature)),
-        stretch_low=float(settings.get("l0_stretch_low", default.stretch_low)),
-        stretch_high=float(settings.get("l0_stretch_high", default.stretch_high)),
+        temperature=float(settings["l0_temperature"]),
+        stretch_low=float(settings["l0_stretch_low"]),
+        stretch_high=float(settings["l0_stretch_high"]),
     )
 
 

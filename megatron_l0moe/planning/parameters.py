@@ -112,9 +112,9 @@ def count_parameters(config: Mapping[str, Any]) -> ParameterCounts:
             f"{', '.join((*DENSE_TYPES, *MOE_TYPES))} only."
         )
     hidden, layers, vocab = (_size(config, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    moe_layers = _moe_layers(config) if family in MOE_TYPES else 0
+    with_experts = moe_layers(config) if family in MOE_TYPES else 0
     k_key, experts_key = _EXPERT_KEYS.get(str(family), ("", ""))
-    experts = _size(config, experts_key) if moe_layers else 0
+    experts = _size(config, experts_key) if with_experts else 0
     bias = bool(config.get("use_bias" if family == "ernie4_5_moe" else "mlp_bias", False))
     bias = bias and BASE_FAMILY_KEY not in config
     return ParameterCounts(
@@ -123,13 +123,13 @@ def count_parameters(config: Mapping[str, Any]) -> ParameterCounts:
         tied=bool(config.get("tie_word_embeddings", family == "ernie4_5_moe")),
         attention=layers * _attention(config, hidden),
         norms=(2 * layers + 1) * hidden,
-        dense_ffn=(layers - moe_layers) * _ffn(hidden, _size(config, "intermediate_size"), bias=bias),
-        experts=moe_layers * experts * _ffn(hidden, _size(config, "moe_intermediate_size"), bias=False)
-        if moe_layers
+        dense_ffn=(layers - with_experts) * _ffn(hidden, _size(config, "intermediate_size"), bias=bias),
+        experts=with_experts * experts * _ffn(hidden, _size(config, "moe_intermediate_size"), bias=False)
+        if with_experts
         else 0,
-        routers=moe_layers * experts * hidden,
+        routers=with_experts * experts * hidden,
         num_experts=experts,
-        top_k=_size(config, k_key) if moe_layers else 0,
+        top_k=_size(config, k_key) if with_experts else 0,
     )
 
 
@@ -211,7 +211,12 @@ _EXPERT_KEYS = {
 }
 
 
-def _moe_layers(config: Mapping[str, Any]) -> int:
+def moe_layers(config: Mapping[str, Any]) -> int:
+    """Return the number of layers with experts of an L0-MoE; they are the top ones.
+
+    Raises:
+        L0MoEError: the config describes shared experts, or dense layers between those with experts.
+    """
     layers = _size(config, "num_hidden_layers")
     shared = ("moe_num_shared_experts", "shared_expert_intermediate_size")
     interval = ("moe_layer_interval", "decoder_sparse_step")

@@ -67,7 +67,7 @@ def main() -> None:
     meter = Meter()
     meter.run("convert", "convert", hf, folder / "dense")
     meter.run("export", "export", dense, hf, folder / "back")
-    for kind in ("units", "weights"):
+    for kind in ("weights", "units"):
         elsewhere(write_experts, folder / kind, dense, count=EXPERTS, width=WIDTH, weights=kind == "weights")
         meter.run(f"assemble, {kind}", "assemble", dense, folder / kind, folder / "moe")
 
@@ -83,8 +83,9 @@ def main() -> None:
         meter.run(f"{what}, whole model", what, *paths, folder / "out")
         del everything
     files = [ExpertFile(file) for file in sorted((folder / "weights").iterdir())]
-    everything = [file.read(LAYERS - 1, part) for file in files for part in UNITS + WEIGHTS]
+    held = [file.read(LAYERS - 1, part) for file in files for part in UNITS + WEIGHTS]
     meter.run("assemble, a layer read first", "assemble", dense, folder / "weights", folder / "moe")
+    del held
 
     expert = 3 * HIDDEN * WIDTH * BYTES
     sizes = {

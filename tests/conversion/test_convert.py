@@ -9,6 +9,7 @@ from conversion.reference import forward
 from conversion.toy_checkpoints import MODELS, VOCAB, save_model, sizes_of, state_of
 from transformers import AutoModelForCausalLM
 
+from megatron_l0moe.conversion import mapping
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
 from megatron_l0moe.conversion.convert import convert_any, convert_dense
 from megatron_l0moe.conversion.export import export_dense
@@ -66,7 +67,9 @@ def test_the_reference_forward_is_that_of_transformers(tmp_path, name):
     assert (forward(swapped, sizes, ids) - expected).abs().max() > 100 * FP32_LOGITS_ATOL
 
 
-def test_sharded_source_gives_the_same_checkpoint(tmp_path):
+@pytest.mark.parametrize("block", [mapping.BLOCK_VALUES, 100], ids=["whole", "blocks"])
+def test_sharded_source_gives_the_same_checkpoint(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(mapping, "BLOCK_VALUES", block)
     source = save_model(tmp_path / "hf")
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
@@ -170,10 +173,45 @@ def test_bad_input_leaves_the_last_good_checkpoint_as_it_was(tmp_path):
     assert good == {file: file.read_bytes() for file in (tmp_path / "converted").rglob("*") if file.is_file()}
 
 
-def test_pickled_weights_are_not_loaded_though_there(tmp_path):
+def remove_a_shard(folder):
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def cut_a_shard(folder):
+    file = sorted(folder.glob("*.safetensors"))[1]
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 1)
+
+
+def name_an_absent_tensor(folder):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"]["model.ghost.weight"] = sorted(set(index["weight_map"].values()))[0]
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+BAD_SHARDS = {
+    "missing": (remove_a_shard, r"model-00002-of-.*\.safetensors is missing, but .* names it; download"),
+    "truncated": (cut_a_shard, r"model-00002-of-.*\.safetensors is truncated or not a safetensors file"),
+    "absent tensor": (name_an_absent_tensor, r"holds the tensor model\.ghost\.weight, but it does not"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_SHARDS.values(), ids=BAD_SHARDS.keys())
+def test_a_damaged_sharded_checkpoint_stops_and_leaves_nothing(tmp_path, damage, message):
+    source = tmp_path / "sharded"
+    save = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "hf")).save_pretrained
+    save(source, max_shard_size="20KB")
+    damage(source)
+    with pytest.raises(L0MoEError, match=message):
+        convert_dense(source, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickled_weights_are_not_loaded_though_there(tmp_path, name):
     source = save_model(tmp_path / "hf")
-    (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(L0MoEError, match=r"pickled weights \(pytorch_model\.bin\), which are not loaded"):
+    (source / "model.safetensors").rename(source / name)
+    with pytest.raises(L0MoEError, match=rf"pickled weights \({name}\), which are not loaded"):
         convert_any(source, tmp_path / "converted")
 
 
@@ -210,6 +248,16 @@ def test_padding_of_the_vocabulary_is_dropped(tmp_path):
             )
     export_dense(tmp_path / "padded", source, tmp_path / "back")
     assert_same_bytes(bytes_of(source), bytes_of(tmp_path / "back"))
+
+
+def test_a_checkpoint_with_fewer_tokens_than_the_base_is_refused(tmp_path):
+    source = save_model(tmp_path / "hf")
+    convert_dense(source, tmp_path / "converted")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB + 1}))
+    with pytest.raises(L0MoEError, match=r"embedding.* has the shape \[64, 32\], .* needs \[65, 32\]"):
+        export_dense(tmp_path / "converted/megatron", source, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_dense_export_of_another_size_is_refused(tmp_path):

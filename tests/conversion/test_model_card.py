@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import yaml
 from conversion.toy_checkpoints import FFN
 from conversion.toy_moe import WIDTH, export, make_moe
 from toy_recipe import write_recipe
 
+from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, rewrite_card, summary_facts
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe import load_recipe
@@ -52,6 +54,21 @@ def test_tokenizer_and_licence_are_copied_and_nothing_else(folder):
         *("config.json", "model.safetensors", "generation_config.json", "README.md"),
         *("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "LICENSE.txt", "NOTICE"),
     }
+
+
+def test_a_sentencepiece_tokenizer_encodes_as_that_of_the_base(folder):
+    base, out = folder / "hf", folder / "dense_back"
+    text = ["a mixture of experts", "the experts of a layer", "one layer after the other"] * 20
+    with (base / "tokenizer.model").open("wb") as file:
+        settings = {"vocab_size": 24, "byte_fallback": False, "minloglevel": 2}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=file, **settings)
+    export(folder)
+    export_dense(folder / "convert/megatron", base, out)
+    wanted = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model")).encode(text[0])
+    assert len(wanted) > 3
+    for copy in (folder / "export", out):
+        got = sentencepiece.SentencePieceProcessor(model_file=str(copy / "tokenizer.model")).encode(text[0])
+        assert got == wanted
 
 
 def test_the_generation_config_is_the_bases_or_says_where_text_ends(folder):

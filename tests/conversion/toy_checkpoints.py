@@ -1,6 +1,6 @@
 """Small random checkpoints of the true architectures, made with transformers, and expert runs made from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ _COMMON = {
 }
 _TIED = {**_COMMON, "tie_word_embeddings": True}
 WINDOW = 32
+EXPERT_RUN = {
+    "l0_temperature": 0.83,
+    "l0_stretch_low": -0.1,
+    "l0_stretch_high": 1.1,
+    "l0_train_weights": "on",
+    "l0_retention_control": "lagrangian",
+}
 
 
 def _without_head_dim(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -104,12 +111,14 @@ def write_expert_run(
     seed: int = 0,
     keep: int | None = None,
     settings: dict[str, Any] | None = None,
+    without: Sequence[str] = (),
     change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> Path:
     """Write a checkpoint like that of an expert run: the dense tensors and gates; frozen to `keep` units if given."""
+    stored = {name: value for name, value in (EXPERT_RUN | (settings or {})).items() if name not in without}
     source = CheckpointReader(dense)
     generator = torch.Generator().manual_seed(seed)
-    with CheckpointWriter(folder, {"iteration": 60, "l0moe": settings or {}}) as writer:
+    with CheckpointWriter(folder, {"iteration": 60, "l0moe": stored}) as writer:
         for name in sorted(source.model_names()):
             writer.write(name, change(name, source.read(name)))
         for layer in range(dense_layers, LAYERS):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conversion.reference import swiglu
-from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, save_model, write_expert_run
+from conversion.toy_checkpoints import EXPERT_RUN, FFN, HIDDEN, LAYERS, save_model, write_expert_run
 from safetensors.torch import load_file, save_file
 
 from megatron_l0moe.conversion.convert import convert_dense
@@ -138,6 +138,15 @@ def test_bad_runs_are_refused(tmp_path, dense):
         extract_expert(run, out, width=WIDTH)
     run = write_expert_run(tmp_path / "half", dense, keep=WIDTH, change=unfreeze_one)
     with pytest.raises(L0MoEError, match="1 of 2 masks are frozen"):
+        extract_expert(run, out, width=WIDTH)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", EXPERT_RUN)
+def test_runs_without_l0_settings_are_refused(tmp_path, dense, name):
+    out = tmp_path / "expert.safetensors"
+    run = write_expert_run(tmp_path / "run", dense, keep=WIDTH, without=[name])
+    with pytest.raises(L0MoEError, match=rf"holds no L0 settings \({name} is missing\), so nothing says how"):
         extract_expert(run, out, width=WIDTH)
     assert not out.exists()
 
