@@ -113,15 +113,6 @@ def test_numbers_that_are_none_are_different():
     assert "not a number" in serve_table.markdown([row])[-1]
 
 
-def test_transformers_are_asked_in_a_process_of_their_own(exports):
-    tokens = list(range(10, 30))
-    request = [{"model": str(exports["ernie4_5_moe"]), "tokens": tokens}]
-    (answer,) = serve_check.ask_transformers(Path(sys.executable), None, request)
-    assert len(answer.logprobs) == len(answer.argmax) == len(tokens) - 1
-    with pytest.raises(L0MoEError, match="transformers failed in"):
-        serve_check.ask_transformers(Path(sys.executable), None, [{"model": "none", "tokens": tokens}])
-
-
 @pytest.mark.parametrize("fault", [random_export.with_rolled_router, random_export.without_qkv_bias])
 def test_faults_change_only_what_they_say(exports, tmp_path, fault):
     source = exports["qwen2_moe"]
@@ -135,13 +126,23 @@ def test_faults_change_only_what_they_say(exports, tmp_path, fault):
     assert (tmp_path / "fault/tokenizer.json").is_file()
 
 
-def test_a_moved_router_is_seen_by_transformers(exports, tmp_path):
+def test_transformers_in_a_process_of_its_own_sees_a_moved_router(exports, tmp_path):
     """The control of the serving check is not too small to be seen."""
     source = exports["ernie4_5_moe"]
     faulty = random_export.with_rolled_router(source, tmp_path / "fault")
-    requests = [{"model": str(folder), "tokens": list(range(10, 50))} for folder in (source, faulty)]
-    one, two = serve_check.ask_transformers(Path(sys.executable), None, requests)
+    requests = [{"model": str(folder), "tokens": list(range(10, 50))} for folder in (source, source, faulty)]
+    one, same, two = serve_check.ask_transformers(Path(sys.executable), None, requests)
+    assert len(one.logprobs) == len(one.argmax) == 39
+    assert one == same
     assert largest_difference(one.logprobs, two.logprobs) > 10 * serve_table.FAULT_ATOL
+
+
+def test_a_transformers_that_fails_is_one_sentence(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no torch >&2\nexit 1\n")
+    broken.chmod(0o755)
+    with pytest.raises(L0MoEError, match=r"transformers failed in .*python: no torch"):
+        serve_check.ask_transformers(broken, None, [])
 
 
 def test_random_exports_keep_sglangs_rules(exports):
