@@ -20,6 +20,9 @@ quickstart: setup ## the whole chain on SmolLM2-135M, no GPU needed; goes on whe
 serve-setup: setup ## make the environment in .venv-serve that has vLLM's CPU build (3.5 GB; 2 to 5 minutes)
 	@bash scripts/setup_serve.sh
 
+serve-check: serve-setup ## serve an exported L0-MoE with vLLM and compare its log-probabilities; MODEL=folder
+	@$(PY) tools/serve_check.py $(if $(MODEL),--model $(MODEL))
+
 test: setup ## all tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 

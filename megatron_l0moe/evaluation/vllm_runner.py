@@ -1,5 +1,6 @@
 """A model in vLLM for `timing.time_pairs`, in a process of its own with the Python of the serving environment."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -86,16 +87,7 @@ class VllmRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        process.stdin.close()
-        self._replies.close()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        self._end()
 
     def __call__(self, tokens: Windows, mode: Mode) -> Sample:
         """Run the mode once."""
@@ -134,7 +126,21 @@ class VllmRunner:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
+    def _end(self) -> None:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._replies.close()
+
     def _failed(self) -> L0MoEError:
+        self._end()  # its last words are in the log only then
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return L0MoEError(
             f"vLLM ended while it ran {self._settings['model']} (last line: {lines[-1] if lines else 'none'}); "
