@@ -57,6 +57,11 @@ class Recipe(RecipePart):
                     f"{section}.parallel.processes ({parallel.processes}) must be divisible by "
                     f"{section}.parallel.nodes ({parallel.nodes})"
                 )
+        if self.data.batches == "random" and self.data.rotate:
+            raise ValueError(
+                "data.rotate is true, but data.batches random has no rounds to rotate; remove data.rotate, or set "
+                "data.batches to balanced"
+            )
         self._check_budgets()
         return self
 

@@ -89,14 +89,26 @@ class DataSection(RecipePart):
     """Tokens of D^(0), all clusters together, replayed before the ordered sets in MoE training."""
     heldout_tokens_per_domain: int = Field(default=8192, ge=1)
     """Tokens of each source domain kept out of training for perplexity."""
+    clustering: Literal["kmeans", "random"] = "kmeans"
+    """random: folds of equal size without k-means, the paper's ablation."""
     matching: Literal["hungarian", "none"] = "hungarian"
     """How centres of later iterations are paired with those of iteration 0 before eq. 4."""
     beta: float = 0.5
     """Weight of the mean in eq. 5."""
     delta: float = 0.1
     """Factor of f3 in eq. 4."""
-    rotate: bool = True
-    """Rotate the cyclic domain order every round, so that a data-parallel rank sees all domains."""
+    order: Literal["ascending", "descending", "random"] = "ascending"
+    """Order of the Q - 1 later sets in MoE training, by d_ds of eq. 5; random is the paper's ablation."""
+    batches: Literal["balanced", "random"] = "balanced"
+    """balanced: p sequences of each domain in every global batch; random: a set's sequences shuffled (ablation)."""
+    rotate: bool | None = None
+    """Rotate the cyclic domain order every round, so that a data-parallel rank sees all domains. None: yes, where
+    batches are balanced; random ones have no rounds."""
+
+    @property
+    def rotates(self) -> bool:
+        """Whether balanced batches start at another domain in every round."""
+        return self.batches == "balanced" and self.rotate is not False
 
 
 class ParallelSection(RecipePart):

@@ -165,3 +165,19 @@ def test_section_hash_is_stable_and_sees_changes() -> None:
     assert section_hash({"a": 1, "b": 2}) == section_hash({"b": 2, "a": 1})
     assert section_hash({"a": 1}) != section_hash({"a": 2})
     assert section_hash("x", {}) != section_hash("y", {})
+
+
+def test_random_batches_cannot_rotate(tmp_path: Path) -> None:
+    """Left out, rotation goes with the batches; asked for, it contradicts random ones."""
+    for batches, rotate, rotates in (
+        ("balanced", None, True), ("balanced", True, True), ("balanced", False, False),
+        ("random", None, False), ("random", False, False),
+    ):  # fmt: skip
+        data = {"data__batches": batches} | ({} if rotate is None else {"data__rotate": rotate})
+        assert load_recipe(write_recipe(tmp_path, **data)).data.rotates is rotates
+    with pytest.raises(
+        L0MoEError, match=r"data\.rotate is true, but data\.batches random has no rounds to rotate"
+    ):
+        load_recipe(write_recipe(tmp_path, data__batches="random", data__rotate=True))
+    with pytest.raises(L0MoEError, match=r"data\.order"):
+        load_recipe(write_recipe(tmp_path, data__order="shuffled"))

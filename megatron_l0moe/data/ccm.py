@@ -13,6 +13,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 Floats = npt.NDArray[np.float64]
+SetOrder = Literal["ascending", "descending", "random"]
 Centres = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
@@ -68,6 +69,19 @@ def confusion(initial: Centres, centres: Centres, *, delta: float) -> Confusion:
 def semantic_distance(ccm: Floats, *, beta: float) -> float:
     """Return d_ds^(l) = max_i CCM[i, l] + beta / K * sum_i CCM[i, l] (eq. 5); ``ccm`` is column l, [K]."""
     return float(ccm.max() + beta * ccm.mean())
+
+
+def training_order(distances: Sequence[float], *, order: SetOrder, seed: int) -> list[int]:
+    """Return the iteration numbers 1..Q-1 in training order; ``distances[l - 1]`` is d_ds^(l).
+
+    "ascending" is the paper's; "random" its ablation, which does not look at the distances; "descending" is the
+    ascending order read backwards.
+    """
+    if order == "random":
+        shuffled = np.random.default_rng((seed, len(distances))).permutation(len(distances))
+        return [int(position) + 1 for position in shuffled]
+    ascending = ascending_order(distances)
+    return ascending if order == "ascending" else ascending[::-1]
 
 
 def ascending_order(distances: Sequence[float]) -> list[int]:

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
-from megatron_l0moe.data.ccm import Confusion, ascending_order, confusion, match_centres, semantic_distance
-from megatron_l0moe.data.clustering import Clustering, nearest_centre, spherical_kmeans
+from megatron_l0moe.data.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
+from megatron_l0moe.data.clustering import Clustering, nearest_centre, random_clusters, spherical_kmeans
 from megatron_l0moe.data.embedding import Encoder, load_encoder
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
 from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
@@ -69,16 +70,14 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
         )
         vectors = embed_documents(catalog, encoder, [*subsets, heldout.ids])
     with clock.step("cluster"):
-        raw = [
-            spherical_kmeans(v, num_clusters, seed=recipe.seed + number)
-            for number, v in enumerate(vectors[:-1])
-        ]
+        divide = spherical_kmeans if data.clustering == "kmeans" else random_clusters
+        raw = [divide(v, num_clusters, seed=recipe.seed + n) for n, v in enumerate(vectors[:-1])]
         matching = [match_centres(raw[0].centres, c.centres, method=data.matching) for c in raw]
         matching[0] = np.arange(num_clusters)
         clusters = [c.relabelled(m) for c, m in zip(raw, matching, strict=True)]
         terms = [confusion(clusters[0].centres, c.centres, delta=data.delta) for c in clusters[1:]]
         distances = [semantic_distance(t.ccm, beta=data.beta) for t in terms]
-        order = ascending_order(distances)
+        order = training_order(distances, order=data.order, seed=recipe.seed)
     with clock.step("tokenise"):
         chosen = [
             tokenise_iteration(
@@ -184,7 +183,7 @@ def write_indexes(
     distances: Sequence[float],
 ) -> None:
     """Write expert_000 .. expert_(K-1) and moe."""
-    common = {
+    common: dict[str, Any] = {
         "num_domains": recipe.model.num_experts,
         "iterations": recipe.data.iterations,
         "seq_length": recipe.data.seq_length,
@@ -219,7 +218,8 @@ def write_indexes(
         kind="moe",
         d_ds=list(distances),
         sequences_per_domain=recipe.moe_training.sequences_per_domain,
-        rotate=recipe.data.rotate,
+        rotate=recipe.data.rotates,
+        shuffle_seed=recipe.seed if recipe.data.batches == "random" else None,
         **common,
     )
 
@@ -254,7 +254,9 @@ def describe_ccm(
         "order": list(order),
         "beta": recipe.data.beta,
         "delta": recipe.data.delta,
+        "clustering": recipe.data.clustering,
         "matching": recipe.data.matching,
+        "ordering": recipe.data.order,
         "permutation": [m.tolist() for m in matching],
     }
 

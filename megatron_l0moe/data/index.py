@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_l0moe.data.manifest import sha256_file, write_json
 from megatron_l0moe.errors import L0MoEError
 
-VERSION = 1
+VERSION = 2
 DOC = np.dtype([("shard", "<u4"), ("doc", "<u4")])
 SAMPLE = np.dtype([("doc_pos", "<i8"), ("offset", "<u4"), ("cluster", "<u2"), ("iter", "<u2")])
 """16 bytes: place in the list of documents, first token in that document, domain, iteration number."""
@@ -58,6 +58,8 @@ class IndexHeader:
     """Eq. 5 for the iterations 1..Q-1, by number; empty for an expert."""
     sequences_per_domain: int
     """p; of an expert, whose batches hold one domain: the global batch size."""
+    batches: Literal["balanced", "random"]
+    """Whether a global batch holds exactly p sequences of each domain, or what a random order of the set gives it."""
     rotate: bool
     tokenizer_sha256: str
     vocab_size: int
@@ -121,14 +123,32 @@ def interleave(per_cluster: Sequence[Records], *, rotate: bool, first_round: int
     return np.asarray(table[np.arange(rounds)[:, None], columns].reshape(-1))
 
 
-def write_index(prefix: Path, blocks: Sequence[IterationBlock], **settings: Any) -> IndexHeader:
+def mix(per_cluster: Sequence[Records], *, seed: Sequence[int]) -> Records:
+    """Merge K equally long lists of samples in a random order: the paper's ablation "random batch".
+
+    The domains are shuffled; the samples of one domain stay in their own order, which is random as it is. So they
+    still follow each other through the documents, as the verification demands.
+    """
+    rounds = len(per_cluster[0])
+    domains = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(per_cluster)), rounds))
+    merged = np.empty(len(domains), dtype=SAMPLE)
+    for cluster, samples in enumerate(per_cluster):
+        merged[domains == cluster] = samples
+    return merged
+
+
+def write_index(
+    prefix: Path, blocks: Sequence[IterationBlock], *, shuffle_seed: int | None = None, **settings: Any
+) -> IndexHeader:
     """Write the three files of an index, the header last.
 
     Args:
         prefix: path without suffix.
         blocks: iterations in training order.
+        shuffle_seed: of random batches, which need ``rotate`` false; None: balanced batches.
         settings: the fields of ``IndexHeader`` that are not computed here.
     """
+    assert shuffle_seed is None or not settings["rotate"], "random batches have no rounds to rotate"
     docs, samples, starts = [], [], []
     shards: list[Shard] = []
     position = first_round = total = 0
@@ -145,7 +165,11 @@ def write_index(prefix: Path, blocks: Sequence[IterationBlock], **settings: Any)
             per_cluster.append(records)
             position += len(listed)
         starts.append(total)
-        samples.append(interleave(per_cluster, rotate=settings["rotate"], first_round=first_round))
+        samples.append(
+            interleave(per_cluster, rotate=settings["rotate"], first_round=first_round)
+            if shuffle_seed is None
+            else mix(per_cluster, seed=(shuffle_seed, block.iteration))
+        )
         total += len(samples[-1])
         first_round += block.samples_per_cluster
         shards += block.shards
@@ -155,6 +179,7 @@ def write_index(prefix: Path, blocks: Sequence[IterationBlock], **settings: Any)
     header = IndexHeader(
         version=VERSION,
         order=[block.iteration for block in blocks],
+        batches="balanced" if shuffle_seed is None else "random",
         shards=shards,
         samples=total,
         iteration_start_samples=starts,
@@ -232,10 +257,13 @@ def check_batching(
     """
     expected = header.sequences_per_domain * header.num_domains
     if header.kind == "moe" and global_batch_size != expected:
+        reason = f"each batch holds {header.sequences_per_domain} sequence(s) of every domain"
+        if header.batches == "random":
+            reason = "no batch spans two sets"
         raise L0MoEError(
             f"The global batch size ({global_batch_size}) must be p * K = {header.sequences_per_domain} * "
-            f"{header.num_domains} = {expected}, so that each batch holds {header.sequences_per_domain} sequence(s) of "
-            f"every domain; set it to {expected}, or set moe_training.sequences_per_domain and run curate again."
+            f"{header.num_domains} = {expected}, so that {reason}; set it to {expected}, or set "
+            "moe_training.sequences_per_domain and run curate again."
         )
     step = micro_batch_size * data_parallel_size
     if global_batch_size % step:

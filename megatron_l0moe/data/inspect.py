@@ -96,6 +96,7 @@ def describe(folder: CurateFolder, console: Console, *, tokenizer: Path | None, 
         f"{moe.tokenizer_sha256[:16]}{'' if tokenizer else ' (not here: heads are shown as ids)'}",
         highlight=False,
     )
+    console.print(_settings(folder), highlight=False)
     console.print(_sets(folder))
     console.print(_domains(folder))
     if heads:
@@ -167,6 +168,19 @@ def _check_lists(folder: CurateFolder) -> None:
                 f"{folder.path / name} says the order {content.get('order')}, but the index moe has {order}; run "
                 "curate again."
             )
+
+
+def _settings(folder: CurateFolder) -> str:
+    """Say how clusters, order and batches were made: by the paper's method or one of its ablations."""
+    moe, ccm = folder.moe, _read_json(folder.path / "ccm.json")
+    batch = f"{_batch(moe)} sequences"
+    if moe.batches == "balanced":
+        batch = (
+            f"{moe.sequences_per_domain} sequence(s) of each domain, {'' if moe.rotate else 'not '}rotated"
+        )
+    clusters, order = ccm.get("clustering", "unknown"), ccm.get("ordering", "unknown")
+    order += "" if order == "random" else " d_ds"
+    return f"clusters: {clusters}; order of sets: {order}; global batches: {moe.batches}, {batch}"
 
 
 def _sets(folder: CurateFolder) -> Table:

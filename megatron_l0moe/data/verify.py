@@ -137,7 +137,7 @@ def check_records(
 def check_batches(prefix: Path, header: IndexHeader, samples: Records) -> None:
     """Check that every global batch holds exactly p sequences of each domain and never spans two sets.
 
-    An expert's index holds one domain only.
+    Of random batches only the sets are balanced. An expert's index holds one domain only.
 
     Raises:
         L0MoEError: a batch does not; the message names the first.
@@ -158,6 +158,9 @@ def check_batches(prefix: Path, header: IndexHeader, samples: Records) -> None:
             f"Sample index {prefix} does not hold whole global batches of p * K = {p} * {k} samples in every set; run "
             "curate again."
         )
+    if header.batches == "random":
+        _check_balanced_sets(prefix, header, samples)
+        return
     for begin, block in _blocks(samples, max(BLOCK_RECORDS // batch, 1) * batch):
         table = np.sort(block["cluster"].reshape(-1, batch), axis=1)
         wrong = np.flatnonzero((table != whole).any(axis=1))
@@ -165,6 +168,20 @@ def check_batches(prefix: Path, header: IndexHeader, samples: Records) -> None:
             raise L0MoEError(
                 f"Global batch {begin // batch + int(wrong[0])} of sample index {prefix} does not hold exactly {p} "
                 f"sequence(s) of each of its {k} domains; copy the curate folder again or run curate again."
+            )
+
+
+def _check_balanced_sets(prefix: Path, header: IndexHeader, samples: Records) -> None:
+    """Check that every set holds as many sequences of one domain as of any other."""
+    ends = [*header.iteration_start_samples[1:], header.samples]
+    for number, start, end in zip(header.order, header.iteration_start_samples, ends, strict=True):
+        counts = np.zeros(header.num_domains, dtype=np.int64)
+        for _, block in _blocks(samples[start:end], BLOCK_RECORDS):
+            counts += np.bincount(block["cluster"], minlength=header.num_domains)[: header.num_domains]
+        if (counts * header.num_domains != end - start).any():
+            raise L0MoEError(
+                f"Set {number} of sample index {prefix} holds {counts.min()} to {counts.max()} sequences of a domain, "
+                "not the same number of each; copy the curate folder again or run curate again."
             )
 
 

@@ -120,6 +120,7 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
     def build(
         *, clusters: int = 4, order: tuple[int, ...] = (2, 1), rounds: int | dict[int, int] = 6, p: int = 2,
         seq_length: int = 8, rotate: bool = True, kind: str = "moe", name: str = "moe",
+        shuffle_seed: int | None = None,
     ) -> tuple[Path, dict[tuple[int, int], list[int]]]:  # fmt: skip
         rng = np.random.default_rng(7)
         streams: dict[tuple[int, int], list[int]] = {}
@@ -152,6 +153,7 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
         write_index(
             tmp_path / name, blocks, kind=kind, num_domains=clusters, iterations=3, seq_length=seq_length,
             d_ds=[0.2, 0.1], sequences_per_domain=p, rotate=rotate, tokenizer_sha256="t", vocab_size=5000, eod=0,
+            shuffle_seed=shuffle_seed,
         )  # fmt: skip
         return tmp_path / name, streams
 

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from megatron_l0moe.data.ccm import ascending_order, confusion, cosine, match_centres, semantic_distance
+from megatron_l0moe.data.ccm import (
+    ascending_order,
+    confusion,
+    cosine,
+    match_centres,
+    semantic_distance,
+    training_order,
+)
 
 FLOAT64_SUM_ORDER = 1e-12  # numpy sums pairwise, the loops one by one
 
@@ -92,3 +99,13 @@ def test_matching_is_the_best_sum_not_greedy() -> None:
 
 def test_order_is_ascending_with_ties_by_number() -> None:
     assert ascending_order([0.3, 0.1, 0.2, 0.1]) == [2, 4, 3, 1]
+
+
+def test_orders_of_the_ablations() -> None:
+    distances = [0.3, 0.1, 0.2, 0.4]
+    assert training_order(distances, order="ascending", seed=1) == [2, 3, 1, 4]
+    assert training_order(distances, order="descending", seed=1) == [4, 1, 3, 2]
+    orders = {tuple(training_order(distances, order="random", seed=seed)) for seed in range(400)}
+    assert len(orders) == 24  # every permutation comes up
+    again = [training_order(distances, order="random", seed=1) for distances in ([1, 2, 3, 4], [4, 3, 2, 1])]
+    assert again[0] == again[1]  # the distances are not looked at

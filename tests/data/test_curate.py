@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +162,79 @@ def test_replay_of_the_initial_set(corpus, tiny_lm, tiny_encoder, tmp_path) -> N
 def test_without_matching_labels_stay(corpus, tiny_lm, tiny_encoder, tmp_path) -> None:
     curate(make_recipe(corpus, tiny_lm, tiny_encoder, matching="none"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "ccm.json").read_text())["permutation"] == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.fixture(scope="module")
+def ablations(tiny_lm, tiny_encoder, topic_text, tmp_path_factory) -> Callable[..., Path]:
+    """Curate one corpus with some settings, once for each choice of them."""
+    folder = tmp_path_factory.mktemp("ablations")
+    lines = [
+        json.dumps({"text": topic_text(domain, seed, 40 + seed), "meta": {"source": domain}})
+        for seed in range(30)
+        for domain in DOMAINS
+    ]
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.jsonl").write_text("\n".join(lines))
+
+    def run(**data: object) -> Path:
+        out = folder / ("-".join(f"{key}-{value}" for key, value in data.items()) or "paper")
+        if not out.is_dir():
+            curate(make_recipe(folder / "corpus", tiny_lm, tiny_encoder, iterations=5, **data), out)
+        return out
+
+    return run
+
+
+def read_ccm(out: Path) -> dict[str, Any]:
+    return json.loads((out / "ccm.json").read_text())
+
+
+def test_without_kmeans(ablations) -> None:
+    """Folds of the same sizes that do not know the topics; distances and order are computed as ever."""
+    paper, plain = (
+        json.loads((ablations(**d) / "summary.json").read_text()) for d in ({}, {"clustering": "random"})
+    )
+    assert np.ptp(plain["documents_per_cluster"], axis=1).max() <= 1
+    assert np.ptp(paper["documents_per_cluster"], axis=1).min() > 1  # k-means makes unequal ones
+    assert plain["table"] != paper["table"]
+    ccm = read_ccm(ablations(clustering="random"))
+    assert (ccm["clustering"], read_ccm(ablations())["clustering"]) == ("random", "kmeans")
+    assert ccm["order"] == sorted(range(1, 5), key=lambda number: ccm["d_ds"][number - 1])
+    assert np.shape(ccm["f1"]) == np.shape(ccm["f2"]) == np.shape(ccm["f3"]) == (4, K)
+
+
+@pytest.mark.parametrize("order", ["random", "descending"])
+def test_order_of_sets(ablations, order: str) -> None:
+    """Everything but the order is as in the paper's run: clusters, tokens, distances, the experts' sets."""
+    paper, other = ablations(), ablations(order=order)
+    assert (before := read_ccm(paper))["order"] != (after := read_ccm(other))["order"]
+    assert {**before, "order": 0, "ordering": 0} == {**after, "order": 0, "ordering": 0}
+    assert sorted(after["order"]) == [1, 2, 3, 4]
+    moe = CurriculumDataset(other / "moe")
+    moe.check_all()
+    assert moe.header.order == after["order"]
+    old, new = checksums(paper), checksums(other)
+    assert {name for name in old if old[name] != new[name]} == {
+        "ccm.json",
+        *(f"moe.ccm.{end}" for end in ("json", "docs.npy", "samples.npy")),
+    }
+
+
+def test_random_batches(ablations) -> None:
+    """The same sequences in the same sets; only their order within a set differs."""
+    paper, other = (CurriculumDataset(ablations(**d) / "moe") for d in ({}, {"batches": "random"}))
+    other.check_all()
+    assert (other.header.batches, other.header.rotate) == ("random", False)
+    assert other.header.order == paper.header.order
+    ends = [*other.header.iteration_start_samples[1:], len(other)]
+    for start, end in zip(other.header.iteration_start_samples, ends, strict=True):
+        content = [
+            sorted((int(d[i]["domain"]), d[i]["tokens"].tolist()) for i in range(start, end))
+            for d in (paper, other)
+        ]
+        assert content[0] == content[1]
+    domains = np.array([int(other[i]["domain"]) for i in range(len(other))]).reshape(-1, K * P)
+    assert (np.sort(domains, axis=1) != np.repeat(np.arange(K), P)).any()
 
 
 def test_budgets_are_whole_batches(corpus, tiny_lm, tiny_encoder) -> None:

@@ -186,8 +186,9 @@ def test_damaged_index(good_index, name: str, damage: list[Any], verify: bool) -
         assert changed, error  # noqa: PT017 - both outcomes are right
 
 
-KEYS = ["version", "kind", "num_domains", "iterations", "seq_length", "order", "d_ds", "sequences_per_domain", "rotate",
-        "tokenizer_sha256", "vocab_size", "eod", "shards", "samples", "iteration_start_samples"]  # fmt: skip
+KEYS = ["version", "kind", "num_domains", "iterations", "seq_length", "order", "d_ds", "sequences_per_domain",
+        "batches", "rotate", "tokenizer_sha256", "vocab_size", "eod", "shards", "samples",
+        "iteration_start_samples"]  # fmt: skip
 
 
 @FUZZ

@@ -9,7 +9,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-from megatron_l0moe.data.index import SAMPLE, check_batching, index_files, interleave, load_header, pack
+from megatron_l0moe.data.index import SAMPLE, check_batching, index_files, interleave, load_header, mix, pack
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -60,6 +60,36 @@ def test_every_global_batch_holds_p_of_each_domain(toy_index, rotate: bool) -> N
     assert samples["iter"].tolist() == [2] * 24 + [1] * 24
 
 
+def test_mix_is_a_shuffle_of_the_domains() -> None:
+    """Against a loop: the domains of a set in a random order, each giving its next sample."""
+    lists = [np.array([(10 * k + j, 0, k, 0) for j in range(4)], dtype=SAMPLE) for k in range(3)]
+    waiting = [iter(samples.tolist()) for samples in lists]
+    domains = np.random.default_rng((5, 1)).permutation([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2])
+    assert mix(lists, seed=(5, 1)).tolist() == [next(waiting[k]) for k in domains]
+    assert (
+        mix(lists, seed=(5, 1)).tobytes() != mix(lists, seed=(5, 2)).tobytes()
+    )  # another set, another order
+
+
+def test_random_batches_leave_sets_balanced(toy_index) -> None:
+    prefix, _ = toy_index(rotate=False, shuffle_seed=3)
+    header, samples = load_header(prefix), load(prefix)
+    assert header.batches == "random"
+    for start in (0, 24):
+        assert Counter(samples["cluster"][start : start + 24].tolist()) == dict.fromkeys(range(4), 6)
+    batches = samples["cluster"].reshape(-1, 8)
+    assert any(Counter(batch.tolist()) != dict.fromkeys(range(4), 2) for batch in batches)
+    assert samples["iter"].tolist() == [2] * 24 + [1] * 24
+    other, _ = toy_index(rotate=False, name="balanced")
+    assert load_header(other).batches == "balanced"
+    # the same samples of each domain in the same order, only mixed in another way
+    for cluster in range(4):
+        mine, theirs = (array[array["cluster"] == cluster] for array in (samples, load(other)))
+        assert mine.tobytes() == theirs.tobytes()
+    with pytest.raises(AssertionError, match="no rounds to rotate"):
+        toy_index(rotate=True, shuffle_seed=3)
+
+
 def test_rotation_goes_on_across_iterations(toy_index) -> None:
     samples = load(toy_index(rounds=6)[0])
     first_of_round = samples["cluster"][::4].tolist()
@@ -93,8 +123,11 @@ def dp_batches(total: int, gbs: int, mbs: int, dp: int, consumed: int = 0) -> li
 
 
 @pytest.mark.parametrize(("mbs", "dp"), [(1, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)])
-def test_order_is_the_same_for_every_data_parallel_size(toy_index, mbs: int, dp: int) -> None:
-    header = load_header(toy_index()[0])
+@pytest.mark.parametrize("shuffle_seed", [None, 3], ids=["balanced", "random"])
+def test_order_is_the_same_for_every_data_parallel_size(
+    toy_index, mbs: int, dp: int, shuffle_seed: int
+) -> None:
+    header = load_header(toy_index(rotate=shuffle_seed is None, shuffle_seed=shuffle_seed)[0])
     check_batching(header, global_batch_size=8, micro_batch_size=mbs, data_parallel_size=dp)
     expected = [list(range(start, start + 8)) for start in range(0, header.samples, 8)]
     assert dp_batches(header.samples, 8, mbs, dp) == expected
@@ -119,6 +152,9 @@ def test_check_batching_refuses(toy_index) -> None:
     header = load_header(toy_index()[0])
     with pytest.raises(L0MoEError, match=r"global batch size \(16\) must be p \* K = 2 \* 4 = 8"):
         check_batching(header, global_batch_size=16, micro_batch_size=1, data_parallel_size=1)
+    random = load_header(toy_index(rotate=False, shuffle_seed=3, name="random")[0])
+    with pytest.raises(L0MoEError, match=r"must be p \* K = 2 \* 4 = 8, so that no batch spans two sets;"):
+        check_batching(random, global_batch_size=16, micro_batch_size=1, data_parallel_size=1)
     with pytest.raises(L0MoEError, match=r"\(8\) must be divisible by .* \(3 \* 1\)"):
         check_batching(header, global_batch_size=8, micro_batch_size=3, data_parallel_size=1)
     expert = load_header(toy_index(kind="expert", name="expert_000")[0])
@@ -132,13 +168,14 @@ def test_bad_headers(toy_index, tmp_path: Path) -> None:
     file = index_files(prefix)[0]
     good = json.loads(file.read_text())
     for content, message in (
-        ({**good, "version": 2}, "has version 2, this program reads version 1"),
+        ({**good, "version": 1}, "has version 1, this program reads version 2"),
         ([], "has version None"),
         ({**good, "extra": 1}, r"missing or unknown keys \(extra\)"),
         ({k: v for k, v in good.items() if k != "eod"}, r"missing or unknown keys \(eod\)"),
         ({**good, "samples": "many"}, "has a wrong value for samples"),
         ({**good, "samples": None}, "has a wrong value for samples"),
         ({**good, "kind": "other"}, "has a wrong value for kind"),
+        ({**good, "batches": "other"}, "has a wrong value for batches"),
         ({**good, "shards": [{"path": "x"}]}, r"has a wrong value for shards\.0\.bin_sha256"),
         ({**good, "shards": "x"}, "has a wrong value for shards"),
         ({**good, "seq_length": 0}, "sizes that do not fit each other"),

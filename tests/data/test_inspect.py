@@ -84,6 +84,7 @@ def test_what_is_shown(finished: Path) -> None:
     ]
     assert "finished" in out
     assert "3 domains, 3 sets, sequences of 16 tokens" in out
+    assert "clusters: kmeans; order of sets: ascending d_ds; global batches: balanced, " in out
     assert ["left out: not JSON", "1"] in cells
     assert ["left out: exact repetition", "1"] in cells
     assert ["left out: one repeated character", "1"] in cells

@@ -136,6 +136,26 @@ def test_batches(toy_index, monkeypatch: pytest.MonkeyPatch, block: int) -> None
         verify.check_batches(prefix, shifted, dataset._samples)
 
 
+@pytest.mark.parametrize("block", [1 << 20, 5], ids=lambda block: f"blocks of {block}")
+def test_random_batches(toy_index, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """No batch has to hold every domain, but every set does, as often as any other; all else is checked as always."""
+    monkeypatch.setattr(verify, "BLOCK_RECORDS", block)
+    prefix, _ = toy_index(rotate=False, shuffle_seed=3)
+    dataset = CurriculumDataset(prefix)
+    dataset.check_all()
+    balanced = dataclasses.replace(dataset.header, batches="balanced")
+    with pytest.raises(L0MoEError, match="does not hold exactly 2"):
+        verify.check_batches(prefix, balanced, dataset._samples)
+    other = dataset._samples.copy()
+    other[30]["cluster"] = (other[30]["cluster"] + 1) % 4
+    with pytest.raises(L0MoEError, match=r"Set 1 of sample index .* holds 5 to 7 sequences of a domain"):
+        verify.check_batches(prefix, dataset.header, other)
+    with pytest.raises(L0MoEError, match="whole global batches"):
+        verify.check_batches(prefix, dataset.header, dataset._samples[:-1])
+    with pytest.raises(L0MoEError, match=r"Record 13 of .* starts behind the end of its document"):
+        changed(prefix, set_field("offset", 10**6)).check_all()
+
+
 def test_experts(toy_index) -> None:
     prefix, _ = toy_index(clusters=1, order=(1,), kind="expert", rounds=12, name="expert_000")
     dataset = CurriculumDataset(prefix)
