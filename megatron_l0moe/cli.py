@@ -1,19 +1,15 @@
 """The `l0moe` command: one function a stage. Everything heavy is imported inside the command that needs it."""
 
-import contextlib
-import errno
 import logging
-import re
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import megatron_l0moe
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe import plan_command
+from megatron_l0moe.command_errors import one_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,10 +17,6 @@ if TYPE_CHECKING:
     from megatron_l0moe.data.manifest import Stage
     from megatron_l0moe.launch.stages import Run
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|os error (?:28|122)\b")
 HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
 
 One recipe file describes a whole run. Start with `l0moe run examples/quickstart.yaml`: it does every stage that
@@ -79,7 +71,7 @@ def run(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Do a whole run: every stage that is not done yet, in order."""
-    with _one_sentence(runs_dir):
+    with one_sentence(runs_dir):
         from megatron_l0moe.launch import dryrun, pipeline, stages
 
         this = _load(recipe, runs_dir)
@@ -87,6 +79,9 @@ def run(
             typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
         else:
             pipeline.run_chain(this, first=first, last=last)
+
+
+app.command()(plan_command.plan)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -241,7 +236,7 @@ def inspect(
     heads: Annotated[int, typer.Option("--heads", min=0, help="Samples to show of each domain.")] = 2,
 ) -> None:
     """Show what a curate folder holds, and verify it."""
-    with _one_sentence(path):
+    with one_sentence(path):
         from rich.console import Console
 
         _log_to_stderr()
@@ -265,7 +260,7 @@ def _stage(
     *,
     only: int | None = None,
 ) -> None:
-    with _one_sentence(runs_dir):
+    with one_sentence(runs_dir):
         from megatron_l0moe.launch.pipeline import carry_out
 
         _log_to_stderr()
@@ -284,52 +279,6 @@ def _log_to_stderr() -> None:
     """Show our own messages, and only warnings of the libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_l0moe").setLevel(logging.INFO)
-
-
-@contextlib.contextmanager
-def _one_sentence(runs_dir: Path) -> Iterator[None]:
-    """End every problem that a user can solve with one sentence and an exit code, without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail("Stopped; run the same command to go on.", EXIT_INTERRUPTED)
-    except Exception as error:
-        where = _disk_full(error, runs_dir)
-        if where is not None:
-            _fail(
-                f"No space left on the disk that holds {where}; free some and run the same command to go on.",
-                EXIT_USER_ERROR,
-            )
-        if not isinstance(error, L0MoEError):
-            raise
-        _fail(str(error), EXIT_USER_ERROR)
-
-
-def _fail(sentence: str, code: int) -> None:
-    typer.echo(sentence, err=True)
-    sys.stderr.flush()
-    raise typer.Exit(code)
-
-
-def _disk_full(error: BaseException, otherwise: Path) -> str | Path | None:
-    """Find a full disk among the causes of an error and return a path on it; libraries like to wrap it.
-
-    Args:
-        otherwise: returned when the error does not name a file.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in DISK_FULL:
-            return str(seen.filename) if seen.filename else otherwise
-        # By name: importing safetensors here would slow down every command.
-        if type(seen).__name__ == "SafetensorError" and DISK_FULL_TEXT.search(str(seen)):
-            return otherwise
-        # A training job that failed: its own process had the full disk.
-        last_line, log = getattr(seen, "last_line", ""), getattr(seen, "log", otherwise)
-        if isinstance(seen, L0MoEError) and DISK_FULL_TEXT.search(last_line):
-            return Path(log).parent
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ WITHOUT_TORCH = (
     "recipe.py",
     "recipe_sections.py",
     "cli.py",
+    "command_errors.py",
+    "plan_command.py",
     "errors.py",
     "data/manifest.py",
     "conversion/architecture.py",
