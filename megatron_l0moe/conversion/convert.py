@@ -1,4 +1,4 @@
-"""The stage `convert`: a dense Hugging Face checkpoint becomes a Megatron checkpoint, one tensor at a time.
+"""The stage `convert`: a dense Hugging Face checkpoint becomes a Megatron checkpoint, a block of rows at a time.
 
 Also the way back for an L0-MoE that `export` wrote: a Megatron checkpoint like that of `assemble`, to train on.
 """
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from megatron_l0moe.conversion.architecture import Architecture, first_architecture, read_config
+from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
 from megatron_l0moe.conversion.families import MoEShape, dense_rules, extra_states, ignored_hf_names
-from megatron_l0moe.conversion.mapping import Piece, ReadHF, Rule, check_names, check_shape, hf_shapes
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointWriter, common_state
+from megatron_l0moe.conversion.mapping import ReadRows, Rule, blocks, check_names, check_shape, hf_shapes
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of, moe_arguments
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -84,20 +85,22 @@ def _convert(
     common: dict[str, Any],
 ) -> dict[str, object]:
     start = time.monotonic()
+    keep_freed_memory()
     source = SafetensorsFolder(hf)
     expected = hf_shapes(rules)
     check_names(source.names - _redundant(architecture, source), set(expected), str(hf))
     for name, shape in expected.items():
         check_shape(name, source.shape(name), {name: shape}, str(hf))
 
-    def read(name: str) -> torch.Tensor:
-        tensor = source.read(name)
+    def read(name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        tensor = source.read(name, begin, end)
         if tensor.dtype not in _FLOATS:
             raise L0MoEError(
                 f"{hf}: the tensor {name} is {tensor.dtype}, but weights must be bfloat16, float16 or float32, not "
                 "quantised or integer; convert the model first."
             )
-        refuse_non_finite(name, tensor)
+        rows = expected[name][0]
+        refuse_non_finite(name if len(tensor) == rows else f"{name}, rows {begin} to {end},", tensor)
         return tensor
 
     with CheckpointWriter(out / MEGATRON_FOLDER, common) as writer:
@@ -115,13 +118,13 @@ def _convert(
     }
 
 
-def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: ReadHF) -> tuple[int, int]:
+def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: ReadRows) -> tuple[int, int]:
     """Run rules towards Megatron; return the numbers of values and of bytes written."""
     values = size = 0
     logged = time.monotonic()
     for done, rule in enumerate(rules):
         for piece in rule.to_megatron(_one_dtype(read)):
-            write_piece(writer, piece)
+            writer.write_piece(piece)
             values += piece.tensor.numel()
             size += piece.tensor.numel() * piece.tensor.element_size()
         if time.monotonic() - logged > LOG_SECONDS:
@@ -130,13 +133,13 @@ def write_pieces(writer: CheckpointWriter, rules: list[Rule], read: ReadHF) -> t
     return values, size
 
 
-def _one_dtype(read: ReadHF) -> ReadHF:
+def _one_dtype(read: ReadRows) -> ReadRows:
     """Return a reader for one rule, whose tensors become one of Megatron's: torch would mix their dtypes silently."""
     first: tuple[str, torch.dtype] | None = None
 
-    def checked(name: str) -> torch.Tensor:
+    def checked(name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         nonlocal first
-        tensor = read(name)
+        tensor = read(name, begin, end)
         first = first or (name, tensor.dtype)
         if tensor.dtype is not first[1]:
             raise L0MoEError(
@@ -148,29 +151,22 @@ def _one_dtype(read: ReadHF) -> ReadHF:
     return checked
 
 
-def write_piece(writer: CheckpointWriter, piece: Piece) -> None:
-    """Write a whole tensor, or one row of a tensor stacked over experts."""
-    if piece.row is None:
-        writer.write(piece.name, piece.tensor)
-        return
-    assert piece.rows is not None
-    tail = piece.tensor.shape
-    writer.write(
-        piece.name,
-        piece.tensor[None],
-        offset=(piece.row, *[0] * len(tail)),
-        shape=(piece.rows, *tail),
-    )
-
-
 def _redundant(architecture: Architecture, source: SafetensorsFolder) -> set[str]:
     """Names of tensors that carry nothing: computed ones, and a tied output layer stored a second time."""
     names = source.names & ignored_hf_names(architecture)
     if architecture.tied_embeddings and "lm_head.weight" in source.names:
-        if not torch.equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+        if not _equal(source, "lm_head.weight", "model.embed_tokens.weight"):
             raise L0MoEError(
                 f"{source.folder}: config.json says tie_word_embeddings = true, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set it to false in a copy of the checkpoint."
             )
         names.add("lm_head.weight")
     return names
+
+
+def _equal(source: SafetensorsFolder, one: str, other: str) -> bool:
+    shape = source.shape(one)
+    return shape == source.shape(other) and all(
+        torch.equal(source.read(one, begin, end), source.read(other, begin, end))
+        for begin, end in blocks(shape)
+    )

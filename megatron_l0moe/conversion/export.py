@@ -1,4 +1,4 @@
-"""Write Megatron checkpoints as Hugging Face checkpoints that need no custom code, one tensor at a time.
+"""Write Megatron checkpoints as Hugging Face checkpoints that need no custom code, a block of rows at a time.
 
 A dense model is written in its own family's layout; an L0-MoE in the layout that the wanted engines compute rightly
 (`targets.py`): Ernie4.5-MoE or Qwen2-MoE, with SwiGLU experts, a softmax router, dense layers first, no shared expert,
@@ -34,6 +34,7 @@ from megatron_l0moe.conversion.safetensors_files import (
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -192,10 +193,6 @@ class _Source:
                 shape = (self.architecture.vocab_size, *shape[1:])
             check_shape(name, shape, expected, where)
 
-    def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        tensor = self.reader.read(name, row)
-        return tensor[: self.architecture.vocab_size] if name in _VOCABULARY_TENSORS else tensor
-
 
 def _export(
     source: _Source,
@@ -208,16 +205,17 @@ def _export(
 ) -> dict[str, object]:
     """Write weights, then what lies beside them, then config.json, which makes the folder a checkpoint."""
     start = logged = time.monotonic()
+    keep_freed_memory()
     refuse_existing_checkpoint(out)
     source.check(rules)
     shapes = hf_shapes(rules)
     parameters = 0
     with SafetensorsWriter(out, shapes, max_shard_bytes) as writer:
         for done, rule in enumerate(rules):
-            for name, tensor in rule.to_hf(source.read):
-                check_shape(name, tensor.shape, shapes, str(out))
-                writer.write(name, tensor)
-                parameters += tensor.numel()
+            for piece in rule.to_hf(source.reader.read):  # rows of padding are never asked for
+                check_shape(piece.name, piece.shape, shapes, str(out))
+                writer.write(piece.name, piece.tensor, begin=piece.begin, rows=piece.rows)
+                parameters += piece.tensor.numel()
             if time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
                 logger.info("%d of %d rules", done + 1, len(rules))

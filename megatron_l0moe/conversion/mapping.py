@@ -1,42 +1,46 @@
-"""Rules that tie tensors of a Hugging Face checkpoint to tensors of a Megatron checkpoint, in both directions.
+"""What ties tensors of a Hugging Face checkpoint to tensors of a Megatron checkpoint, and checks of names and shapes.
 
-A rule knows the names and shapes of both sides and reads its inputs when it needs them, so that a conversion
-holds one rule's tensors at a time, and of `Experts` one expert's.
-
-H = hidden, F = FFN channels, E = channels of one expert, K = experts, D = head_dim,
-A = attention heads, G = query groups (KV heads). All sizes are global.
+A rule (`rules.py`) knows the names and shapes of both sides and goes through its tensors in blocks of rows (indices of
+dimension 0), so that a conversion holds a block at a time however large the tensors are, and of `Experts` one expert.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, override
+from typing import Protocol
 
 import torch
 
 from megatron_l0moe.errors import L0MoEError, nearest
 
 Shape = tuple[int, ...]
-ReadHF = Callable[[str], torch.Tensor]
-Tensors = Iterator[tuple[str, torch.Tensor]]
+
+# Values of a block: 8 MB in bfloat16. Smaller ones are slower, since each becomes a chunk of the checkpoint.
+BLOCK_VALUES = 2**22
 
 
-class ReadMegatron(Protocol):
-    """Read a tensor, or one row of it (index of dimension 0)."""
+class ReadRows(Protocol):
+    """Read rows `begin` up to and without `end` of a tensor; by default all of them."""
 
-    def __call__(self, name: str, row: int | None = None) -> torch.Tensor:
-        """Return the tensor in the dtype of the checkpoint."""
+    def __call__(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Return the rows in the dtype of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A Megatron tensor, or one row of it (an expert's part of a tensor stacked over experts)."""
+    """The rows of a tensor that begin at `begin`."""
 
     name: str
     tensor: torch.Tensor
-    row: int | None = None
-    rows: int | None = None
-    """Size of dimension 0 when `row` is given."""
+    begin: int
+    rows: int
+    """Of the whole tensor."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole tensor."""
+        return (self.rows, *self.tensor.shape[1:])
 
 
 class Rule(ABC):
@@ -51,206 +55,19 @@ class Rule(ABC):
         """Names and shapes on Megatron's side."""
 
     @abstractmethod
-    def to_megatron(self, read: ReadHF) -> Iterator[Piece]:
+    def to_megatron(self, read: ReadRows) -> Iterator[Piece]:
         """Convert; `read` gives Hugging Face tensors."""
 
     @abstractmethod
-    def to_hf(self, read: ReadMegatron) -> Tensors:
-        """Convert; `read` gives Megatron tensors."""
+    def to_hf(self, read: ReadRows) -> Iterator[Piece]:
+        """Convert; `read` gives Megatron tensors. Each tensor's pieces come in order and without others between."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rename(Rule):
-    """The same tensor under two names."""
-
-    megatron: str
-    hf: str
-    shape: Shape
-
-    @override
-    def hf_shapes(self) -> dict[str, Shape]:
-        return {self.hf: self.shape}
-
-    @override
-    def megatron_shapes(self) -> dict[str, Shape]:
-        return {self.megatron: self.shape}
-
-    @override
-    def to_megatron(self, read: ReadHF) -> Iterator[Piece]:
-        yield Piece(name=self.megatron, tensor=read(self.hf))
-
-    @override
-    def to_hf(self, read: ReadMegatron) -> Tensors:
-        yield self.hf, read(self.megatron)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QKV(Rule):
-    """q, k, v projections in one Megatron tensor, interleaved per query group: [q.., k, v] of group 0, 1, ...
-
-    Weights are [A*D, H], [G*D, H], [G*D, H] against [(A + 2G)*D, H]; biases lack H.
-    """
-
-    megatron: str
-    """Name without the suffix `.weight` or `.bias`."""
-    hf: str
-    """Name of the attention block; q_proj, k_proj, v_proj are appended."""
-    suffix: str
-    """`weight` or `bias`."""
-    heads: int
-    groups: int
-    head_dim: int
-    hidden: int
-    interleaved_rope: bool = False
-    """Whether the Hugging Face side rotates neighbours (2i, 2i + 1) and not halves (i, i + D/2)."""
-
-    @override
-    def hf_shapes(self) -> dict[str, Shape]:
-        rows = {"q": self.heads, "k": self.groups, "v": self.groups}
-        return {self._hf(n): (count * self.head_dim, *self._tail()) for n, count in rows.items()}
-
-    @override
-    def megatron_shapes(self) -> dict[str, Shape]:
-        rows = (self.heads + 2 * self.groups) * self.head_dim
-        return {f"{self.megatron}.{self.suffix}": (rows, *self._tail())}
-
-    @override
-    def to_megatron(self, read: ReadHF) -> Iterator[Piece]:
-        q, k, v = (read(self._hf(n)) for n in "qkv")
-        if self.interleaved_rope:
-            q, k = (half_split_rows(x, self.head_dim) for x in (q, k))
-        parts = [x.view(self.groups, -1, *x.shape[1:]) for x in (q, k, v)]  # [G, rows of a group, H]
-        merged = torch.cat(parts, dim=1).flatten(0, 1)
-        yield Piece(name=f"{self.megatron}.{self.suffix}", tensor=merged)
-
-    @override
-    def to_hf(self, read: ReadMegatron) -> Tensors:
-        merged = read(f"{self.megatron}.{self.suffix}")
-        grouped = merged.view(self.groups, -1, *merged.shape[1:])
-        first = self.heads // self.groups * self.head_dim  # rows of q in a group
-        parts = (grouped[:, :first], *grouped[:, first:].chunk(2, dim=1))
-        for n, part in zip("qkv", parts, strict=True):
-            x = part.flatten(0, 1)
-            if self.interleaved_rope and n != "v":
-                x = interleaved_rows(x, self.head_dim)
-            yield self._hf(n), x
-
-    def _hf(self, projection: str) -> str:
-        return f"{self.hf}.{projection}_proj.{self.suffix}"
-
-    def _tail(self) -> Shape:
-        return (self.hidden,) if self.suffix == "weight" else ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedMLP(Rule):
-    """Gate [F, H] and up [F, H] stacked to Megatron's linear_fc1 [2F, H], gate first."""
-
-    megatron: str
-    gate: str
-    up: str
-    ffn: int
-    hidden: int
-
-    @override
-    def hf_shapes(self) -> dict[str, Shape]:
-        return {self.gate: (self.ffn, self.hidden), self.up: (self.ffn, self.hidden)}
-
-    @override
-    def megatron_shapes(self) -> dict[str, Shape]:
-        return {self.megatron: (2 * self.ffn, self.hidden)}
-
-    @override
-    def to_megatron(self, read: ReadHF) -> Iterator[Piece]:
-        yield Piece(name=self.megatron, tensor=torch.cat([read(self.gate), read(self.up)]))
-
-    @override
-    def to_hf(self, read: ReadMegatron) -> Tensors:
-        gate, up = read(self.megatron).chunk(2)
-        yield self.gate, gate
-        yield self.up, up
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts(Rule):
-    """K gated MLPs: Megatron stacks them to linear_fc1 [K, 2E, H] and linear_fc2 [K, H, E]."""
-
-    fc1: str
-    fc2: str
-    hf: str
-    """Name of one expert, with `{expert}`; gate_proj, up_proj and down_proj are appended."""
-    num_experts: int
-    expert_ffn: int
-    hidden: int
-
-    @override
-    def hf_shapes(self) -> dict[str, Shape]:
-        wide, tall = (self.expert_ffn, self.hidden), (self.hidden, self.expert_ffn)
-        sides = {"gate": wide, "up": wide, "down": tall}
-        return {self._hf(k, n): shape for k in range(self.num_experts) for n, shape in sides.items()}
-
-    @override
-    def megatron_shapes(self) -> dict[str, Shape]:
-        return {
-            self.fc1: (self.num_experts, 2 * self.expert_ffn, self.hidden),
-            self.fc2: (self.num_experts, self.hidden, self.expert_ffn),
-        }
-
-    @override
-    def to_megatron(self, read: ReadHF) -> Iterator[Piece]:
-        for k in range(self.num_experts):
-            fc1 = torch.cat([read(self._hf(k, "gate")), read(self._hf(k, "up"))])
-            yield Piece(name=self.fc1, tensor=fc1, row=k, rows=self.num_experts)
-            yield Piece(name=self.fc2, tensor=read(self._hf(k, "down")), row=k, rows=self.num_experts)
-
-    @override
-    def to_hf(self, read: ReadMegatron) -> Tensors:
-        for k in range(self.num_experts):
-            gate, up = read(self.fc1, k).chunk(2)
-            yield self._hf(k, "gate"), gate
-            yield self._hf(k, "up"), up
-            yield self._hf(k, "down"), read(self.fc2, k)
-
-    def _hf(self, expert: int, projection: str) -> str:
-        return f"{self.hf.format(expert=expert)}.{projection}_proj.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Zeros(Rule):
-    """A tensor that the Hugging Face layout asks for and that must be zero (fp32); Megatron has none."""
-
-    hf: str
-    shape: Shape
-
-    @override
-    def hf_shapes(self) -> dict[str, Shape]:
-        return {self.hf: self.shape}
-
-    @override
-    def megatron_shapes(self) -> dict[str, Shape]:
-        return {}
-
-    @override
-    def to_megatron(self, read: ReadHF) -> Iterator[Piece]:
-        if bool(read(self.hf).count_nonzero()):
-            raise L0MoEError(f"The tensor {self.hf} must be all zeros to be imported, but it is not.")
-        return iter(())
-
-    @override
-    def to_hf(self, read: ReadMegatron) -> Tensors:
-        yield self.hf, torch.zeros(self.shape, dtype=torch.float32)
-
-
-def interleaved_rows(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q or k, [n*D, ...], from half-split RoPE (i, i + D/2) to interleaved (2i, 2i + 1)."""
-    heads = x.view(-1, 2, head_dim // 2, *x.shape[1:])
-    return heads.transpose(1, 2).reshape(x.shape)
-
-
-def half_split_rows(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Undo `interleaved_rows`."""
-    heads = x.reshape(-1, head_dim // 2, 2, *x.shape[1:])
-    return heads.transpose(1, 2).reshape(x.shape)
+def blocks(shape: Shape) -> Iterator[tuple[int, int]]:
+    """Cut the rows of a tensor, or of whatever dimension 0 counts, into [begin, end) of about `BLOCK_VALUES` values."""
+    step = max(1, BLOCK_VALUES // max(1, math.prod(shape[1:])))
+    for begin in range(0, shape[0], step):
+        yield begin, min(begin + step, shape[0])
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:

@@ -1,166 +1,30 @@
-"""Write and read Megatron torch_dist checkpoints one tensor at a time, in one process without process groups.
+"""Read Megatron torch_dist checkpoints by rows of a tensor, in one process without process groups.
 
-The format is that of torch.distributed.checkpoint (DCP): `*.distcp` files hold tensors, each saved by
+The format is that of torch.distributed.checkpoint (DCP): `*.distcp` files hold chunks of tensors, each saved by
 `torch.save`; the pickled `.metadata` says where every chunk of every tensor lies. Megatron adds metadata.json
 (the format's name) and the object `common_state` (arguments, iteration, our own settings); its loader
 (megatron/core/dist_checkpointing/serialization.py, `load`) reshards to any TP/PP/EP layout from the chunks.
-`torch.distributed.checkpoint.FileSystemWriter` is not used: it keeps every tensor of a file in memory.
+`checkpoint_writer.py` writes them.
 """
 
 import argparse
 import io
 import json
-import os
-import pickle
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.conversion.saved_tensors import DAMAGED_PICKLE, SavedTensor
 from megatron_l0moe.errors import L0MoEError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-CHECKPOINT_VERSION = 3.0  # megatron/training/checkpointing.py, generate_state_dict
 SETTINGS_KEY = "l0moe"
-# How Megatron is asked to name its tensors; it passes this back to `sharded_state_dict` when it loads.
-CONTENT_METADATA = {
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-    "non_homogeneous_layers": True,
-}
-MAX_FILE_BYTES = 2 * 10**9
-_COMMON_KEY = (
-    "common_state/shard_0_1"  # unique_key of Megatron's ShardedObject("common_state", ..., (1,), (0,))
-)
-_DCP_VERSION = "1.0.0"
-DAMAGED_PICKLE = (
-    *(pickle.UnpicklingError, EOFError, AttributeError, ValueError, ImportError, LookupError, TypeError),
-    *(RuntimeError, OverflowError),  # RuntimeError: torch's own files, which are zip archives
-)
-
-
-class CheckpointWriter:
-    """Write a `release` checkpoint: `with CheckpointWriter(folder, common) as writer: writer.write(...)`.
-
-    Tensors lie in `folder/release`; the folder's tracker file is written last, so that a half-written
-    checkpoint is never trusted. After an error nothing is left.
-    """
-
-    def __init__(self, folder: Path, common: dict[str, Any]) -> None:
-        self.folder = folder
-        self._common = common
-        self._partial = folder / f".{RELEASE}.{os.getpid()}"
-        self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._objects: dict[str, BytesStorageMetadata] = {}
-        self._storage: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: BinaryIO | None = None
-        self._files = 0
-
-    def __enter__(self) -> "CheckpointWriter":
-        if (self.folder / TRACKER_NAME).exists():
-            raise L0MoEError(f"{self.folder} already holds a checkpoint; delete it or give another folder.")
-        self._partial.mkdir(parents=True)
-        return self
-
-    def write(
-        self,
-        name: str,
-        tensor: torch.Tensor,
-        *,
-        offset: Sequence[int] | None = None,
-        shape: Sequence[int] | None = None,
-    ) -> None:
-        """Write a whole tensor, or with `offset` and `shape` one chunk of a tensor of that global shape."""
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()  # torch.save writes the whole storage of a view
-        start = torch.Size(offset if offset is not None else [0] * tensor.dim())
-        size = torch.Size(shape if shape is not None else tensor.shape)
-        entry = self._tensors.setdefault(
-            name, TensorStorageMetadata(TensorProperties.create_from_tensor(tensor), size, [])
-        )
-        assert (entry.size, entry.properties.dtype) == (size, tensor.dtype), name
-        index = MetadataIndex(name, start)
-        assert index not in self._storage, f"{name} at {tuple(start)} was written twice"
-        entry.chunks.append(ChunkStorageMetadata(start, tensor.shape))
-        buffer = self._stream()
-        begin = buffer.tell()
-        torch.save(tensor, buffer)
-        self._note(index, begin)
-
-    def write_empty_state(self, name: str, shards: int) -> None:
-        """Write an empty object, in as many shards as Megatron asks for."""
-        for shard in range(shards):
-            self._write_object(f"{name}/shard_{shard}_{shards}", None)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._write_object(_COMMON_KEY, self._common)
-            if self._file is not None:
-                self._file.close()
-            if kind is None:
-                self._publish()
-        finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _stream(self) -> BinaryIO:
-        if self._file is not None and self._file.tell() >= MAX_FILE_BYTES:
-            self._file.close()
-            self._file = None
-        if self._file is None:
-            self._file = (self._partial / f"__0_{self._files}.distcp").open("wb")
-            self._files += 1
-        return self._file
-
-    def _note(self, index: MetadataIndex, begin: int) -> None:
-        assert self._file is not None
-        length = self._file.tell() - begin
-        self._storage[index] = _StorageInfo(Path(self._file.name).name, begin, length)
-
-    def _write_object(self, key: str, value: object) -> None:
-        stream = self._stream()
-        begin = stream.tell()
-        torch.save([value], stream)
-        self._objects[key] = BytesStorageMetadata()
-        self._note(MetadataIndex(key), begin)
-
-    def _publish(self) -> None:
-        for name, entry in self._tensors.items():
-            covered = sum(chunk.sizes.numel() for chunk in entry.chunks)
-            assert covered == entry.size.numel(), f"{name}: {covered} of {entry.size.numel()} values written"
-        metadata = Metadata(
-            state_dict_metadata={**self._tensors, **self._objects},
-            planner_data=None,
-            storage_data=self._storage,
-            storage_meta=StorageMeta(),
-            version=_DCP_VERSION,
-        )
-        (self._partial / ".metadata").write_bytes(pickle.dumps(metadata))
-        config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        (self._partial / "metadata.json").write_text(json.dumps(config), encoding="utf-8")
-        target = self.folder / RELEASE
-        shutil.rmtree(target, ignore_errors=True)  # no tracker file: it was never finished
-        os.replace(self._partial, target)
-        write_text(self.folder / TRACKER_NAME, RELEASE)
+# unique_key of Megatron's ShardedObject("common_state", ..., (1,), (0,))
+COMMON_KEY = "common_state/shard_0_1"
 
 
 class CheckpointReader:
@@ -174,6 +38,7 @@ class CheckpointReader:
         self.folder = folder
         self.path = _latest(folder)
         self._metadata = _read_metadata(self.path)
+        self._saved: dict[MetadataIndex, SavedTensor] = {}
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(entry.size)
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -199,26 +64,29 @@ class CheckpointReader:
         dtype: torch.dtype = self._entry(name).properties.dtype
         return dtype
 
-    def read(self, name: str, row: int | None = None) -> torch.Tensor:
-        """Read a tensor, or with `row` only its part at that index of dimension 0 (without that dimension)."""
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Read rows (indices of dimension 0) `begin` up to and without `end` of a tensor; by default all of it.
+
+        Of every stored chunk that overlaps only these rows are read.
+        """
         entry = self._entry(name)
-        if row is not None:
-            out = torch.empty(entry.size[1:], dtype=entry.properties.dtype)
-        else:
-            out = torch.empty(entry.size, dtype=entry.properties.dtype)
+        rows = entry.size[0] if entry.size else 1
+        end = rows if end is None else end
+        assert 0 <= begin <= end <= rows, (name, begin, end)
+        out: torch.Tensor | None = None
         for chunk in entry.chunks:
             first = chunk.offsets[0] if chunk.offsets else 0
-            if row is not None and not first <= row < first + chunk.sizes[0]:
+            low, high = max(begin, first), min(end, first + (chunk.sizes[0] if chunk.sizes else 1))
+            if low >= high:
                 continue
-            part = self._load(MetadataIndex(name, chunk.offsets))
-            where = tuple(
-                slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
-            )
-            if row is None:
-                out[where] = part
-            else:
-                out[where[1:]] = part[row - first]
-        return out
+            part = self._rows(MetadataIndex(name, chunk.offsets), low - first, high - first)
+            if (low, high) == (begin, end) and chunk.sizes[1:] == entry.size[1:]:
+                return part
+            if out is None:
+                out = torch.empty((end - begin, *entry.size[1:]), dtype=entry.properties.dtype)
+            others = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
+            out[(slice(low - begin, high - begin), *(slice(o, o + size) for o, size in others))] = part
+        return out if out is not None else torch.empty((0, *entry.size[1:]), dtype=entry.properties.dtype)
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(name)
@@ -228,52 +96,30 @@ class CheckpointReader:
             )
         return entry
 
-    def _load(self, index: MetadataIndex) -> torch.Tensor:
+    def _rows(self, index: MetadataIndex, begin: int, end: int) -> torch.Tensor:
+        """Read rows of one chunk, counted from its first."""
         info = self._metadata.storage_data[index]
-        with (self.path / info.relative_path).open("rb") as file:
-            view: Any = _create_file_view(file, info.offset, info.length)
-            try:
-                tensor: torch.Tensor = torch.load(view, map_location="cpu", weights_only=True)
-            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                raise L0MoEError(
-                    f"{self.path / info.relative_path} is damaged at the tensor {index.fqn}; "
-                    "make the checkpoint again or take an earlier one."
-                ) from error
-        return tensor
+        file = self.path / info.relative_path
+        saved = self._saved.get(index)
+        try:
+            if saved is None:
+                saved = self._saved[index] = SavedTensor.locate(file, info.offset, info.length)
+            return saved.read(begin, end)
+        except DAMAGED_PICKLE as error:
+            raise L0MoEError(
+                f"{file} is damaged at the tensor {index.fqn}; make the checkpoint again or take an earlier one."
+            ) from error
 
     def _read_common(self) -> dict[str, Any]:
         legacy = self.path / "common.pt"  # before Megatron-Core 0.19
         if legacy.is_file():
             return dict(_load_objects(io.BytesIO(legacy.read_bytes()), legacy))
-        info = self._metadata.storage_data.get(MetadataIndex(_COMMON_KEY))
+        info = self._metadata.storage_data.get(MetadataIndex(COMMON_KEY))
         if info is None:
-            raise L0MoEError(f"{self.path} has no {_COMMON_KEY}; it was not written by Megatron-Core 0.19.")
+            raise L0MoEError(f"{self.path} has no {COMMON_KEY}; it was not written by Megatron-Core 0.19.")
         with (self.path / info.relative_path).open("rb") as file:
             file.seek(info.offset)
             return dict(_load_objects(io.BytesIO(file.read(info.length)), self.path)[0])
-
-
-def common_state(arguments: dict[str, Any], settings: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Return what Megatron needs beside the tensors of a `release` checkpoint.
-
-    Args:
-        arguments: model arguments by attribute name, for Megatron's `--use-checkpoint-args` and its checks.
-        settings: stored under `l0moe`.
-        vocab_size: rows of the embedding.
-    """
-    layout = {
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "padded_vocab_size": vocab_size,
-        "ckpt_format": "torch_dist",
-    }
-    return {
-        "args": argparse.Namespace(**arguments, **layout),
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": 0,
-        "content_metadata": dict(CONTENT_METADATA),
-        SETTINGS_KEY: {"version": 1, **settings},
-    }
 
 
 def _latest(folder: Path) -> Path:

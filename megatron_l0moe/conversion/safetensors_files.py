@@ -1,8 +1,4 @@
-"""Read and write Hugging Face safetensors checkpoints one tensor at a time.
-
-A file is: 8 bytes little-endian header length, JSON header (may end in spaces), then the tensors' bytes in the
-order of their offsets, without gaps (https://github.com/huggingface/safetensors#format).
-"""
+"""Read and write Hugging Face safetensors checkpoints by rows; the file's format is that of `safetensors_reader.py`."""
 
 import json
 import math
@@ -10,37 +6,25 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
 
+from megatron_l0moe.conversion.safetensors_reader import DTYPE_NAMES, SafetensorsFile
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
-CHECKED_AT_ONCE = 2**20  # values; their temporaries stay in the cache
 # Room in the header for one tensor's dtype, shape and offsets; far above what they need.
 _HEADER_BYTES_PER_TENSOR = 160
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class SafetensorsFolder:
-    """All tensors of a Hugging Face checkpoint folder, read when asked for.
-
-    Files are read, not mapped, so that memory holds only the tensors in use.
+    """All tensors of a Hugging Face checkpoint folder, in one file or in any number of shards, read when asked for.
 
     Raises:
         L0MoEError: no weights, pickled weights only, a missing, truncated or inconsistent shard.
@@ -48,19 +32,24 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries: dict[str, _Entry] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         for name in _shards(folder):
-            for tensor, entry in _read_header(folder / name).items():
-                if tensor in self._entries:
+            if not (folder / name).is_file():
+                raise L0MoEError(
+                    f"{folder / name} is missing, but {INDEX_NAME} names it; download the checkpoint again."
+                )
+            file = SafetensorsFile(folder / name)
+            for tensor in file.names:
+                if tensor in self._files:
                     raise L0MoEError(
-                        f"{folder}: the tensor {tensor} is in both {self._entries[tensor].file.name} and "
+                        f"{folder}: the tensor {tensor} is in both {self._files[tensor].path.name} and "
                         f"{name}; remove the file that does not belong."
                     )
-                self._entries[tensor] = entry
+                self._files[tensor] = file
         index = folder / INDEX_NAME
         if index.is_file():
             for tensor, name in _weight_map(index).items():
-                if tensor not in self._entries or self._entries[tensor].file.name != name:
+                if tensor not in self._files or self._files[tensor].path.name != name:
                     raise L0MoEError(
                         f"{index} says that {name} holds the tensor {tensor}, but it does not; download the "
                         "checkpoint again."
@@ -69,38 +58,15 @@ class SafetensorsFolder:
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._entries)
+        return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return self._entries[name].shape
+        return self._files[name].shape(name)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
-        entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
-            raise L0MoEError(
-                f"{entry.file}: the tensor {name} is of type {entry.dtype}, which is not supported; convert "
-                "the model to bfloat16 or float32 first."
-            )
-        buffer = bytearray(entry.end - entry.begin)
-        with entry.file.open("rb") as file:
-            file.seek(entry.begin)
-            file.readinto(buffer)
-        if not buffer:
-            return torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-        return torch.frombuffer(buffer, dtype=_DTYPES[entry.dtype]).view(entry.shape)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where one tensor lies: bytes [begin, end) of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Read rows (indices of dimension 0) `begin` up to and without `end` of a tensor; by default all of it."""
+        return self._files[name].read(name, begin, end)
 
 
 def _shards(folder: Path) -> list[str]:
@@ -128,43 +94,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise L0MoEError(f"{index} is not a valid safetensors index; download it again.") from error
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
-    if not path.is_file():
-        raise L0MoEError(f"{path} is missing, but {INDEX_NAME} names it; download the checkpoint again.")
-    size = path.stat().st_size
-    damaged = f"{path} is truncated or not a safetensors file ({size} bytes); download it again."
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise L0MoEError(damaged)
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise L0MoEError(damaged) from error
-    if not isinstance(header, dict):
-        raise L0MoEError(damaged)
-    header.pop("__metadata__", None)
-    try:
-        entries = {name: _entry(path, value, 8 + length) for name, value in header.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise L0MoEError(damaged) from error
-    if any(entry.end > size for entry in entries.values()):
-        raise L0MoEError(damaged)
-    return entries
-
-
-def _entry(path: Path, value: Any, data_begin: int) -> _Entry:
-    """Return one tensor's entry of a header; KeyError, TypeError or ValueError when it cannot be one."""
-    dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)) or begin > end:
-        raise ValueError(f"shape {shape}, offsets {begin} to {end}")
-    # Types that are not supported are refused only when they are read, so their size is not known here.
-    if dtype in _DTYPES and end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise ValueError(f"{end - begin} bytes for the shape {shape} of {dtype}")
-    return _Entry(path, dtype, shape, data_begin + begin, data_begin + end)
-
-
 class SafetensorsWriter:
     """Write tensors as they come into one file, or into shards with an index.
 
@@ -187,6 +116,8 @@ class SafetensorsWriter:
         self._file: BinaryIO | None = None
         self._size = 0
         self._total = 0
+        self._next: tuple[str, int] | None = None
+        """The tensor that is half written and its next row."""
 
     def __enter__(self) -> "SafetensorsWriter":
         refuse_existing_checkpoint(self.folder)
@@ -194,27 +125,28 @@ class SafetensorsWriter:
         self._partial.mkdir()
         return self
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor of any supported dtype.
+    def write(self, name: str, tensor: torch.Tensor, *, begin: int = 0, rows: int | None = None) -> None:
+        """Append a tensor of any supported dtype, or its rows from `begin` on, of `rows` in all.
+
+        The rows of a tensor come in order, and before those of another one.
 
         Raises:
             L0MoEError: the tensor holds NaN or infinite values.
         """
         assert name in self._expected, f"{name} was not announced or was written twice"
-        refuse_non_finite(name, tensor)
-        self._expected.discard(name)
-        size = tensor.numel() * tensor.element_size()
-        if self._file is None or (self._size and self._size + size > self._max_shard_bytes):
-            self._begin_shard()
+        rows = rows if rows is not None else (tensor.shape[0] if tensor.shape else 1)
+        end = begin + (tensor.shape[0] if tensor.shape else 1)
+        assert (name, begin) == self._next or (self._next is None and begin == 0), (name, begin, self._next)
+        part = f"{name}, rows {begin} to {end - 1}," if end - begin < rows else name
+        refuse_non_finite(part, tensor)
+        if begin == 0:
+            self._begin_tensor(name, tensor.dtype, (rows, *tensor.shape[1:]) if tensor.shape else ())
         assert self._file is not None
-        self._shards[-1][name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._size, self._size + size],
-        }
         self._file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._size += size
-        self._total += size
+        self._next = (name, end)
+        if end >= rows:
+            self._expected.discard(name)
+            self._next = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -226,6 +158,18 @@ class SafetensorsWriter:
                 self._publish()
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _begin_tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        size = math.prod(shape) * dtype.itemsize
+        if self._file is None or (self._size and self._size + size > self._max_shard_bytes):
+            self._begin_shard()
+        self._shards[-1][name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [self._size, self._size + size],
+        }
+        self._size += size
+        self._total += size
 
     def _begin_shard(self) -> None:
         self._end_shard()
@@ -275,12 +219,10 @@ def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise when a floating-point tensor holds NaN or infinite values."""
     if not tensor.is_floating_point():
         return
-    flat = tensor.reshape(-1)
-    # In parts, because isfinite makes temporaries of the size of its input.
-    parts = [flat[begin : begin + CHECKED_AT_ONCE] for begin in range(0, flat.numel(), CHECKED_AT_ONCE)]
-    count = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
-    if count:
-        raise L0MoEError(
-            f"The tensor {name} holds {count} values that are NaN or infinite; the run that made it has "
-            "diverged, or the file is damaged: go back to an earlier checkpoint."
-        )
+    if not tensor.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+        return  # both are NaN where one value is; ten times as fast as isfinite of all
+    count = tensor.numel() - int(torch.isfinite(tensor).sum())
+    raise L0MoEError(
+        f"The tensor {name} holds {count} values that are NaN or infinite; the run that made it has "
+        "diverged, or the file is damaged: go back to an earlier checkpoint."
+    )

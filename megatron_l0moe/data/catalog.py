@@ -5,9 +5,10 @@ in corpus order.
 """
 
 import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
@@ -17,10 +18,13 @@ import numpy.typing as npt
 from datatrove.data import Document
 
 from megatron_l0moe.data.corpus import Corpus, Format, open_corpus
+from megatron_l0moe.data.engine.units import write_array
 from megatron_l0moe.data.filters import DocumentFilter
+from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.data.progress import Progress
+from megatron_l0moe.data.quarantine import Quarantine
 from megatron_l0moe.data.readers import ShardReader
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe_sections import FilterSection
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,19 @@ class Catalog:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def save(self, folder: Path) -> None:
+        """Write everything to ``folder``, for tasks in other processes."""
+        write_array(folder / "rows.npy", self.rows)
+        record = {"corpus": self.corpus.record(), "domains": self.domains, "dropped": self.dropped}
+        write_json(folder / "catalog.json", record)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Catalog":
+        """Return what `save` wrote; the rows stay on disk."""
+        record = json.loads((folder / "catalog.json").read_text(encoding="utf-8"))
+        rows = np.load(folder / "rows.npy", mmap_mode="r")
+        return cls(Corpus.from_record(record["corpus"]), record["domains"], rows, record["dropped"])
+
     def column(self, name: str) -> npt.NDArray[np.int64]:
         """Return a column as int64 [N]."""
         return np.asarray(self.rows[name], dtype=np.int64)
@@ -58,6 +75,18 @@ class Catalog:
         return _splitmix64(place ^ np.uint64(salt))
 
 
+@dataclass(frozen=True)
+class ScanPart:
+    """What a scan found in some consecutive shards."""
+
+    rows: npt.NDArray[np.void]
+    """[n] of ``ROW``, in corpus order; their domain is a number of this part."""
+    domains: list[str]
+    """By number, in the order in which they came up."""
+    dropped: dict[str, int]
+    quarantine: Quarantine
+
+
 def scan_corpus(
     location: str | Path,
     *,
@@ -66,69 +95,119 @@ def scan_corpus(
     max_quarantined: float = 0.0,
     quarantine_file: Path | None = None,
 ) -> Catalog:
-    """Read the whole corpus once, check every document, and drop what the filters ask for.
-
-    Exact repetitions are dropped because one copy could be held out while the other is trained on. What cannot be
-    read is listed in ``quarantine_file`` and left out; more than the fraction ``max_quarantined`` of it is refused.
-    Memory: ``ROW`` for each document.
-
-    Raises:
-        L0MoEError: no shard, too much that is unreadable, no document, or too many domains.
-    """
+    """Scan a whole corpus in this process; see `scan_shards` and `merge_scans`."""
     settings = filters or FilterSection()
     corpus = open_corpus(str(location), form)
+    part = scan_shards(
+        corpus, range(len(corpus.shards)), settings, Progress(logger, "scanned documents").advance
+    )
+    return merge_scans(
+        corpus, [part], settings, max_quarantined=max_quarantined, quarantine_file=quarantine_file
+    )
+
+
+def scan_shards(
+    corpus: Corpus, shards: Iterable[int], settings: FilterSection, advance: Callable[[int], None]
+) -> ScanPart:
+    """Read some shards once, check every document, and drop what the filters ask for.
+
+    Memory: ``ROW`` for each document. ``advance`` is told of every document that was read.
+
+    Raises:
+        L0MoEError: too many domains.
+    """
     reader = corpus.reader(
         with_signals=bool(settings.quality_signals), with_duplicates=settings.drop_duplicates
     )
     numbers: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
+    usable = _usable(corpus, shards, reader, DocumentFilter(settings), numbers, dropped, advance)
+    blocks = [np.array(list(block), dtype=ROW) for block in batched(usable, BLOCK_ROWS)]
+    rows = np.concatenate(blocks) if blocks else np.empty(0, dtype=ROW)
+    return ScanPart(rows, list(numbers), dict(dropped), reader.quarantine)
+
+
+def merge_scans(
+    corpus: Corpus,
+    parts: Sequence[ScanPart],
+    settings: FilterSection,
+    *,
+    max_quarantined: float,
+    quarantine_file: Path | None,
+) -> Catalog:
+    """Make the catalog of a corpus from parts that cover all of its shards, in their order.
+
+    Exact repetitions are dropped because one copy could be held out while the other is trained on. What cannot be
+    read is listed in ``quarantine_file`` and left out; more than the fraction ``max_quarantined`` of it is refused.
+    How the corpus was cut into parts does not change the catalog.
+
+    Raises:
+        L0MoEError: too much that is unreadable, no document, or too many domains.
+    """
+    quarantine = Quarantine.merged(part.quarantine for part in parts)
     dropped = Counter({REPETITION: 0})
-    usable = _usable(corpus, reader, DocumentFilter(settings), numbers, dropped)
-    parts = [np.array(list(block), dtype=ROW) for block in batched(usable, BLOCK_ROWS)]
-    rows = np.concatenate(parts) if parts else np.empty(0, dtype=ROW)
+    for part in parts:
+        dropped.update(part.dropped)
+    count = sum(len(part.rows) for part in parts)
     if quarantine_file:
-        reader.quarantine.save(quarantine_file)
-    reader.quarantine.check(
+        quarantine.save(quarantine_file)
+    quarantine.check(
         corpus.location,
-        read=len(rows) + dropped.total(),
+        read=count + dropped.total(),
         shards=len(corpus.shards),
         limit=max_quarantined,
         written_to=quarantine_file,
     )
-    if not len(rows):
+    if not count:
         raise L0MoEError(_nothing(corpus, dropped))
-    rows["domain"] = _rank(list(numbers))[rows["domain"]]
+    domains = sorted({name for part in parts for name in part.domains})
+    if len(domains) > MAX_DOMAINS:
+        raise L0MoEError(_too_many_domains(corpus, ""))
+    rows = np.empty(count, dtype=ROW)
+    end = 0
+    for part in parts:
+        here = rows[end : end + len(part.rows)]
+        here[:] = part.rows
+        if len(here):
+            here["domain"] = np.array([domains.index(name) for name in part.domains])[here["domain"]]
+        end += len(here)
     if settings.drop_duplicates:
         _, first = np.unique(rows["digest"], return_index=True)
         dropped[REPETITION] = len(rows) - len(first)
         rows = rows[np.sort(first)]
-    dropped.update(reader.quarantine.reasons)
-    catalog = Catalog(corpus, sorted(numbers), rows, dict(dropped))
+    dropped.update(quarantine.reasons)
+    catalog = Catalog(corpus, domains, rows, dict(dropped))
     _log(catalog)
     return catalog
 
 
 def _usable(
     corpus: Corpus,
+    shards: Iterable[int],
     reader: ShardReader,
     rules: DocumentFilter,
     numbers: dict[str, int],
     dropped: Counter[str],
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield the row of each document that passes the filters; fills the domains' numbers and the counts."""
-    progress = Progress(logger, "scanned documents")
-    for index, shard in enumerate(corpus.shards):
-        for document in reader.read_rows(shard):
-            progress.advance()
+    for index in shards:
+        for document in reader.read_rows(corpus.shards[index]):
+            advance(1)
             if reason := rules.reason(document):
                 dropped[reason] += 1
                 continue
             domain = numbers.setdefault(document.metadata["domain"], len(numbers))
             if domain >= MAX_DOMAINS:
-                raise L0MoEError(
-                    f"Corpus {corpus.location} has more than {MAX_DOMAINS} source domains at document {document.id}; "
-                    "`meta.source` must name the domain of a document (such as arxiv), not the document."
-                )
+                raise L0MoEError(_too_many_domains(corpus, f" at document {document.id}"))
             yield index, document.metadata["line"], domain, len(document.text), _digest(document.text)
+
+
+def _too_many_domains(corpus: Corpus, where: str) -> str:
+    return (
+        f"Corpus {corpus.location} has more than {MAX_DOMAINS} source domains{where}; `meta.source` must name the "
+        "domain of a document (such as arxiv), not the document."
+    )
 
 
 def _nothing(corpus: Corpus, dropped: Counter[str]) -> str:
@@ -142,7 +221,7 @@ def read_documents(catalog: Catalog, ids: npt.NDArray[np.int64]) -> Iterator[tup
     """Yield (id, document) for the distinct ``ids``, in corpus order; shards without any are not opened.
 
     Raises:
-        L0MoEError: a document is not where it was when the corpus was scanned.
+        CorpusChangedError: a document is not where it was when the corpus was scanned.
     """
     wanted = np.unique(ids)
     shard_of = catalog.rows["shard"][wanted]
@@ -160,7 +239,7 @@ def read_documents(catalog: Catalog, ids: npt.NDArray[np.int64]) -> Iterator[tup
             if not lines:
                 break
         if lines:
-            raise L0MoEError(
+            raise CorpusChangedError(
                 f"Shard {name} of {catalog.corpus.location} changed while it was read; start curate again."
             )
 
@@ -179,11 +258,6 @@ def _listed(dropped: dict[str, int]) -> str:
 
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _rank(names: list[str]) -> npt.NDArray[np.int64]:
-    """Return for each name its place in the sorted list of names."""
-    return np.argsort(np.argsort(np.array(names)))
 
 
 def _splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from datatrove.io import DataFolder, get_datafolder
 
@@ -19,7 +19,6 @@ SUFFIXES = {
     "text": (".txt", ".txt.zst", ".txt.gz"),
 }
 READERS: dict[str, type[ShardReader]] = {
-    "redpajama_v2": RedPajamaV2Reader,
     "jsonl": JsonLinesReader,
     "parquet": ParquetRowsReader,
     "text": TextReader,
@@ -38,6 +37,34 @@ class Corpus:
     format: str
     shards: list[str]
     """Paths relative to the location."""
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as values that JSON has; the place is absolute."""
+        return {
+            "location": self.location,
+            "root": self.folder.fs.unstrip_protocol(self.folder.path),
+            "format": self.format,
+            "shards": self.shards,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Corpus":
+        """Return the corpus that ``record`` was made of, without listing its folder again."""
+        folder = _ShardFolder(get_datafolder(record["root"]), record["shards"])
+        return cls(record["location"], folder, record["format"], record["shards"])
+
+    def state(self) -> list[list[str]]:
+        """Return name, size and time (or version) of every shard, which differ when the corpus has changed."""
+        found = self.folder.find("", detail=True)
+        times = ("mtime", "ETag", "etag", "LastModified", "updated", "created")
+        return [
+            [
+                name,
+                str(found[name]["size"]),
+                str(next((found[name][t] for t in times if t in found[name]), "")),
+            ]
+            for name in self.shards
+        ]
 
     def reader(self, *, with_signals: bool = False, with_duplicates: bool = False) -> ShardReader:
         """Return a new reader; the arguments are for RedPajama v2: what is joined to the documents."""

@@ -13,21 +13,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.data.catalog import Catalog
 from megatron_l0moe.data.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
-from megatron_l0moe.data.clustering import Clustering, nearest_centre, random_clusters, spherical_kmeans
-from megatron_l0moe.data.embedding import Encoder, load_encoder
+from megatron_l0moe.data.clustering import (
+    Clustering,
+    Vectors,
+    nearest_centre,
+    random_clusters,
+    spherical_kmeans,
+)
+from megatron_l0moe.data.corpus import Corpus, open_corpus
+from megatron_l0moe.data.drive import Tokeniser, embed, scan
+from megatron_l0moe.data.embedding import find_model
+from megatron_l0moe.data.engine.executors import session
+from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
-from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
-from megatron_l0moe.data.indexed import CorpusTokenizer, describe_shard
+from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
+from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.data.manifest import write_json
-from megatron_l0moe.data.sampling import Budget, ClusterDocuments, draw_subsets, tokenise_iteration
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.data.sampling import Budget, ClusterFiller, draw_subsets, fill_clusters
+from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int64]
+Written = npt.NDArray[np.void]
+"""[n] of `sampling.WRITTEN`: documents of one cluster."""
 
 
 def curate(recipe: Recipe, out: Path) -> dict[str, object]:
@@ -41,19 +53,29 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     Raises:
         L0MoEError: any problem of the corpus, the models or the sizes; see the modules of this package.
     """
-    data, num_clusters, clock = recipe.data, recipe.model.num_experts, StepClock()
     budgets, replay = plan_budgets(recipe)
-    tokenizer = CorpusTokenizer.load(Path(recipe.model.path))
-    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = CorpusTokenizer.load(Path(recipe.model.path), eod=recipe.data.eod)
+    corpus = open_corpus(recipe.data.corpus, recipe.data.corpus_format)
+    workspace = Workspace.begin(out, what_decides(recipe, corpus, tokenizer))
+    try:
+        with session(recipe.data.executor):
+            return _curate(recipe, workspace, corpus, tokenizer, budgets, replay)
+    except CorpusChangedError as error:
+        workspace.refuse_later(error)
+        raise
 
+
+def _curate(
+    recipe: Recipe,
+    workspace: Workspace,
+    corpus: Corpus,
+    tokenizer: CorpusTokenizer,
+    budgets: Sequence[Budget],
+    replay: int,
+) -> dict[str, object]:
+    data, num_clusters, clock, out = recipe.data, recipe.model.num_experts, StepClock(), workspace.out
     with clock.step("scan"):
-        catalog = scan_corpus(
-            data.corpus,
-            form=data.corpus_format,
-            filters=data.filters,
-            max_quarantined=data.max_quarantined,
-            quarantine_file=out / "quarantine.jsonl",
-        )
+        catalog = scan(workspace, corpus, data, out / "quarantine.jsonl")
     with clock.step("hold out"):
         heldout = hold_out(
             catalog,
@@ -65,13 +87,13 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     estimate = estimate_tokens(catalog, heldout)
     subsets = draw_iterations(catalog, heldout, estimate, budgets, num_clusters, seed=recipe.seed)
     with clock.step("embed"):
-        encoder = load_encoder(
-            data.embedding_model, max_tokens=data.embedding_max_tokens, batch_size=data.embedding_batch_size
-        )
-        vectors = embed_documents(catalog, encoder, [*subsets, heldout.ids])
+        embedded = embed(workspace, catalog, np.concatenate([*subsets, heldout.ids]), data)
     with clock.step("cluster"):
         divide = spherical_kmeans if data.clustering == "kmeans" else random_clusters
-        raw = [divide(v, num_clusters, seed=recipe.seed + n) for n, v in enumerate(vectors[:-1])]
+        raw = [
+            divide(embedded.of(subset), num_clusters, seed=recipe.seed + n)
+            for n, subset in enumerate(subsets)
+        ]
         matching = [match_centres(raw[0].centres, c.centres, method=data.matching) for c in raw]
         matching[0] = np.arange(num_clusters)
         clusters = [c.relabelled(m) for c, m in zip(raw, matching, strict=True)]
@@ -79,22 +101,17 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
         distances = [semantic_distance(t.ccm, beta=data.beta) for t in terms]
         order = training_order(distances, order=data.order, seed=recipe.seed)
     with clock.step("tokenise"):
-        chosen = [
-            tokenise_iteration(
-                catalog,
-                subset,
-                clustering.assignment,
-                estimate[subset],
-                budget,
-                tokenizer,
-                out / f"iter_{budget.iteration:03d}",
-                num_clusters=num_clusters,
-            )
-            for subset, clustering, budget in zip(subsets, clusters, budgets, strict=True)
+        fillers = [
+            ClusterFiller(subset, c.assignment, estimate[subset], budget, num_clusters=num_clusters)
+            for subset, c, budget in zip(subsets, clusters, budgets, strict=True)
         ]
+        tokeniser = Tokeniser(workspace, catalog, estimate, data, model=recipe.model.path)
+        fill_clusters(fillers, tokeniser.write)
+        chosen = [filler.clusters for filler in fillers]
     with clock.step("index"):
-        write_indexes(recipe, out, tokenizer, chosen, budgets, replay, order, distances)
-        first = nearest_of_first_documents(heldout, vectors[-1], clusters[0])
+        shards = [tokeniser.shards[number] for number in range(data.iterations)]
+        write_indexes(recipe, out, tokenizer, shards, chosen, budgets, replay, order, distances)
+        first = nearest_of_first_documents(heldout, embedded.of(heldout.ids), clusters[0])
         write_heldout(out / "heldout.jsonl", heldout.sequences, first, catalog.domains)
     write_clusters(out / "clusters.npz", clusters)
     write_json(out / "ccm.json", describe_ccm(recipe, terms, distances, order, matching[1:]))
@@ -102,6 +119,25 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     summary |= {"order": order, "d_ds": distances, "model": recipe.model.path, "seconds": clock.seconds}
     write_json(out / "summary.json", summary)
     return summary
+
+
+def what_decides(recipe: Recipe, corpus: Corpus, tokenizer: CorpusTokenizer) -> dict[str, object]:
+    """Return everything that the result depends on, for finding out whether unfinished work can be used."""
+    encoder = find_model(recipe.data.embedding_model)
+    files = sorted(path for path in encoder.rglob("*") if path.is_file())
+    return {
+        "seed": recipe.seed,
+        "num_experts": recipe.model.num_experts,
+        "data": recipe.data.model_dump(exclude={"executor"}),
+        "expert_batch": recipe.expert_training.global_batch_size,
+        "sequences_per_domain": recipe.moe_training.sequences_per_domain,
+        "tokenizer": [tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod],
+        "encoder": [
+            [path.relative_to(encoder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+            for path in files
+        ],
+        "corpus": [corpus.format, corpus.state()],
+    }
 
 
 def plan_budgets(recipe: Recipe) -> tuple[list[Budget], int]:
@@ -152,19 +188,7 @@ def draw_iterations(
     return draw_subsets(ids, usable, [num_clusters * budget.tokens for budget in budgets], seed=seed)
 
 
-def embed_documents(
-    catalog: Catalog, encoder: Encoder, groups: Sequence[Ids]
-) -> list[npt.NDArray[np.float32]]:
-    """Embed several disjoint groups of documents in one pass over the corpus; float32 [n, V] for each."""
-    ids = np.sort(np.concatenate(groups))
-    texts = (document.text[: encoder.head_chars] for _, document in read_documents(catalog, ids))
-    vectors = encoder.embed(texts, len(ids))
-    return [vectors[np.searchsorted(ids, group)] for group in groups]
-
-
-def nearest_of_first_documents(
-    heldout: HeldOut, vectors: npt.NDArray[np.float32], clustering: Clustering
-) -> list[int]:
+def nearest_of_first_documents(heldout: HeldOut, vectors: Vectors, clustering: Clustering) -> list[int]:
     """Return for each held-out sequence the cluster of its first document; ``vectors`` follow ``heldout.ids``."""
     cluster_of = dict(
         zip(heldout.ids.tolist(), nearest_centre(vectors, clustering.centres).tolist(), strict=True)
@@ -176,7 +200,8 @@ def write_indexes(
     recipe: Recipe,
     out: Path,
     tokenizer: CorpusTokenizer,
-    chosen: Sequence[Sequence[ClusterDocuments]],
+    shards: Sequence[list[Shard]],
+    chosen: Sequence[Sequence[Written]],
     budgets: Sequence[Budget],
     replay: int,
     order: Sequence[int],
@@ -191,13 +216,6 @@ def write_indexes(
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
     }
-    shards = [
-        [
-            describe_shard(path.with_suffix(""), out)
-            for path in sorted((out / f"iter_{number:03d}").glob("*.bin"))
-        ]
-        for number in range(recipe.data.iterations)
-    ]
     blocks = [[_block(k, documents) for k, documents in enumerate(clusters)] for clusters in chosen]
     for k, block in enumerate(blocks[0]):
         write_index(
@@ -224,10 +242,10 @@ def write_indexes(
     )
 
 
-def _block(cluster: int, documents: ClusterDocuments) -> ClusterBlock:
-    docs = np.zeros(len(documents.ids), dtype=DOC)
-    docs["shard"], docs["doc"] = documents.shard, documents.doc
-    return ClusterBlock(cluster, docs, np.array(documents.lengths, dtype=np.int64))
+def _block(cluster: int, documents: Written) -> ClusterBlock:
+    docs = np.zeros(len(documents), dtype=DOC)
+    docs["shard"], docs["doc"] = documents["shard"], documents["doc"]
+    return ClusterBlock(cluster, docs, documents["length"].astype(np.int64))
 
 
 def write_clusters(path: Path, clusters: Sequence[Clustering]) -> None:
@@ -266,7 +284,7 @@ def summarise(
     heldout: HeldOut,
     subsets: Sequence[Ids],
     clusters: Sequence[Clustering],
-    chosen: Sequence[Sequence[ClusterDocuments]],
+    chosen: Sequence[Sequence[Written]],
     budgets: Sequence[Budget],
 ) -> dict[str, object]:
     """Count documents and tokens; the contingency table is over all documents of iteration 0's subset."""
@@ -274,7 +292,7 @@ def summarise(
     table = np.zeros((len(catalog.domains), num_clusters), dtype=np.int64)
     np.add.at(table, (catalog.rows["domain"][subsets[0]], clusters[0].assignment), 1)
     drawn = sum(len(subset) for subset in subsets)
-    used = sum(len(cluster.ids) for iteration in chosen for cluster in iteration)
+    used = sum(len(cluster) for iteration in chosen for cluster in iteration)
     return {
         "documents": {
             "corpus": len(catalog) + sum(catalog.dropped.values()),
@@ -291,7 +309,9 @@ def summarise(
             np.bincount(c.assignment, minlength=num_clusters).tolist() for c in clusters
         ],
         "tokens_per_cluster": [[budget.sequences * budget.seq_length] * num_clusters for budget in budgets],
-        "tokens_written": [[sum(cluster.lengths) for cluster in iteration] for iteration in chosen],
+        "tokens_written": [
+            [int(cluster["length"].sum(dtype=np.int64)) for cluster in iteration] for iteration in chosen
+        ],
         "heldout_sequences": len(heldout.sequences),
         "domains": catalog.domains,
         "table": table.tolist(),

@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,24 @@ class Encoder:
 
     def embed(self, texts: Iterable[str], count: int) -> npt.NDArray[np.float32]:
         """Embed the first tokens of ``count`` texts, in their order: float32 [N, V], each row of length 1."""
-        progress = Progress(logger, "embedded documents", count)
-        hook = self._model.model.register_forward_hook(lambda *call: progress.advance(_rows(call[2])))
-        try:
-            heads = (text[: self.head_chars] for text in texts)
-            parts = [self._encode(list(chunk)) for chunk in batched(heads, CHUNK_DOCUMENTS)]
-        finally:
-            hook.remove()
+        parts = list(self.embed_chunks(texts, Progress(logger, "embedded documents", count).advance))
         vectors = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)
         assert len(vectors) == count, f"{len(vectors)} vectors for {count} texts"
         return vectors
+
+    def embed_chunks(
+        self, texts: Iterable[str], advance: Callable[[int], None]
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the vectors of some texts at a time, in their order; ``advance`` is told of every batch.
+
+        The texts that make a chunk, and so every bit of their vectors, depend on their order only.
+        """
+        hook = self._model.model.register_forward_hook(lambda *call: advance(_rows(call[2])))
+        try:
+            for chunk in batched((text[: self.head_chars] for text in texts), CHUNK_DOCUMENTS):
+                yield self._encode(list(chunk))
+        finally:
+            hook.remove()
 
     def _encode(self, texts: list[str]) -> npt.NDArray[np.float32]:
         """Embed one chunk; FlagEmbedding sorts it by token count, so that batches hold little padding."""

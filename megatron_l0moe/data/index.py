@@ -71,6 +71,11 @@ class IndexHeader:
     docs_sha256: str
     samples_sha256: str
 
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one step: p * K, or those of an expert's one domain."""
+        return self.sequences_per_domain * (self.num_domains if self.kind == "moe" else 1)
+
 
 @dataclass(frozen=True)
 class ClusterBlock:
@@ -255,7 +260,7 @@ def check_batching(
     Raises:
         L0MoEError: the global batch is not p * K sequences ("moe"), or not whole micro-batches for every rank.
     """
-    expected = header.sequences_per_domain * header.num_domains
+    expected = header.global_batch_size
     if header.kind == "moe" and global_batch_size != expected:
         reason = f"each batch holds {header.sequences_per_domain} sequence(s) of every domain"
         if header.batches == "random":

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_l0moe.errors import L0MoEError
 
@@ -23,17 +24,25 @@ MARKER = "DONE"
 MANIFEST = "manifest.json"
 STARTED = "config_hash"
 """Written when a stage that can be resumed starts; names the settings that its checkpoints belong to."""
+WORK = "work"
+"""Folder inside a stage's for what an interrupted run goes on from; removed when the stage is done, never listed."""
 RECORDED_PACKAGES = (
     "megatron-l0moe",
     "megatron-core",
     "torch",
     "transformers",
     "numpy",
+    "datatrove",
     "FlagEmbedding",
     "faiss-cpu",
     "faiss-gpu",
     "transformer-engine",
+    "lm-eval",
 )
+
+Restart = Literal["clear", "resume", "own"]
+"""What becomes of an unfinished stage's folder: it is emptied; or its checkpoints are used, and work that was started
+with other settings is refused; or the stage itself goes on from what it keeps in `work/`, or clears that."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +140,16 @@ def finish(stage: Stage, command: list[str], extra: dict[str, object]) -> None:
     write_text(stage.folder / MARKER, stage.config_hash + "\n")
 
 
-def begin(stage: Stage, *, resumable: bool) -> None:
-    """Make the folder ready for a run of the stage: empty it, or keep it to resume from its own checkpoints.
+def begin(stage: Stage, restart: Restart) -> None:
+    """Make the folder ready for a run of the stage: empty it, or keep what the restart rule keeps.
 
     Raises:
         L0MoEError: the folder holds resumable work that was started with other settings or inputs.
     """
     assert not (stage.folder / MARKER).exists(), f"{stage.folder} is finished"
-    if not resumable:
+    if restart == "clear" or (restart == "own" and not (stage.folder / WORK).is_dir()):
         clear(stage)
+    if restart != "resume":
         stage.folder.mkdir(parents=True, exist_ok=True)
         return
     started = stage.folder / STARTED
@@ -169,6 +179,11 @@ def clear(stage: Stage) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def drop_work(stage: Stage) -> None:
+    """Remove what a stage keeps for going on after an interruption; called when it is done."""
+    shutil.rmtree(stage.folder / WORK, ignore_errors=True)
 
 
 def input_digests(stage: Stage) -> dict[str, str]:
@@ -236,8 +251,11 @@ def _recorded_inputs(stage: Stage) -> dict[str, object]:
 
 
 def _output_sizes(folder: Path) -> dict[str, int]:
+    work = folder / WORK
     files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, MANIFEST)
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (MARKER, MANIFEST) and work not in path.parents
     )
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 

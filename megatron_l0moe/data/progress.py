@@ -24,7 +24,7 @@ class Progress:
             return
         self._last = now
         rate = self._done / (now - self._start)
-        if self._total is None:
+        if self._total is None or not self._done:
             self._logger.info("%s: %d (%.0f/s)", self._what, self._done, rate)
             return
         left = max(self._total - self._done, 0) / rate

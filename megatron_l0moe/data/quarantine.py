@@ -5,7 +5,9 @@ One bad line in a million must not cost a night, and a corpus in the wrong form 
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
@@ -27,6 +29,38 @@ class Quarantine:
         """Shards that cannot be read to their end, with the reason."""
         self._entries: list[str] = []
         self._first = ""
+
+    @classmethod
+    def merged(cls, parts: "Iterable[Quarantine]") -> "Quarantine":
+        """Return what several parts of a corpus hold together, in their order."""
+        whole = cls()
+        for part in parts:
+            whole.reasons.update(part.reasons)
+            whole.side_reasons.update(part.side_reasons)
+            whole.broken_shards |= part.broken_shards
+            whole._entries += part._entries[: MAX_ENTRIES - len(whole._entries)]
+            whole._first = whole._first or part._first
+        return whole
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Quarantine":
+        """Return the quarantine that ``record`` was made of."""
+        quarantine = cls()
+        quarantine.reasons.update(record["reasons"])
+        quarantine.side_reasons.update(record["side_reasons"])
+        quarantine.broken_shards |= record["broken_shards"]
+        quarantine._entries, quarantine._first = record["entries"], record["first"]
+        return quarantine
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as values that JSON has."""
+        return {
+            "reasons": dict(self.reasons),
+            "side_reasons": dict(self.side_reasons),
+            "broken_shards": self.broken_shards,
+            "entries": self._entries,
+            "first": self._first,
+        }
 
     def add(
         self, shard: str, line: int, reason: str, detail: str, content: bytes = b"", *, side: bool = False

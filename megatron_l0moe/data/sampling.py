@@ -3,20 +3,13 @@
 Shape letters: N = documents, Q = iterations, K = clusters, S = sequence length.
 """
 
-import logging
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.catalog import Catalog, read_documents
-from megatron_l0moe.data.indexed import CorpusTokenizer, write_shard
 from megatron_l0moe.errors import L0MoEError
-
-logger = logging.getLogger(__name__)
 
 OVERSAMPLING = 8.0
 """A subset holds at most this many times the tokens that are taken from it. Clusters are unequal and each must
@@ -26,6 +19,8 @@ TOKENISE_MARGIN = 1.1
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+WRITTEN = np.dtype([("id", "<i8"), ("shard", "<u4"), ("doc", "<u4"), ("length", "<i4")])
+"""A tokenised document: catalog number, shard of the iteration, number in that shard, tokens with EOD."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +39,6 @@ class Budget:
     def tokens(self) -> int:
         """Tokens of one cluster; the last label of the last sequence lies one token further."""
         return self.sequences * self.seq_length + 1
-
-
-@dataclass
-class ClusterDocuments:
-    """Tokenised documents of one cluster in random order, just enough for the budget; the last may be cut."""
-
-    ids: list[int] = field(default_factory=list)
-    """Catalog numbers."""
-    shard: list[int] = field(default_factory=list)
-    """Number of the shard within the iteration."""
-    doc: list[int] = field(default_factory=list)
-    """Number of the document within its shard."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens with EOD."""
 
 
 def draw_subsets(ids: Ids, tokens: Floats, needs: Sequence[int], *, seed: int) -> list[Ids]:
@@ -90,95 +71,94 @@ def draw_subsets(ids: Ids, tokens: Floats, needs: Sequence[int], *, seed: int) -
     return np.split(ids[order], cuts)[: len(needs)]
 
 
-def tokenise_iteration(
-    catalog: Catalog,
-    subset: Ids,
-    assignment: Ids,
-    estimate: Floats,
-    budget: Budget,
-    tokenizer: CorpusTokenizer,
-    folder: Path,
-    *,
-    num_clusters: int,
-) -> list[ClusterDocuments]:
-    """Fill every cluster's budget with documents of ``subset`` in its order, and write them to shards.
+class ClusterFiller:
+    """Fills every cluster's budget with documents of one iteration's subset, in its random order."""
 
-    Only documents that are needed are tokenised, each to at most the budget. Usually one pass over the corpus and
-    one shard are enough; a cluster whose documents were shorter than estimated gets another.
+    def __init__(
+        self, subset: Ids, assignment: Ids, estimate: Floats, budget: Budget, *, num_clusters: int
+    ) -> None:
+        """Begin with empty clusters.
 
-    Args:
-        catalog: of the corpus.
-        subset: document ids in random order, [N].
-        assignment: cluster of each, [N].
-        estimate: tokens of each, [N].
-        budget: of each cluster.
-        tokenizer: of the base model.
-        folder: where shard_00000.bin/.idx and so on are written.
-        num_clusters: K.
+        Args:
+            subset: document ids in random order, [N].
+            assignment: cluster of each, [N].
+            estimate: tokens of each, [N].
+            budget: of each cluster.
+            num_clusters: K.
+        """
+        self.budget = budget
+        self.clusters = [np.empty(0, dtype=WRITTEN) for _ in range(num_clusters)]
+        """Documents of each cluster in random order, [n] of ``WRITTEN``, just enough for the budget; a document may
+        be cut to it."""
+        members = [assignment == k for k in range(num_clusters)]
+        self._waiting = [(subset[m], estimate[m]) for m in members]
+        self._chosen = [np.empty(0, dtype=np.int64) for _ in range(num_clusters)]
 
-    Returns:
-        K entries.
+    def choose(self) -> Ids:
+        """Take as many further documents as the estimate says are needed; none if that is not possible."""
+        for k, (ids, estimate) in enumerate(self._waiting):
+            need = self.budget.tokens - self._total(k)
+            count = _reaching(estimate, need * TOKENISE_MARGIN) if need > 0 else 0
+            self._chosen[k] = ids[:count]
+            self._waiting[k] = ids[count:], estimate[count:]
+        return np.concatenate(self._chosen)
+
+    def add(self, written: npt.NDArray[np.void]) -> None:
+        """Put the documents that were chosen last into their clusters, until these are full.
+
+        Args:
+            written: all of them, [n] of ``WRITTEN``, by ascending id.
+        """
+        for k, ids in enumerate(self._chosen):
+            mine = written[np.searchsorted(written["id"], ids)]
+            assert np.array_equal(mine["id"], ids), "a document was not written"
+            count = _reaching(mine["length"], self.budget.tokens - self._total(k))
+            self.clusters[k] = np.concatenate([self.clusters[k], mine[:count]])
+
+    def check_filled(self) -> None:
+        """Check that every cluster has its budget; documents are never repeated.
+
+        Raises:
+            L0MoEError: a cluster has too little text.
+        """
+        totals = [self._total(k) for k in range(len(self.clusters))]
+        smallest = int(np.argmin(totals))
+        have, budget = totals[smallest], self.budget
+        if have >= budget.tokens:
+            return
+        possible = max(have - 1, 0) // budget.seq_length * budget.seq_length * budget.share
+        fix = f"lower {budget.setting} to at most {possible}" if possible else "use fewer model.num_experts"
+        raise L0MoEError(
+            f"Cluster {smallest} of iteration {budget.iteration} has {have} tokens in {len(self.clusters[smallest])} "
+            f"documents but needs {budget.tokens} ({budget.sequences} sequences of {budget.seq_length}), and documents "
+            f"are never repeated; {fix}, or add text to data.corpus."
+        )
+
+    def _total(self, cluster: int) -> int:
+        return int(self.clusters[cluster]["length"].sum(dtype=np.int64))
+
+
+Write = Callable[[Sequence[ClusterFiller], Sequence[Ids]], list[npt.NDArray[np.void]]]
+"""Tokenises the chosen documents of each filler; returns an array of ``WRITTEN`` for each, by ascending id."""
+
+
+def fill_clusters(fillers: Sequence[ClusterFiller], write: Write) -> None:
+    """Choose documents by the estimate, tokenise them, and go on where a cluster is still short.
+
+    Usually one round is enough. Only documents that are needed are tokenised.
 
     Raises:
-        L0MoEError: a cluster has too little text; documents are never repeated.
+        L0MoEError: a cluster has too little text.
     """
-    members = [assignment == k for k in range(num_clusters)]
-    waiting = [deque(zip(subset[m].tolist(), estimate[m].tolist(), strict=True)) for m in members]
-    clusters = [ClusterDocuments() for _ in range(num_clusters)]
-    for shard in range(len(subset) + 1):
-        chosen = {
-            k: _next_documents(waiting[k], budget.tokens - sum(cluster.lengths))
-            for k, cluster in enumerate(clusters)
-            if sum(cluster.lengths) < budget.tokens
-        }
-        if not any(chosen.values()):
-            break
-        ids = np.array([document for documents in chosen.values() for document in documents], dtype=np.int64)
-        texts = ((i, document.text, budget.tokens) for i, document in read_documents(catalog, ids))
-        stored, lengths = write_shard(folder / f"shard_{shard:05d}", texts, tokenizer, count=len(ids))
-        place = {document: (number, lengths[number]) for number, document in enumerate(stored)}
-        for k, documents in chosen.items():
-            _append(clusters[k], shard, [(i, *place[i]) for i in documents], budget.tokens)
-    _check_filled(clusters, budget)
-    return clusters
+    while any(map(len, chosen := [filler.choose() for filler in fillers])):
+        for filler, written in zip(fillers, write(fillers, chosen), strict=True):
+            filler.add(written)
+    for filler in fillers:
+        filler.check_filled()
 
 
-def _next_documents(waiting: deque[tuple[int, float]], tokens: int) -> list[int]:
-    """Take documents from the front of ``waiting`` until their estimate covers ``tokens`` with a margin."""
-    taken: list[int] = []
-    expected = 0.0
-    while waiting and expected < tokens * TOKENISE_MARGIN:
-        document, estimate = waiting.popleft()
-        taken.append(document)
-        expected += estimate
-    return taken
-
-
-def _append(
-    cluster: ClusterDocuments, shard: int, documents: Sequence[tuple[int, int, int]], need: int
-) -> None:
-    """Add (id, doc, length) entries until the cluster has ``need`` tokens."""
-    total = sum(cluster.lengths)
-    for document, number, length in documents:
-        if total >= need:
-            return
-        cluster.ids.append(document)
-        cluster.shard.append(shard)
-        cluster.doc.append(number)
-        cluster.lengths.append(length)
-        total += length
-
-
-def _check_filled(clusters: Sequence[ClusterDocuments], budget: Budget) -> None:
-    totals = [sum(cluster.lengths) for cluster in clusters]
-    smallest = int(np.argmin(totals))
-    have = totals[smallest]
-    if have >= budget.tokens:
-        return
-    possible = max(have - 1, 0) // budget.seq_length * budget.seq_length * budget.share
-    fix = f"lower {budget.setting} to at most {possible}" if possible else "use fewer model.num_experts"
-    raise L0MoEError(
-        f"Cluster {smallest} of iteration {budget.iteration} has {have} tokens in {len(clusters[smallest].ids)} "
-        f"documents but needs {budget.tokens} ({budget.sequences} sequences of {budget.seq_length}), and documents "
-        f"are never repeated; {fix}, or add text to data.corpus."
-    )
+def _reaching(amounts: npt.NDArray[np.generic], need: float) -> int:
+    """Return how many of the first amounts together reach ``need``; all, if they do not."""
+    if need <= 0:
+        return 0
+    return min(int(np.searchsorted(np.cumsum(amounts), need, side="left")) + 1, len(amounts))

@@ -150,8 +150,7 @@ def check_batches(prefix: Path, header: IndexHeader, samples: Records) -> None:
                 "again."
             )
         return
-    k, p = header.num_domains, header.sequences_per_domain
-    batch = k * p
+    k, p, batch = header.num_domains, header.sequences_per_domain, header.global_batch_size
     whole = np.repeat(np.arange(k), p)
     if len(samples) % batch or any(start % batch for start in header.iteration_start_samples):
         raise L0MoEError(

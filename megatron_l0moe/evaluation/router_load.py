@@ -74,3 +74,37 @@ def moe_routers(model: PreTrainedModel) -> dict[int, nn.Module]:
     if not routers:
         raise L0MoEError(f"{type(model).__name__} has no MoE layer with a router; give an exported L0-MoE.")
     return routers
+
+
+class DistinctExperts:
+    """Counts the different experts that each forward pass uses in each MoE layer, while it is open.
+
+    Args:
+        model: an L0-MoE.
+        ignore_passes: passes at the start that do not count, such as the prefill before decoding.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, ignore_passes: int = 0) -> None:
+        self._routers = moe_routers(model)
+        self._ignored = ignore_passes * len(self._routers)
+        self._counts: list[int] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self._handles = [router.register_forward_hook(self._count) for router in self._routers.values()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def mean(self) -> float:
+        """Return the mean over passes and layers."""
+        counted = self._counts[self._ignored :]
+        assert counted, "no pass was counted"
+        return sum(counted) / len(counted)
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        self._counts.append(int(output[2].unique().numel()))

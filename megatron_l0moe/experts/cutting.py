@@ -37,5 +37,5 @@ def fingerprint(fc1: torch.Tensor, fc2: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in (fc1, fc2):
         digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        digest.update(tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().data)
     return digest.hexdigest()[:FINGERPRINT_DIGITS]

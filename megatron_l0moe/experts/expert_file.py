@@ -11,12 +11,11 @@ Version 1, which always holds weights, is still read.
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_l0moe.conversion.safetensors_reader import SafetensorsFile
 from megatron_l0moe.errors import L0MoEError
 
 FORMAT = "l0moe-expert"
@@ -75,12 +74,12 @@ class ExpertFile:
         if not file.is_file():
             raise L0MoEError(f"Expert file {file} does not exist; run the stage `experts` first.")
         try:
-            self._handle: Any = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
+            self._tensors = SafetensorsFile(file)
+        except L0MoEError as error:
             raise L0MoEError(
-                f"{file} is truncated or not a safetensors file ({error}); extract the expert again."
+                f"{file} is truncated or not a safetensors file; extract the expert again."
             ) from error
-        metadata = self._handle.metadata() or {}
+        metadata = self._tensors.metadata
         if metadata.get("format") != FORMAT or metadata.get("version") not in READABLE:
             raise L0MoEError(
                 f"{file} is not an expert file of version {' or '.join(READABLE)}; extract the expert again."
@@ -101,14 +100,14 @@ class ExpertFile:
 
     def read(self, layer: int, part: str) -> torch.Tensor:
         """Read one part of a layer, of `UNITS` or, if the file has them, `WEIGHTS`; units are int64."""
-        tensor: torch.Tensor = self._handle.get_tensor(self._name(layer, part))
+        tensor = self._tensors.read(self._name(layer, part))
         return tensor.long() if part == "units" else tensor
 
     def _check(self) -> None:
         """Refuse a file that lacks a tensor, holds one too many, or holds units of another number."""
         parts = UNITS + (WEIGHTS if self.has_weights else ())
         expected = {self._name(layer, part) for layer in self.layers for part in parts}
-        found = set(self._handle.keys())
+        found = self._tensors.names
         if wrong := sorted(expected ^ found):
             how = "lacks" if wrong[0] in expected else "should not hold"
             raise L0MoEError(
@@ -123,7 +122,7 @@ class ExpertFile:
                 )
 
     def _shape(self, layer: int, part: str) -> list[int]:
-        return list(self._handle.get_slice(self._name(layer, part)).get_shape())
+        return list(self._tensors.shape(self._name(layer, part)))
 
     @staticmethod
     def _name(layer: int, part: str) -> str:

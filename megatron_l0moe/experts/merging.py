@@ -1,6 +1,7 @@
 """The stage `assemble`: a dense checkpoint and K expert files become a Megatron MoE checkpoint.
 
-K = experts, E = units of an expert, F = units of a dense layer, H = hidden. One layer in memory.
+K = experts, E = units of an expert, F = units of a dense layer, H = hidden. In memory is one expert of one layer,
+and where experts are lists of units the layer's dense MLP too.
 """
 
 import json
@@ -15,16 +16,19 @@ from typing import Literal
 import torch
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, write_piece
+from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
+from megatron_l0moe.conversion.convert import MEGATRON_FOLDER
 from megatron_l0moe.conversion.families import MoEShape, extra_states
 from megatron_l0moe.conversion.mapping import Piece
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, CheckpointWriter, common_state
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.moe_layouts import moe_arguments
+from megatron_l0moe.conversion.rules import Rename
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap
+from megatron_l0moe.runtime.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ def assemble(
         L0MoEError: K, widths, layers or hidden size do not fit each other, or units are of another dense model.
     """
     start = logged = time.monotonic()
+    keep_freed_memory()
     source = CheckpointReader(dense)
     architecture = _architecture(source)
     files = [ExpertFile(file) for file in experts]
@@ -83,7 +88,10 @@ def assemble(
         for name in sorted(source.model_names()):
             target = _target_name(name, moe.dense_layers)
             if target is not None:
-                writer.write(target, source.read(name))
+                for piece in Rename(megatron=target, hf=name, shape=source.shapes[name]).to_megatron(
+                    source.read
+                ):
+                    writer.write_piece(piece)
         for layer in files[0].layers:
             router = _router(files, layer, router_init, seed)
             writer.write(f"decoder.layers.{layer}.mlp.router.weight", router)
@@ -140,35 +148,40 @@ def _write_experts(
     writer: CheckpointWriter, files: Sequence[ExpertFile], layer: int, source: CheckpointReader
 ) -> None:
     prefix = f"decoder.layers.{layer}.mlp.experts.experts"
-    dense = None if files[0].has_weights else _dense_mlp(source, layer)
+    dense = None if files[0].has_weights else _DenseMLP(source, layer)
     for k, file in enumerate(files):
-        parts = {p: file.read(layer, p) for p in WEIGHTS} if dense is None else _cut(file, layer, *dense)
+        parts = {p: file.read(layer, p) for p in WEIGHTS} if dense is None else dense.cut(file)
         fc1 = torch.cat([parts["gate"], parts["up"]])  # [2E, H]
         for name, tensor in (("linear_fc1", fc1), ("linear_fc2", parts["down"])):
-            write_piece(writer, Piece(name=f"{prefix}.{name}.weight", tensor=tensor, row=k, rows=len(files)))
+            piece = Piece(name=f"{prefix}.{name}.weight", tensor=tensor[None], begin=k, rows=len(files))
+            writer.write_piece(piece)
 
 
-def _dense_mlp(source: CheckpointReader, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return fc1 [2F, H], gate then up, and fc2 [H, F] of a dense layer."""
-    fc1, fc2 = (source.read(f"decoder.layers.{layer}.mlp.linear_{name}.weight") for name in ("fc1", "fc2"))
-    return fc1, fc2
+class _DenseMLP:
+    """The MLP of one dense layer, out of which experts without weights of their own are cut."""
 
+    def __init__(self, source: CheckpointReader, layer: int) -> None:
+        self.layer = layer
+        prefix = f"decoder.layers.{layer}.mlp.linear_"
+        self._fc1 = source.read(f"{prefix}fc1.weight")  # [2F, H], gate then up
+        self._fc2 = source.read(f"{prefix}fc2.weight")  # [H, F]
+        self._fingerprint = fingerprint(self._fc1, self._fc2)
 
-def _cut(file: ExpertFile, layer: int, fc1: torch.Tensor, fc2: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Cut an expert's units out of the dense MLP that its run was made from."""
-    assert file.fingerprints is not None
-    units = file.read(layer, "units")
-    if fingerprint(fc1, fc2) != file.fingerprints[layer]:
-        raise L0MoEError(
-            f"{file.file} lists units of layer {layer} of another dense model than the checkpoint that is given; "
-            "assemble with the checkpoint that the expert runs began with."
-        )
-    if not bool((units.diff() > 0).all()) or int(units[0]) < 0 or int(units[-1]) >= fc2.shape[1]:
-        raise L0MoEError(
-            f"{file.file} lists units of layer {layer} that are not ascending numbers from 0 to {fc2.shape[1] - 1}; "
-            "extract the expert again."
-        )
-    return cut_units(fc1, fc2, units)
+    def cut(self, file: ExpertFile) -> dict[str, torch.Tensor]:
+        """Return the weights of an expert's units."""
+        assert file.fingerprints is not None
+        units, last = file.read(self.layer, "units"), self._fc2.shape[1] - 1
+        if self._fingerprint != file.fingerprints[self.layer]:
+            raise L0MoEError(
+                f"{file.file} lists units of layer {self.layer} of another dense model than the checkpoint that is "
+                "given; assemble with the checkpoint that the expert runs began with."
+            )
+        if not bool((units.diff() > 0).all()) or int(units[0]) < 0 or int(units[-1]) > last:
+            raise L0MoEError(
+                f"{file.file} lists units of layer {self.layer} that are not ascending numbers from 0 to {last}; "
+                "extract the expert again."
+            )
+        return cut_units(self._fc1, self._fc2, units)
 
 
 def _target_name(name: str, dense_layers: int) -> str | None:

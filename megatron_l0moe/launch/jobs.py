@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import Recipe
@@ -25,7 +26,6 @@ DECAY_SHARE = 0.10
 """Last share of the steps in which the learning rate falls to 0 along a cosine (WSD schedule)."""
 EXPERT_WARMUP_SHARE = 0.20
 MOE_WARMUP_SHARE = 0.06
-DISTRIBUTED_TIMEOUT_MINUTES = 60
 BALANCE_COEFFICIENT = 0.01
 """alpha of eq. 7."""
 Z_COEFFICIENT = 0.003
@@ -109,7 +109,7 @@ def expert_job(
         | _schedule(training.learning_rate, extent.steps, EXPERT_WARMUP_SHARE)
         | _optimizer()
         | _checkpoints(extent, run.stage_folder("convert") / "megatron")
-        | _parallel(extent.layout)
+        | layout_flags(extent.layout)
         | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", extent.folder)
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
         | {"l0-train-weights": "on" if training.train_weights else "off"}
@@ -129,7 +129,7 @@ def moe_job(
         | _schedule(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
         | _optimizer()
         | _checkpoints(extent, run.stage_folder("assemble") / "megatron")
-        | _parallel(extent.layout)
+        | layout_flags(extent.layout)
         | _experts(recipe, architecture)
         | _l0("moe", recipe, run.stage_folder("curate") / "moe", extent.folder)
         | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
@@ -247,39 +247,6 @@ def _checkpoints(extent: _Extent, start: Path) -> Flags:
         "pretrained-checkpoint": str(start),
         "save-interval": extent.save_interval,
     }
-
-
-def _parallel(layout: Layout) -> Flags:
-    flags: Flags = {
-        "tensor-model-parallel-size": layout.tensor,
-        "pipeline-model-parallel-size": layout.pipeline,
-        "distributed-timeout-minutes": DISTRIBUTED_TIMEOUT_MINUTES,
-    }
-    if layout.sequence:
-        flags["sequence-parallel"] = True
-    if layout.expert > 1:
-        flags["expert-model-parallel-size"] = layout.expert
-    if layout.expert_tensor is not None:
-        flags["expert-tensor-parallel-size"] = layout.expert_tensor
-    if layout.dispatcher:
-        flags["moe-token-dispatcher-type"] = layout.dispatcher
-    if layout.context > 1:
-        flags["context-parallel-size"] = layout.context
-    if layout.distributed_optimizer:
-        flags |= {"use-distributed-optimizer": True, "dist-ckpt-optim-fully-reshardable": True}
-    return flags | _pipeline(layout)
-
-
-def _pipeline(layout: Layout) -> Flags:
-    flags: Flags = {}
-    if layout.pipeline_layers:
-        stages = ["t" * layers for layers in layout.pipeline_layers]
-        flags["pipeline-model-parallel-layout"] = f"E{'|'.join(stages)}L"  # embedding, layers by stage, loss
-    elif layout.virtual_pipeline > 1:
-        flags["num-virtual-stages-per-pipeline-rank"] = layout.virtual_pipeline
-    if layout.virtual_pipeline > 1 and not layout.overlap_p2p:
-        flags["no-overlap-p2p-communication"] = True
-    return flags
 
 
 def _experts(recipe: Recipe, architecture: Architecture) -> Flags:

@@ -18,6 +18,7 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import (
     Stage,
     begin,
+    drop_work,
     finish,
     has_marker,
     input_digests,
@@ -83,15 +84,19 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
         for stage in wanted:
             if is_done(stage):
                 logger.info("%s is done.", stage.folder)
+                if spec.restart == "own":
+                    drop_work(stage)  # the command may have been killed before it came to that
                 continue
             _check_inputs(run, spec)
             input_digests(stage)
-            begin(stage, resumable=spec.resumable)
+            begin(stage, spec.restart)
             started = time.monotonic()
             numbers = work(stage)
             seconds = round(time.monotonic() - started, 3)
             process = {"seconds": seconds, "peak_process_bytes": peak_process_bytes()}
             finish(stage, stage_command(run, name), {**numbers, "process": process})
+            if spec.restart == "own":
+                drop_work(stage)
 
 
 def train_expert(run: Run, stage: Stage) -> None:

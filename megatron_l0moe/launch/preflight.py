@@ -1,11 +1,13 @@
 """Checks that need the model's config.json but no work: what is wrong is said before the first hour is spent."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation import benchmarks
 from megatron_l0moe.planning.layout_rules import JobSizes, Names, check_layout
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import SECTIONS, Recipe, Section, layout_names
@@ -25,6 +27,9 @@ def check(recipe: Recipe) -> Architecture:
             f"data.corpus: the folder {recipe.data.corpus} does not exist; give a folder of shards, relative "
             "to the folder that the command is run in, or a URL such as s3://bucket/folder."
         )
+    if recipe.evaluation.benchmarks is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            benchmarks.prepare(recipe.evaluation.benchmarks, Path(folder))
     return architecture
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_l0moe.data.manifest import Stage
+from megatron_l0moe.data.manifest import Restart, Stage
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe import Recipe, section_hash
 
@@ -23,11 +23,11 @@ class StageSpec:
     settings: tuple[str, ...]
     """Recipe keys that can change the result; `section` stands for all of its keys.
 
-    Left out on purpose: the parallel layout, the number of threads and how often a checkpoint is saved. They do
-    not change the result, so a run may go on in another layout.
+    Left out on purpose: the parallel layout, curate's executor, the number of threads and how often a checkpoint is
+    saved. They do not change the result, so a run may go on in another layout.
     """
-    resumable: bool = False
-    """An interrupted run goes on from its own checkpoints; other stages start again from nothing."""
+    restart: Restart = "clear"
+    """What an interrupted run of the stage goes on from."""
 
 
 CHAIN: tuple[StageSpec, ...] = (
@@ -49,6 +49,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.global_batch_size",
             "moe_training.sequences_per_domain",
         ),
+        restart="own",
     ),
     StageSpec(
         name="experts",
@@ -65,7 +66,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.train_weights",
             "expert_training.flags",
         ),
-        resumable=True,
+        restart="resume",
     ),
     StageSpec(
         name="assemble",
@@ -86,7 +87,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "moe_training.router_learning_rate",
             "moe_training.flags",
         ),
-        resumable=True,
+        restart="resume",
     ),
     StageSpec(
         name="export",
@@ -96,7 +97,7 @@ CHAIN: tuple[StageSpec, ...] = (
     ),
     StageSpec(
         name="evaluate",
-        does="measure perplexity by domain and speed, dense against L0-MoE",
+        does="measure perplexity by domain, speed and benchmarks, dense against L0-MoE",
         inputs=("curate", "assemble", "moe", "export"),
         settings=("seed", "model", "evaluation"),
     ),
@@ -195,4 +196,4 @@ def _setting(recipe: Recipe, path: str) -> Any:
     value: Any = recipe
     for part in path.split("."):
         value = getattr(value, part)
-    return value.model_dump() if isinstance(value, BaseModel) else value
+    return value.model_dump(exclude={"executor"}) if isinstance(value, BaseModel) else value

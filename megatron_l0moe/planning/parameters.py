@@ -55,7 +55,11 @@ class ParameterCounts:
 
     def read(self, batch: int) -> float:
         """Expected weights read by one decode step of `batch` tokens that are routed uniformly and independently."""
-        return self.lm_head + self._shared_body + self._one_expert * self.distinct_experts(batch)
+        return self.read_with(self.distinct_experts(batch))
+
+    def read_with(self, distinct_experts: float) -> float:
+        """Weights read by a pass that uses this many distinct experts in each MoE layer (mean over the layers)."""
+        return self.lm_head + self._shared_body + self._one_expert * distinct_experts
 
     def distinct_experts(self, batch: int) -> float:
         """Expected number of distinct experts that `batch` tokens use in one MoE layer, K (1 - (1 - k/K)^B)."""
@@ -83,6 +87,16 @@ class SpeedBounds:
     """Ratio of active weights = ratio of weights read for one token."""
     decode_b8: float
     """Ratio of weights read for eight tokens, expected number of distinct experts under uniform routing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassBounds:
+    """The same for one forward pass over any number of tokens, as `l0moe bench` times them."""
+
+    active: float
+    """Ratio of multiplications: what compute alone allows."""
+    bytes_read: float
+    """Ratio of weights read once, with the expected distinct experts under uniform routing: what memory allows."""
 
 
 def count_parameters(config: Mapping[str, Any]) -> ParameterCounts:
@@ -149,6 +163,26 @@ def speed_bounds(dense: ParameterCounts, moe: ParameterCounts, *, batch: int = 8
     """Return the speed-ups that the counts allow (> 1: the L0-MoE is faster); `batch` is that of batched decode."""
     active = dense.active / moe.active
     return SpeedBounds(prefill=active, decode_b1=active, decode_b8=dense.read(batch) / moe.read(batch))
+
+
+def pass_bounds(
+    dense: ParameterCounts,
+    moe: ParameterCounts,
+    *,
+    tokens: int,
+    logits: int,
+    distinct_experts: float | None = None,
+) -> PassBounds:
+    """Return the bounds of one pass; attention scores and KV cache, equal on both sides, are ignored.
+
+    Args:
+        tokens: that go through the body together: the batch of a decode step, all tokens of a prefill.
+        logits: positions whose logits are computed.
+        distinct_experts: of one MoE layer, where it was measured; None: expected under uniform routing.
+    """
+    work = [logits * counts.lm_head + tokens * (counts.active - counts.lm_head) for counts in (dense, moe)]
+    read = moe.read(tokens) if distinct_experts is None else moe.read_with(distinct_experts)
+    return PassBounds(active=work[0] / work[1], bytes_read=dense.read(tokens) / read)
 
 
 def _attention(config: Mapping[str, Any], hidden: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_l0moe.planning.flops import forward_flops
 from megatron_l0moe.planning.hardware import Gpu
-from megatron_l0moe.planning.parameters import speed_bounds
+from megatron_l0moe.planning.parameters import pass_bounds
 from megatron_l0moe.planning.stage_model import StageModel
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -49,7 +49,7 @@ def prefill_speed(dense: StageModel, moe: StageModel, tokens: int) -> PrefillSpe
     """Return the bounds of a prefill."""
     return PrefillSpeed(
         tokens=tokens,
-        active=speed_bounds(dense.counts, moe.counts).prefill,
+        active=pass_bounds(dense.counts, moe.counts, tokens=tokens, logits=tokens).active,
         flops=forward_flops(dense, tokens) / forward_flops(moe, tokens),
     )
 
@@ -58,13 +58,13 @@ def decode_speeds(dense: StageModel, moe: StageModel, gpu: Gpu, context: int) ->
     """Return the speeds of decode steps after `context` tokens, for each batch size."""
     found = []
     for batch in BATCHES:
-        bounds = speed_bounds(dense.counts, moe.counts, batch=batch)
+        bounds = pass_bounds(dense.counts, moe.counts, tokens=batch, logits=batch)
         times = [_decode_seconds(model, gpu, batch, context) for model in (dense, moe)]
         found.append(
             DecodeSpeed(
                 batch=batch,
-                active=bounds.prefill,
-                bytes_read=bounds.decode_b8,  # at this batch
+                active=bounds.active,
+                bytes_read=bounds.bytes_read,
                 roofline=times[0] / times[1],
                 dense_tokens_per_second=batch / times[0],
                 moe_tokens_per_second=batch / times[1],

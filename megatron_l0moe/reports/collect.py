@@ -40,6 +40,8 @@ class RunFiles:
     speed: Json
     router_load: Json
     parity: Json
+    benchmarks: Json
+    """Empty where the recipe asks for none."""
     manifests: dict[str, Json]
     """By folder inside the run, e.g. `moe` or `experts/003`."""
 
@@ -73,6 +75,11 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         speed=read_json(run / "evaluate" / "speed.json", "evaluate"),
         router_load=read_json(run / "evaluate" / "router_load.json", "evaluate"),
         parity=read_json(run / "evaluate" / "parity.json", "evaluate"),
+        benchmarks=(
+            read_json(run / "evaluate" / "benchmarks.json", "evaluate")
+            if recipe.evaluation.benchmarks
+            else {}
+        ),
         manifests=manifests,
     )
 

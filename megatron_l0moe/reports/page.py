@@ -32,6 +32,7 @@ FORMS = {
     "loss": ".3f",
     "one": ",.1f",
     "sci": ".1e",
+    "score": ".3f",
 }
 WORSE = 1.05
 """From this perplexity ratio on the page says in plain words that the quality is poor."""

@@ -33,6 +33,7 @@ def build_summary(files: RunFiles) -> Json:
         "recipe": files.recipe.model_dump(),
         "perplexity": files.perplexity | {"ratio": _perplexity_ratio(files.perplexity)},
         "speed": files.speed,
+        "benchmarks": files.benchmarks,
         "parameters": _parameters(files),
         "experts": _experts(files),
         "parity": _parity(files.parity),

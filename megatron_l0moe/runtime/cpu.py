@@ -201,29 +201,6 @@ def _all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_gather
 
 
-def _reduce_scatter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Sum and scatter parts of different lengths, which gloo refuses, by an all-reduce (mappings.py:197)."""
-
-    @functools.wraps(original)
-    def reduce_scatter(
-        output: Any,
-        input_list: Any,
-        op: Any = torch.distributed.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if len({part.shape for part in input_list}) == 1:
-            return original(output, input_list, op, group, async_op)
-        assert not async_op, "Megatron waits for uneven parts"
-        total = torch.cat(list(input_list))
-        torch.distributed.all_reduce(total, op, group)
-        rank = torch.distributed.get_rank(group)
-        output.copy_(total.split([part.shape[0] for part in input_list])[rank])
-        return None
-
-    return reduce_scatter
-
-
 def _init_process_group(original: Callable[..., Any]) -> Callable[..., Any]:
     """Drop `device_id`, which training/initialize.py passes as a CUDA device and gloo refuses."""
 
@@ -260,7 +237,6 @@ def install() -> bool:
     distributed = torch.distributed
     _replace(distributed, "all_to_all_single", _all_to_all_single(distributed.all_to_all_single))
     _replace(distributed, "all_gather", _all_gather(distributed.all_gather))
-    _replace(distributed, "reduce_scatter", _reduce_scatter(distributed.reduce_scatter))
     _replace(distributed, "init_process_group", _init_process_group(distributed.init_process_group))
     mode = _CudaToCpu()
     mode.__enter__()

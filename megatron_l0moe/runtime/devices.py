@@ -1,6 +1,7 @@
 """The GPUs that this machine offers, asked without torch, whose import takes seconds."""
 
 import os
+from collections.abc import Callable
 
 
 def visible_gpus() -> int:
@@ -35,3 +36,33 @@ def _visible_names() -> list[str]:
     if "-1" in names:
         names = names[: names.index("-1")]  # CUDA stops at the first name that is not a device
     return [name for name in names if name][:count]
+
+
+def energy_meter() -> Callable[[], float] | None:
+    """Return a function that reads the energy the first visible GPU has used, in joules since its driver was loaded.
+
+    None without a GPU, or where the GPU does not tell (before Volta). Not run on a GPU.
+    """
+    names = _visible_names()
+    if not names:
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    by_number = names[0].isdigit()
+    handle = (
+        pynvml.nvmlDeviceGetHandleByIndex(int(names[0]))
+        if by_number
+        else pynvml.nvmlDeviceGetHandleByUUID(names[0])
+    )
+
+    def joules() -> float:
+        return (
+            float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+        )  # the driver counts millijoules
+
+    try:
+        joules()
+    except pynvml.NVMLError:
+        return None
+    return joules

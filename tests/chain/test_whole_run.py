@@ -138,7 +138,7 @@ def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path,
         for layer in range(toy.DENSE, toy.LAYERS):
             units = expert.read(layer, "units")
             fc1 = dense.read(f"decoder.layers.{layer}.mlp.linear_fc1.weight")
-            got = moe.read(f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight", k)
+            got = moe.read(f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight", k, k + 1)[0]
             assert torch.equal(got, torch.cat([fc1[units], fc1[toy.FFN + units]]))
         rows = [json.loads(row) for row in (file.parent / "metrics.jsonl").read_text().splitlines()]
         assert len(rows) == 10

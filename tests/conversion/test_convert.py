@@ -9,6 +9,7 @@ from conversion.reference import forward
 from conversion.toy_checkpoints import MODELS, VOCAB, save_model, sizes_of, state_of
 from transformers import AutoModelForCausalLM
 
+from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
 from megatron_l0moe.conversion.convert import convert_any, convert_dense
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
@@ -197,8 +198,6 @@ def test_an_existing_checkpoint_is_not_written_over(tmp_path):
 
 
 def test_padding_of_the_vocabulary_is_dropped(tmp_path):
-    from megatron_l0moe.conversion.megatron_checkpoint import CheckpointWriter
-
     source = save_model(tmp_path / "hf")
     convert_dense(source, tmp_path / "converted")
     reader = CheckpointReader(tmp_path / "converted/megatron")

@@ -10,8 +10,8 @@ from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeForCausalLM
 
 from megatron_l0moe.conversion.export import export_dense, export_moe
-from megatron_l0moe.conversion.mapping import interleaved_rows
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.conversion.rules import interleaved_rows
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile

@@ -3,6 +3,7 @@
 docs/convert.md holds the result as tables; after a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.conversion.mapping import QKV, Experts, GatedMLP
+from megatron_l0moe.conversion.mapping import Piece
+from megatron_l0moe.conversion.rules import QKV, Experts, GatedMLP
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 
 pytestmark = pytest.mark.slow
@@ -60,9 +62,9 @@ def same_files(one: Path, two: Path) -> bool:
 def swapped(rule, read):
     """Up under the name of gate, and the other way round."""
     names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-    for name, tensor in ORIGINAL[type(rule)](rule, read):
-        part = name.split(".")[-2]
-        yield name.replace(part, names.get(part, part)), tensor
+    for piece in ORIGINAL[type(rule)](rule, read):
+        part = piece.name.split(".")[-2]
+        yield dataclasses.replace(piece, name=piece.name.replace(part, names.get(part, part)))
 
 
 def concatenated(rule, read):
@@ -70,7 +72,7 @@ def concatenated(rule, read):
     rows = [rule.heads * rule.head_dim, rule.groups * rule.head_dim, rule.groups * rule.head_dim]
     parts = read(f"{rule.megatron}.{rule.suffix}").split(rows)
     for n, part in zip("qkv", parts, strict=True):
-        yield f"{rule.hf}.{n}_proj.{rule.suffix}", part
+        yield Piece(name=f"{rule.hf}.{n}_proj.{rule.suffix}", tensor=part, begin=0, rows=len(part))
 
 
 ORIGINAL = {rule: rule.to_hf for rule in (GatedMLP, Experts, QKV)}

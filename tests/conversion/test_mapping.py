@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from megatron_l0moe.conversion.mapping import (
+from megatron_l0moe.conversion import mapping
+from megatron_l0moe.conversion.mapping import blocks, check_names, check_shape, hf_shapes
+from megatron_l0moe.conversion.rules import (
     QKV,
     Experts,
     GatedMLP,
     Rename,
     Zeros,
-    check_names,
-    check_shape,
     half_split_rows,
-    hf_shapes,
     interleaved_rows,
 )
 from megatron_l0moe.errors import L0MoEError
@@ -27,21 +26,25 @@ def random_state(rule, seed=0):
 
 def megatron_state(rule, state):
     """Run a rule towards Megatron and put its pieces together."""
+    return joined(rule.to_megatron(reader(state)))
+
+
+def joined(pieces):
     merged = {}
-    for piece in rule.to_megatron(state.__getitem__):
-        if piece.row is None:
-            merged[piece.name] = piece.tensor
-        else:
-            rows = merged.setdefault(piece.name, torch.full((piece.rows, *piece.tensor.shape), torch.nan))
-            rows[piece.row] = piece.tensor
+    for piece in pieces:
+        rows = merged.setdefault(piece.name, torch.full(piece.shape, torch.nan))
+        part = rows[piece.begin : piece.begin + len(piece.tensor)]
+        assert part.isnan().all(), "written twice"
+        part.copy_(piece.tensor)
     return merged
 
 
-def hf_state(rule, merged):
-    def read(name, row=None):
-        return merged[name] if row is None else merged[name][row]
+def reader(state):
+    return lambda name, begin=0, end=None: state[name][begin:end]
 
-    return dict(rule.to_hf(read))
+
+def hf_state(rule, merged):
+    return joined(rule.to_hf(reader(merged)))
 
 
 def qkv(**changes):
@@ -61,14 +64,27 @@ RULES = {
 }
 
 
+@pytest.mark.parametrize("block", [1, 7, 2**22])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_there_and_back_gives_the_same_bits_and_the_announced_shapes(rule):
+def test_there_and_back_gives_the_same_bits_and_the_announced_shapes(rule, block, monkeypatch):
+    monkeypatch.setattr(mapping, "BLOCK_VALUES", block)
     state = random_state(rule)
     merged = megatron_state(rule, state)
     assert {name: tuple(tensor.shape) for name, tensor in merged.items()} == rule.megatron_shapes()
+    monkeypatch.setattr(mapping, "BLOCK_VALUES", 2**22)
+    whole = megatron_state(rule, state)
+    assert all(torch.equal(merged[name], whole[name]) for name in whole)
+    monkeypatch.setattr(mapping, "BLOCK_VALUES", block)
     back = hf_state(rule, merged)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_blocks_by_hand(monkeypatch):
+    monkeypatch.setattr(mapping, "BLOCK_VALUES", 10)
+    assert list(blocks((5, 4))) == [(0, 2), (2, 4), (4, 5)]
+    assert list(blocks((3,))) == [(0, 3)]
+    assert list(blocks((2, 99))) == [(0, 1), (1, 2)]  # a row is never cut
 
 
 def naive_qkv(q, k, v, heads, groups, head_dim):
@@ -165,12 +181,12 @@ def test_experts_equal_the_naive_loop():
 
 def test_zeros_are_written_in_float32_and_checked_on_import():
     rule = Zeros(hf="bias", shape=(1, 3))
-    (written,) = rule.to_hf(lambda name, row=None: None)
-    assert written[1].dtype is torch.float32
-    assert not written[1].any()
-    assert list(rule.to_megatron({"bias": torch.zeros(1, 3)}.__getitem__)) == []
+    (written,) = rule.to_hf(reader({}))
+    assert written.tensor.dtype is torch.float32
+    assert not written.tensor.any()
+    assert list(rule.to_megatron(reader({"bias": torch.zeros(1, 3)}))) == []
     with pytest.raises(L0MoEError, match="bias must be all zeros"):
-        rule.to_megatron({"bias": torch.ones(1, 3)}.__getitem__)
+        rule.to_megatron(reader({"bias": torch.ones(1, 3)}))
 
 
 def test_unknown_and_missing_names_stop_with_the_name():

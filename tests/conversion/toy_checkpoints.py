@@ -15,7 +15,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, CheckpointWriter
+from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, VOCAB = 3, 32, 48, 4, 2, 16, 64
 LLAMA3 = {

@@ -70,7 +70,9 @@ def checksums(folder: Path) -> dict[str, str]:
     return {
         p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "summary.json"  # holds seconds
+        if p.is_file()
+        and p.name != "summary.json"
+        and folder / "work" not in p.parents  # the first holds seconds
     }
 
 

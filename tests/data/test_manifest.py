@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from megatron_l0moe.data import manifest
-from megatron_l0moe.data.manifest import Stage, begin, clear, finish, is_done, sha256_file, write_json
+from megatron_l0moe.data.manifest import (
+    WORK,
+    Stage,
+    begin,
+    clear,
+    drop_work,
+    finish,
+    is_done,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -17,7 +28,7 @@ def stage(tmp_path: Path) -> Stage:
 
 
 def made(stage: Stage) -> Stage:
-    begin(stage, resumable=False)
+    begin(stage, "clear")
     (stage.folder / "out.bin").write_bytes(b"12345")
     finish(stage, ["l0moe", "curate"], {"tokens": 5})
     return stage
@@ -72,7 +83,7 @@ def test_half_written_folder_is_cleared(stage: Stage, tmp_path: Path) -> None:
     (stage.folder / "sub").mkdir(parents=True)
     (stage.folder / "sub" / "half").touch()
     (stage.folder / "link").symlink_to(elsewhere)
-    begin(stage, resumable=False)
+    begin(stage, "clear")
     assert list(stage.folder.iterdir()) == []
     assert (elsewhere / "keep").exists()
 
@@ -84,25 +95,39 @@ def test_finished_folder_is_never_cleared(stage: Stage) -> None:
     assert (stage.folder / "out.bin").exists()
 
 
+def test_work_of_a_stage_is_kept_until_it_is_done_and_never_listed(stage: Stage) -> None:
+    begin(stage, "own")
+    (stage.folder / WORK / "scan").mkdir(parents=True)
+    (stage.folder / WORK / "scan" / "00000.npy").touch()
+    (stage.folder / "workers.txt").touch()
+    begin(stage, "own")
+    finish(stage, [], {})
+    assert read_manifest(stage.folder)["outputs"] == {"workers.txt": 0}
+    assert (stage.folder / WORK / "scan" / "00000.npy").exists()
+    drop_work(stage)
+    assert not (stage.folder / WORK).exists()
+    drop_work(stage)
+
+
 def test_resumable_folder_is_kept(stage: Stage) -> None:
-    begin(stage, resumable=True)
+    begin(stage, "resume")
     (stage.folder / "checkpoints").mkdir()
-    begin(stage, resumable=True)
+    begin(stage, "resume")
     assert (stage.folder / "checkpoints").is_dir()
 
 
 def test_resumable_folder_of_other_settings_is_refused(stage: Stage) -> None:
-    begin(stage, resumable=True)
+    begin(stage, "resume")
     (stage.folder / "checkpoints").mkdir()
     with pytest.raises(L0MoEError, match="holds unfinished work that was started with other settings"):
-        begin(Stage(name="curate", folder=stage.folder, config_hash="bbbb"), resumable=True)
+        begin(Stage(name="curate", folder=stage.folder, config_hash="bbbb"), "resume")
     assert (stage.folder / "checkpoints").is_dir()
 
 
 def test_resumable_folder_without_its_note_is_refused_and_kept(stage: Stage) -> None:
     (stage.folder / "checkpoints").mkdir(parents=True)
     with pytest.raises(L0MoEError, match="did not start, such as a training run by hand"):
-        begin(stage, resumable=True)
+        begin(stage, "resume")
     assert (stage.folder / "checkpoints").exists()
 
 

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_l0moe.data.catalog import Catalog, scan_corpus
-from megatron_l0moe.data.indexed import CorpusTokenizer
-from megatron_l0moe.data.sampling import OVERSAMPLING, Budget, draw_subsets, tokenise_iteration
+from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
+from megatron_l0moe.data.sampling import (
+    OVERSAMPLING,
+    WRITTEN,
+    Budget,
+    ClusterFiller,
+    draw_subsets,
+    fill_clusters,
+)
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -51,10 +58,24 @@ def catalog(tmp_path: Path, write_lines) -> Catalog:
 
 def fill(catalog: Catalog, tiny_lm: Path, folder: Path, budget: Budget, estimate: float) -> list:
     subset = np.random.default_rng(1).permutation(40)
-    return tokenise_iteration(
-        catalog, subset, subset % 2, np.full(40, estimate), budget,
-        CorpusTokenizer.load(tiny_lm), folder, num_clusters=2,
-    )  # fmt: skip
+    filler = ClusterFiller(subset, subset % 2, np.full(40, estimate), budget, num_clusters=2)
+    fill_clusters([filler], writer(catalog, tiny_lm, folder))
+    return filler.clusters
+
+
+def writer(catalog: Catalog, tiny_lm: Path, folder: Path):
+    """Tokenise the documents of the one filler in this process, a shard for each round."""
+    tokenizer = CorpusTokenizer.load(tiny_lm)
+    folder.mkdir()
+
+    def write(fillers, chosen):
+        shard = len(list(folder.glob("*.bin")))
+        ids = chosen[0]
+        texts = ((i, d.text, fillers[0].budget.tokens) for i, d in read_documents(catalog, ids))
+        written = write_documents(folder / f"shard_{shard:05d}", texts, tokenizer, lambda count: None)
+        return [np.array([(i, shard, n, length) for n, (i, length) in enumerate(written)], dtype=WRITTEN)]
+
+    return write
 
 
 @pytest.mark.parametrize("estimate", [10.0, 60.0], ids=["pessimistic", "optimistic"])
@@ -66,29 +87,24 @@ def test_budget_is_filled_whatever_the_estimate(catalog, tiny_lm, tmp_path, esti
     assert (len(shards) > 1) == (estimate == 60.0)
     order = [int(i) for i in np.random.default_rng(1).permutation(40)]
     for k, cluster in enumerate(clusters):
-        assert sum(cluster.lengths) >= 121 > sum(cluster.lengths[:-1])
-        assert (
-            cluster.ids == [i for i in order if i % 2 == k][: len(cluster.ids)]
-        )  # leading documents, in random order
+        assert sum(cluster["length"]) >= 121 > sum(cluster["length"][:-1])
+        # leading documents, in random order
+        assert cluster["id"].tolist() == [i for i in order if i % 2 == k][: len(cluster)]
         tokenizer = CorpusTokenizer.load(tiny_lm)
-        for i, shard, doc, length in zip(
-            cluster.ids, cluster.shard, cluster.doc, cluster.lengths, strict=True
-        ):
+        for i, shard, doc, length in cluster.tolist():
             text = f"document {i} " + "abc " * (i % 7 + 1)
             assert shards[shard][doc].tolist() == tokenizer.encode([text], [999])[0].tolist()
             assert length == len(shards[shard][doc])
-    assert not set(clusters[0].ids) & set(clusters[1].ids)
+    assert not set(clusters[0]["id"]) & set(clusters[1]["id"])
 
 
 def test_a_long_document_is_used_up_to_the_budget(tiny_lm, tmp_path, write_lines) -> None:
     write_lines(tmp_path / "corpus" / "a.jsonl", [{"text": "abc " * 100_000}, {"text": "b " * 50}])
     budget = Budget(iteration=0, sequences=3, seq_length=10, setting="data.tokens_per_expert", share=1)
-    (cluster,) = tokenise_iteration(
-        scan_corpus(tmp_path / "corpus"), np.array([0, 1]), np.array([0, 0]), np.array([1e5, 50.0]), budget,
-        CorpusTokenizer.load(tiny_lm), tmp_path / "out", num_clusters=1,
-    )  # fmt: skip
-    assert cluster.ids == [0]
-    assert cluster.lengths == [31 + 1]  # 3 * 10 + 1 tokens and EOD
+    filler = ClusterFiller(np.array([0, 1]), np.array([0, 0]), np.array([1e5, 50.0]), budget, num_clusters=1)
+    fill_clusters([filler], writer(scan_corpus(tmp_path / "corpus"), tiny_lm, tmp_path / "out"))
+    assert filler.clusters[0]["id"].tolist() == [0]
+    assert filler.clusters[0]["length"].tolist() == [31 + 1]  # 3 * 10 + 1 tokens and EOD
 
 
 @pytest.mark.parametrize(

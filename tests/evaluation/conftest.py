@@ -1,11 +1,14 @@
 """Tiny random models and held-out text."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 VOCAB, LENGTH = 64, 17
 SIZES = {

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation import speed
+from megatron_l0moe.evaluation import timing
 from megatron_l0moe.evaluation.evaluate import checkpoint_counts
 from megatron_l0moe.evaluation.hardware import cpu_model, describe_machine, memory_gib
 from megatron_l0moe.evaluation.heldout import HeldoutSequence
 from megatron_l0moe.evaluation.models import load_model
-from megatron_l0moe.evaluation.speed import Mode, Spread, measure_speed, time_pairs, windows
+from megatron_l0moe.evaluation.speed import measure_speed, timings
+from megatron_l0moe.evaluation.timing import Mode, Sample, Spread, TransformersRunner, time_pairs, windows
 
 TEXT = list(range(400))
 
@@ -66,14 +67,15 @@ class Recorder:
 @pytest.fixture
 def recorded(monkeypatch):
     log, clock = [], [0.0]
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     return Recorder("dense", log, clock, 3.0), Recorder("moe", log, clock, 2.0), log
 
 
 def test_pairs_alternate_on_the_same_text(recorded):
     dense, moe, log = recorded
-    pairs = time_pairs(dense, moe, TEXT, Mode(name="prefill", batch=1, tokens=4, prompt=0), 3)
-    assert pairs == [(3.0, 2.0)] * 3
+    mode = Mode(name="prefill", batch=1, tokens=4, prompt=0)
+    pairs = time_pairs(TransformersRunner(dense), TransformersRunner(moe), TEXT, mode, 3)
+    assert pairs == [(Sample(seconds=3.0), Sample(seconds=2.0))] * 3
     assert [name for name, _ in log] == ["moe", "dense", "dense", "moe", "moe", "dense", "dense", "moe"]
     for first, second in zip(log[::2], log[1::2], strict=True):
         assert first[1] == second[1]
@@ -82,12 +84,13 @@ def test_pairs_alternate_on_the_same_text(recorded):
 
 def test_decode_times_the_steps_only(recorded):
     dense, moe, log = recorded
-    pairs = time_pairs(dense, moe, TEXT, Mode(name="decode_b8", batch=8, tokens=5, prompt=32), 1)
-    assert pairs == [(15.0, 10.0)]  # 5 steps each; the prompt is not timed
+    mode = Mode(name="decode_b8", batch=8, tokens=5, prompt=32)
+    pairs = time_pairs(TransformersRunner(dense), TransformersRunner(moe), TEXT, mode, 1)
+    assert pairs == [(Sample(seconds=15.0), Sample(seconds=10.0))]  # 5 steps each; the prompt is not timed
     calls = [tokens for name, tokens in log[-6:]]
     assert len(calls[0][0]) == 32
     rows = [prompt + [step[row][0] for step in calls[1:]] for row, prompt in enumerate(calls[0])]
-    assert rows == windows(TEXT, Mode(name="decode_b8", batch=8, tokens=5, prompt=32), 0, 1)
+    assert rows == windows(TEXT, mode, 0, 1)
 
 
 def test_windows_differ_between_rows_and_pairs():
@@ -107,7 +110,19 @@ def test_too_little_text():
 def test_spread_by_hand():
     spread = Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (spread.median, spread.min, spread.max, spread.iqr) == (3.0, 1.0, 5.0, 2.0)
-    assert Spread.of([2.5]) == Spread(median=2.5, min=2.5, max=2.5, iqr=0.0)
+    assert (spread.q1, spread.q3) == (2.0, 4.0)
+    assert Spread.of([2.5]) == Spread(median=2.5, min=2.5, max=2.5, q1=2.5, q3=2.5)
+
+
+def test_energy_is_of_the_timed_part_and_per_token(recorded):
+    dense, _, log = recorded
+    mode = Mode(name="decode_b8", batch=8, tokens=5, prompt=32)
+    runner = TransformersRunner(dense, energy=lambda: 4.0 * len(log))  # 4 joules a call of the model
+    sample = runner(windows(TEXT, mode, 0, 1), mode)
+    assert sample == Sample(seconds=15.0, joules=20.0)
+    result = timings(mode, [(sample, Sample(seconds=10.0))])
+    assert result["dense"]["joules_per_token"]["median"] == pytest.approx(20 / 40)
+    assert "joules_per_token" not in result["l0moe"]
 
 
 def test_hardware(tmp_path):

@@ -78,10 +78,10 @@ def test_every_tensor_comes_from_where_it_should(made, tmp_path):
         norm = dense.read(f"{prefix}mlp.linear_fc1.layer_norm_weight")
         assert torch.equal(moe.read(f"{prefix}pre_mlp_layernorm.weight"), norm)
         for k, file in enumerate(map(ExpertFile, expert_paths(made))):
-            fc1 = moe.read(f"{prefix}mlp.experts.experts.linear_fc1.weight", k)
+            fc1 = moe.read(f"{prefix}mlp.experts.experts.linear_fc1.weight", k, k + 1)[0]
             assert torch.equal(fc1[:WIDTH], file.read(layer, "gate"))
             assert torch.equal(fc1[WIDTH:], file.read(layer, "up"))
-            fc2 = moe.read(f"{prefix}mlp.experts.experts.linear_fc2.weight", k)
+            fc2 = moe.read(f"{prefix}mlp.experts.experts.linear_fc2.weight", k, k + 1)[0]
             assert torch.equal(fc2, file.read(layer, "down"))
     assert moe.settings["stage"] == "moe"
     arguments = moe.common["args"]
@@ -183,7 +183,7 @@ def test_merging_unit_lists_equals_merging_untrained_weights_bit_for_bit(made, d
         assert torch.equal(one, other), name
     units = ExpertFile(tmp_path / "off1.safetensors").read(2, "units")
     fc1 = CheckpointReader(dense).read("decoder.layers.2.mlp.linear_fc1.weight")
-    got = lists.read("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", 1)
+    got = lists.read("decoder.layers.2.mlp.experts.experts.linear_fc1.weight", 1, 2)[0]
     assert torch.equal(got, torch.cat([fc1[units], fc1[FFN + units]]))
 
 

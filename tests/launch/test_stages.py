@@ -40,6 +40,7 @@ def invalidated(tmp_path: Path, **changes: Any) -> set[str]:
         # Not settings of the result: where and how fast it is computed.
         ({"moe_training__parallel": {"processes": 2, "expert": 2, "threads": 3}}, set()),
         ({"expert_training__save_interval": 7, "moe_training__save_interval": 7}, set()),
+        ({"data__executor": {"kind": "ray", "workers": 4, "tasks": 9}}, set()),
     ],
 )
 def test_what_a_change_invalidates(tmp_path: Path, changes: dict[str, Any], stages_after: set[str]) -> None:

@@ -1,5 +1,7 @@
 """Parameter counts against real (tiny) transformers models, the paper's sizes, and bounds worked by hand."""
 
+import random
+
 import pytest
 from transformers import (
     AutoModelForCausalLM,
@@ -11,7 +13,7 @@ from transformers import (
 )
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.parameters import count_parameters, l0moe_counts, speed_bounds
+from megatron_l0moe.planning.parameters import count_parameters, l0moe_counts, pass_bounds, speed_bounds
 
 TINY = {
     "vocab_size": 96,
@@ -127,6 +129,37 @@ def test_batch_one_reads_the_active_weights():
     dense = count_parameters(LLAMA3_8B)
     moe = l0moe_counts(LLAMA3_8B, dense_layers=8, num_experts=64, expert_ffn=1024, top_k=2)
     assert speed_bounds(dense, moe, batch=1).decode_b8 == pytest.approx(dense.active / moe.active)
+
+
+def test_bounds_of_one_pass():
+    dense = count_parameters(LLAMA3_8B)
+    moe = l0moe_counts(LLAMA3_8B, dense_layers=8, num_experts=64, expert_ffn=1024, top_k=2)
+    one = pass_bounds(dense, moe, tokens=1, logits=1)
+    assert one.active == pytest.approx(one.bytes_read)
+    assert one.active == pytest.approx(speed_bounds(dense, moe).decode_b1)
+    eight = pass_bounds(dense, moe, tokens=8, logits=8)
+    assert eight.active == pytest.approx(one.active)
+    assert eight.bytes_read == pytest.approx(speed_bounds(dense, moe).decode_b8)
+    # 64 tokens touch 64 (1 - (31/32)^64) = 55.6 of 64 experts, each 3 * 4096 * 1024 weights in 24 layers
+    many = pass_bounds(dense, moe, tokens=64, logits=64)
+    fixed = moe.active - 24 * 2 * 3 * 4096 * 1024
+    assert many.bytes_read == pytest.approx(dense.active / (fixed + 24 * 55.6 * 3 * 4096 * 1024), rel=1e-3)
+    assert many.bytes_read < 0.5  # batched decode can be slower than dense
+    # a prefill that computes one position's logits has hardly any LM head
+    prefill = pass_bounds(dense, moe, tokens=2048, logits=1)
+    body = (dense.active - dense.lm_head) / (moe.active - moe.lm_head)
+    assert prefill.active == pytest.approx(body, rel=1e-3)
+    # measured routing in place of the uniform one
+    skewed = pass_bounds(dense, moe, tokens=64, logits=64, distinct_experts=2)
+    assert skewed.bytes_read == pytest.approx(one.bytes_read)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_distinct_experts_agree_with_drawing_them(tokens):
+    counts = l0moe_counts(LLAMA3_8B, dense_layers=8, num_experts=64, expert_ffn=1024, top_k=2)
+    draw = random.Random(0)
+    seen = [len({k for _ in range(tokens) for k in draw.sample(range(64), 2)}) for _ in range(4000)]
+    assert counts.distinct_experts(tokens) == pytest.approx(sum(seen) / len(seen), rel=0.01)
 
 
 @pytest.mark.parametrize(

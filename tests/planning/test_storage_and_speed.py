@@ -64,7 +64,9 @@ def test_decode() -> None:
     assert [ratios[b] for b in (1, 4, 8, 16, 32, 64, 128)] == pytest.approx(
         [1.93, 1.34, 0.99, 0.68, 0.48, 0.37, 0.34], abs=0.006
     )
-    assert {row.active for row in rows} == {speed_bounds(LLAMA.dense().counts, LLAMA.moe().counts).prefill}
+    assert {round(row.active, 9) for row in rows} == {
+        round(speed_bounds(LLAMA.dense().counts, LLAMA.moe().counts).prefill, 9)
+    }
     # without a cache a small batch only reads weights
     assert rows[0].roofline == pytest.approx(rows[0].bytes_read)
     assert rows[0].dense_tokens_per_second == pytest.approx(3.35e12 / (2 * LLAMA.dense().counts.active))

@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe_sections import BenchmarkSection
 from megatron_l0moe.reports.collect import collect
 from megatron_l0moe.reports.page import escape, lookup, render, show
 from megatron_l0moe.reports.plots import draw, moe_losses, to_svg
@@ -70,6 +72,46 @@ def test_control_another_summary_gives_other_numbers(summary, plots, page):
     other["perplexity"]["l0moe"]["overall"] = 77.77
     assert "77.77" in render(other, plots)
     assert "77.77" not in page
+
+
+def test_benchmarks_stand_on_the_page_where_they_were_run(made_up_run):
+    recipe, run = made_up_run
+    wanted = BenchmarkSection(tasks=["gsm8k"], limit=4)
+    evaluation = recipe.evaluation.model_copy(update={"benchmarks": wanted})
+    recipe = recipe.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(L0MoEError, match=r"benchmarks.json is missing; run the evaluate stage first"):
+        collect(recipe, run)
+    row = {
+        "task": "gsm8k",
+        "metric": "exact_match",
+        "filter": "strict-match",
+        "headline": True,
+        "documents": 4,
+        "dense": {"value": 0.5, "stderr": 0.2887},
+        "l0moe": {"value": 0.25, "stderr": 0.25},
+        "ratio": {"value": 0.5, "stderr": None},
+    }
+    result = {
+        "harness": {"name": "lm-evaluation-harness", "version": "0.4.13"},
+        "backend": "hf",
+        "limit": 4,
+        "code_execution": {"allowed": False},
+        "rows": [row | {"task": "a_part_of_it", "headline": False}, row],
+    }
+    (run / "evaluate" / "benchmarks.json").write_text(json.dumps(result))
+    summary = build_summary(collect(recipe, run))
+    page = render(summary, draw(summary))
+    named = {path: text for path, _, text in Page(page).named}
+    assert named["/benchmarks/rows/1/dense/value"] == "0.500"
+    assert named["/benchmarks/rows/1/dense/stderr"] == "0.289"
+    assert named["/benchmarks/rows/1/ratio/stderr"] == "-"
+    assert named["/benchmarks/limit"] == "4"
+    assert "a_part_of_it" not in page
+    assert "Programs that the models wrote" not in page
+
+
+def test_no_benchmarks_no_section(page):
+    assert 'id="benchmarks"' not in page
 
 
 def test_loads_nothing_from_anywhere(page):

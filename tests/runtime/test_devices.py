@@ -60,3 +60,25 @@ def test_each_place_has_gpus_of_its_own(driver, monkeypatch):
 def test_jobs_share_a_machine_without_gpus(driver):
     driver(None)
     assert devices.gpu_share(1, 2) == {}
+
+
+def test_energy_in_joules_of_the_first_visible_gpu(driver, monkeypatch):
+    driver(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    fake = sys.modules["pynvml"]
+    fake.nvmlDeviceGetHandleByIndex = lambda index: index
+    fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 5000 + handle
+    meter = devices.energy_meter()
+    assert meter is not None
+    assert meter() == pytest.approx(5.001)
+
+    def refuse(handle: int) -> float:
+        raise fake.NVMLError
+
+    fake.nvmlDeviceGetTotalEnergyConsumption = refuse
+    assert devices.energy_meter() is None
+
+
+def test_no_energy_without_a_gpu(driver):
+    driver(None)
+    assert devices.energy_meter() is None
