@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command
+from megatron_l0moe import bench_command, plan_command
 from megatron_l0moe.command_errors import one_sentence
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ def run(
             typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
         else:
             pipeline.run_chain(this, first=first, last=last)
+
+
+app.command()(plan_command.plan)
 
 
 @app.command(rich_help_panel=ONE_STAGE)

@@ -21,6 +21,7 @@ WITHOUT_TORCH = (
     "recipe_sections.py",
     "cli.py",
     "command_errors.py",
+    "plan_command.py",
     "errors.py",
     "data/manifest.py",
     "conversion/architecture.py",
