@@ -116,9 +116,9 @@ def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float |
         for stage in ("expert", "moe")
     }
     dense, moe = models["expert"], models["moe"]
-    stages = tuple(
-        _stage(recipe, section, model, gpu, gpus, mfu)
-        for section, model in (("expert_training", dense), ("moe_training", moe))
+    stages = (
+        _stage(recipe, "expert_training", dense, gpu, gpus, mfu),
+        _stage(recipe, "moe_training", moe, gpu, gpus, mfu),
     )
     data, k = recipe.data, recipe.model.num_experts
     tokens = data.tokens_per_expert * k + data.tokens_per_set * (data.iterations - 1)

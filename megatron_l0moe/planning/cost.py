@@ -106,7 +106,8 @@ def _messages(
 ) -> tuple[float, float]:
     """Return the seconds of tensor-parallel and of expert-parallel messages of one micro-batch."""
     t, recompute = layout.tensor, workload.recompute
-    layers, upper = sum(part.layers for part in held), sum(part.upper for part in held)
+    layers: float = sum(part.layers for part in held)
+    upper = sum(part.upper for part in held)
     if model.stage == "expert" and not recompute.redoes("mlp"):
         layers = upper + sum(part.dense for part in held) / 3  # no backward pass below
     whole = workload.micro_batch * workload.seq_length / layout.context
