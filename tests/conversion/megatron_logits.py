@@ -13,7 +13,7 @@ cpu.install()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.validation import StrictHandling  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.safe_globals import register_safe_globals  # noqa: E402
@@ -25,7 +25,7 @@ from megatron_l0moe.modules.retention import RetentionConfig  # noqa: E402
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
 
 
-def build(args, settings):
+def build(args, settings, parallel=None):
     moe = settings["stage"] == "moe"
     extra = {}
     if moe:
@@ -61,6 +61,7 @@ def build(args, settings):
         gradient_accumulation_fusion=False,
         transformer_impl="local",
         **extra,
+        **(parallel or {}),
     )
     plan = LayerPlan(
         stage=settings["stage"],
@@ -75,6 +76,8 @@ def build(args, settings):
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,

@@ -48,24 +48,35 @@ EXPERT_RUN = {
     "l0_train_weights": "on",
     "l0_retention_control": "lagrangian",
 }
+# Of random weights: a layer's output is about as large as its input, so logits are of size 1 as in a trained network.
+STD = HIDDEN**-0.5
 
 
 def _without_head_dim(sizes: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sizes.items() if key != "head_dim"}
 
 
+def _rope(base: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": base}}
+
+
 MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_COMMON),
-    "llama-tied": lambda: LlamaConfig(**_TIED),
+    "llama2": lambda: LlamaConfig(**{**_COMMON, "num_key_value_heads": HEADS}),
+    "llama3": lambda: LlamaConfig(**_COMMON, **_rope(500000.0)),
     "llama3.1": lambda: LlamaConfig(**_COMMON, rope_parameters=LLAMA3),
     "llama3.2": lambda: LlamaConfig(**_TIED, rope_parameters={**LLAMA3, "factor": 32.0}),
     "mistral-v0.1": lambda: MistralConfig(**_COMMON, sliding_window=WINDOW),
-    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**_without_head_dim(_COMMON)),
-    "qwen2.5-tied": lambda: Qwen2Config(**_without_head_dim(_TIED)),
+    "mistral-v0.2": lambda: MistralConfig(**_COMMON, sliding_window=None, **_rope(1000000.0)),
+    "qwen2": lambda: Qwen2Config(**_without_head_dim(_COMMON), **_rope(1000000.0)),
+    "qwen2.5-tied": lambda: Qwen2Config(**_without_head_dim(_TIED), **_rope(1000000.0)),
 }
 # for single tests
-OTHERS = {"llama-square": lambda: LlamaConfig(**_without_head_dim(_COMMON))}
+OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "llama-tied": lambda: LlamaConfig(**_TIED),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=None),
+    "llama-square": lambda: LlamaConfig(**_without_head_dim(_COMMON)),
+}
 
 
 def save_model(
@@ -79,7 +90,7 @@ def save_model(
             if "norm" in key:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
+                parameter.copy_(STD * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     return folder
 
