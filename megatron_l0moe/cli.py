@@ -235,7 +235,7 @@ def inspect(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            "--tokenizer", metavar="PATH", help="Model folder or tokenizer.json to decode samples with."
+            "--tokenizer", metavar="PATH", help="Model folder or tokenizer file to decode samples with."
         ),
     ] = None,
     heads: Annotated[int, typer.Option("--heads", min=0, help="Samples to show of each domain.")] = 2,

@@ -120,6 +120,8 @@ class DataSection(RecipePart):
     """Q: iteration 0 makes the experts' sets D^(0), the Q - 1 others are ordered for MoE training."""
     seq_length: int = Field(default=4096, ge=8)
     """Tokens of one packed training sequence."""
+    eod: int | None = Field(default=None, ge=0)
+    """Id of the token that ends a document; None: the model's, see docs/curate.md."""
     tokens_per_expert: int = Field(ge=1)
     """Training tokens of each cluster of D^(0), that is of each expert run."""
     tokens_per_set: int = Field(ge=1)

@@ -54,7 +54,7 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
         L0MoEError: any problem of the corpus, the models or the sizes; see the modules of this package.
     """
     budgets, replay = plan_budgets(recipe)
-    tokenizer = CorpusTokenizer.load(Path(recipe.model.path))
+    tokenizer = CorpusTokenizer.load(Path(recipe.model.path), eod=recipe.data.eod)
     corpus = open_corpus(recipe.data.corpus, recipe.data.corpus_format)
     workspace = Workspace.begin(out, what_decides(recipe, corpus, tokenizer))
     try:
@@ -105,7 +105,7 @@ def _curate(
             ClusterFiller(subset, c.assignment, estimate[subset], budget, num_clusters=num_clusters)
             for subset, c, budget in zip(subsets, clusters, budgets, strict=True)
         ]
-        tokeniser = Tokeniser(workspace, catalog, estimate, data, model=recipe.model.path, eod=tokenizer.eod)
+        tokeniser = Tokeniser(workspace, catalog, estimate, data, model=recipe.model.path)
         fill_clusters(fillers, tokeniser.write)
         chosen = [filler.clusters for filler in fillers]
     with clock.step("index"):

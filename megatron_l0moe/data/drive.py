@@ -97,13 +97,11 @@ class Tokeniser:
         data: DataSection,
         *,
         model: str,
-        eod: int,
     ) -> None:
         self._workspace = workspace
         self._catalog = catalog
         self._estimate = estimate
         self._model = model
-        self._eod = eod
         self._data = data
         self._round = 0
         self.shards: dict[int, list[Shard]] = {}
@@ -114,7 +112,7 @@ class Tokeniser:
         plans = [self._plan(filler, ids) for filler, ids in zip(fillers, chosen, strict=True)]
         plan = Plan.joined(plans)
         catalog = self._workspace.work / "catalog"
-        step = TokeniseStep(self._workspace, catalog, self._model, self._eod, self._round)
+        step = TokeniseStep(self._workspace, catalog, self._model, self._data.eod, self._round)
         self._round += 1
         records = run_step(step, plan, self._data.executor, what="tokenised documents")
         parts: dict[int, list[npt.NDArray[np.void]]] = {f.budget.iteration: [] for f in fillers}

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from tokenizers import Tokenizer
 
 from megatron_l0moe.data.index import Shard
 from megatron_l0moe.data.manifest import sha256_file
+from megatron_l0moe.data.tokenizer_files import TextTokenizer, open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -26,58 +26,52 @@ Tokens = npt.NDArray[np.int64]
 
 
 class CorpusTokenizer:
-    """The base model's fast tokenizer, used for text only: no special token is added or recognised."""
+    """The base model's tokenizer, used for text only: no special token is added or recognised."""
 
-    def __init__(self, tokenizer: Tokenizer, *, eod: int, vocab_size: int, sha256: str) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, eod: int, vocab_size: int, sha256: str) -> None:
         self._tokenizer = tokenizer
         self.eod = eod
         self.vocab_size = vocab_size
         """Of the model's config, which may be larger than the tokenizer's."""
         self.sha256 = sha256
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        # A document that quotes "<|endoftext|>" must not end there.
-        tokenizer.encode_special_tokens = True
 
     @classmethod
-    def load(cls, model: Path) -> "CorpusTokenizer":
-        """Load `tokenizer.json` and `config.json` of a Hugging Face model folder.
+    def load(cls, model: Path, *, eod: int | None = None) -> "CorpusTokenizer":
+        """Load the tokenizer (tokenizer.json or tokenizer.model) and `config.json` of a Hugging Face model folder.
+
+        Args:
+            model: the folder.
+            eod: id that ends a document; None: see ``EOD_TOKENS``.
 
         Raises:
-            L0MoEError: a file is missing or damaged, or no end-of-document token can be found.
+            L0MoEError: a file is missing or damaged, no end-of-document token can be found, or the given one does
+                not fit tokenizer and model.
         """
-        file, config_file = model / "tokenizer.json", model / "config.json"
-        for path in (file, config_file):
-            if not path.is_file():
-                raise L0MoEError(
-                    f"Model folder {model} has no {path.name}; set model.path to a complete Hugging Face checkpoint "
-                    "with a fast tokenizer."
-                )
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises a bare Exception
-            raise L0MoEError(
-                f"{file} or config.json beside it is damaged ({error}); copy the model again."
-            ) from error
+        file = tokenizer_file(model)
+        tokenizer, config = open_tokenizer(file), _read_config(model / "config.json")
         vocab_size = config.get("vocab_size")
         if not isinstance(vocab_size, int):
             raise L0MoEError(
-                f"{config_file} has no integer `vocab_size`; set model.path to a causal LM checkpoint."
+                f"{model / 'config.json'} has no integer `vocab_size`; set model.path to a causal LM checkpoint."
             )
-        highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
-        if highest >= vocab_size:
+        if tokenizer.highest() >= vocab_size:
             raise L0MoEError(
-                f"The tokenizer in {model} has ids up to {highest}, but the model's vocab_size is {vocab_size}; it is "
-                "not the tokenizer of the model."
+                f"The tokenizer in {model} has ids up to {tokenizer.highest()}, but the model's vocab_size is "
+                f"{vocab_size}; it is not the tokenizer of the model."
             )
-        eod = _find_eod(tokenizer, config, model)
-        if eod >= vocab_size:
+        found = _find_eod(tokenizer, config, model) if eod is None else eod
+        if found >= vocab_size:
             raise L0MoEError(
-                f"The end-of-document id {eod} is not below the model's vocab_size ({vocab_size}); the tokenizer in "
-                f"{model} is not that of the model."
+                f"The end-of-document id {found} is not below the model's vocab_size ({vocab_size}); "
+                + (
+                    f"the tokenizer in {model} is not that of the model."
+                    if eod is None
+                    else "correct data.eod."
+                )
             )
-        return cls(tokenizer, eod=eod, vocab_size=vocab_size, sha256=sha256_file(file))
+        if eod is not None:
+            _check_eod(tokenizer, eod, file)
+        return cls(tokenizer, eod=found, vocab_size=vocab_size, sha256=sha256_file(file))
 
     def encode(self, texts: list[str], limits: list[int]) -> list[Tokens]:
         """Return each text's tokens, then EOD; a text of more than its limit of tokens is cut there, then EOD.
@@ -89,13 +83,12 @@ class CorpusTokenizer:
         """
         limited = list(zip(texts, limits, strict=True))
         heads = [text[: limit * CHARS_PER_TOKEN] for text, limit in limited]
-        encodings = self._tokenizer.encode_batch_fast(heads, add_special_tokens=False)
         tokens = []
-        for (text, limit), encoding in zip(limited, encodings, strict=True):
-            ids, chars = encoding.ids, limit * CHARS_PER_TOKEN
+        for (text, limit), ids in zip(limited, self._tokenizer.encode(heads), strict=True):
+            chars = limit * CHARS_PER_TOKEN
             while chars < len(text) and len(ids) < limit + CUT_MARGIN:
                 chars *= 2
-                ids = self._tokenizer.encode(text[:chars], add_special_tokens=False).ids
+                (ids,) = self._tokenizer.encode([text[:chars]])
             tokens.append(np.array([*ids[:limit], self.eod], dtype=np.int64))
         highest = max((int(ids.max()) for ids in tokens), default=0)
         if highest >= self.vocab_size:
@@ -163,15 +156,38 @@ def _read_back(prefix: Path, lengths: list[int], last: Tokens) -> None:
         )
 
 
-def _find_eod(tokenizer: Tokenizer, config: dict[str, object], model: Path) -> int:
+def _read_config(file: Path) -> dict[str, object]:
+    if not file.is_file():
+        raise L0MoEError(
+            f"Model folder {file.parent} has no config.json; set model.path to a complete Hugging Face checkpoint."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise L0MoEError(f"{file} is damaged ({error}); copy the model again.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _find_eod(tokenizer: TextTokenizer, config: dict[str, object], model: Path) -> int:
     for token in EOD_TOKENS:
-        if (number := tokenizer.token_to_id(token)) is not None:
-            return int(number)
+        if (number := tokenizer.token_id(token)) is not None:
+            return number
     eos = config.get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos
     if isinstance(first, int):
         return first
     raise L0MoEError(
         f"No end-of-document token in {model}: its vocabulary has none of {', '.join(EOD_TOKENS)} and config.json no "
-        "eos_token_id; add eos_token_id to config.json."
+        "eos_token_id; set data.eod to the id of the token that ends a document."
     )
+
+
+def _check_eod(tokenizer: TextTokenizer, eod: int, file: Path) -> None:
+    """Refuse an id that is no token, or that a text can hold, so that it would not tell where a document ends."""
+    token = tokenizer.token(eod)
+    if token is None:
+        raise L0MoEError(f"data.eod ({eod}) is no token of {file}; set it to the id of a special token.")
+    if eod in tokenizer.encode([tokenizer.decode([eod])])[0]:
+        raise L0MoEError(
+            f"data.eod ({eod}) is {token!r} in {file}, which a text can hold too; set it to the id of a special token."
+        )

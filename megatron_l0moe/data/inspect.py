@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Tokenizer
 
 from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.data.index import IndexHeader, load_header
 from megatron_l0moe.data.manifest import MARKER, read_manifest, sha256_file
+from megatron_l0moe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
 from megatron_l0moe.data.verify import check_checksums, check_sizes, checksums_of
 from megatron_l0moe.errors import L0MoEError
 
@@ -64,7 +64,7 @@ def open_folder(path: Path) -> CurateFolder:
 
 
 def find_tokenizer(folder: CurateFolder, given: Path | None) -> Path | None:
-    """Return the tokenizer.json that the sets were made with: the given one, or the recipe's if it is still here.
+    """Return the tokenizer file that the sets were made with: the given one, or the recipe's if it is still here.
 
     Raises:
         L0MoEError: the given one is missing or another one.
@@ -73,13 +73,14 @@ def find_tokenizer(folder: CurateFolder, given: Path | None) -> Path | None:
     place = given or (Path(model) if isinstance(model, str) else None)
     if place is None:
         return None
-    file = place / "tokenizer.json" if place.is_dir() else place
+    names = [place / name for name in TOKENIZER_FILES] if place.is_dir() else [place]
+    file = next((name for name in names if name.is_file()), names[0])
     fits = file.is_file() and sha256_file(file) == folder.moe.tokenizer_sha256
     if given and not fits:
         problem = "is not the tokenizer that" if file.is_file() else "does not exist, so it is not what"
         raise L0MoEError(
             f"{file} {problem} {folder.path} was made with (sha256 {folder.moe.tokenizer_sha256[:16]}...); give the "
-            "tokenizer.json of the recipe's model."
+            "tokenizer file of the recipe's model."
         )
     return file if fits else None
 
@@ -239,7 +240,7 @@ def _sources(summary: dict[str, Any], k: int) -> str:
 def _heads(folder: CurateFolder, tokenizer: Path | None, heads: int) -> Table:
     """Show how the first samples of each domain in MoE training begin."""
     dataset = CurriculumDataset(folder.prefix(MOE), verify=False)
-    decoder = Tokenizer.from_file(str(tokenizer)) if tokenizer else None
+    decoder = open_tokenizer(tokenizer) if tokenizer else None
     table = Table(
         "domain", "sample", "begins with", title="first samples of each domain", title_justify="left"
     )
@@ -248,11 +249,7 @@ def _heads(folder: CurateFolder, tokenizer: Path | None, heads: int) -> Table:
         (int((item := dataset[i])["domain"]), i, item["tokens"][:HEAD_TOKENS].tolist()) for i in first
     )
     for domain, i, ids in items:
-        text = (
-            decoder.decode(ids, skip_special_tokens=False)
-            if decoder
-            else " ".join(str(token) for token in ids)
-        )
+        text = decoder.decode(ids) if decoder else " ".join(str(token) for token in ids)
         table.add_row(str(domain), str(i), Text(" ".join(text.split())[:HEAD_CHARS]))
     return table
 

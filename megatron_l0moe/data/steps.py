@@ -98,7 +98,7 @@ class EmbedStep(UnitStep):
 class TokeniseStep(UnitStep):
     """Writes documents as Megatron's .bin and .idx, a shard for each unit, and their lengths."""
 
-    def __init__(self, workspace: Workspace, catalog: Path, model: str, eod: int, number: int) -> None:
+    def __init__(self, workspace: Workspace, catalog: Path, model: str, eod: int | None, number: int) -> None:
         super().__init__("tokenise", workspace, workspace.work / "tokenise" / f"round_{number:03d}")
         self.catalog = catalog
         self.model = str(Path(model).resolve())
@@ -116,7 +116,6 @@ class TokeniseStep(UnitStep):
 
         limit = int(plan.units["limit"][unit])
         texts = ((i, d.text, limit) for i, d in read_documents(self._catalog, plan.items_of(unit)))
-        files[0].parent.mkdir(parents=True, exist_ok=True)
         written = write_documents(files[0].with_suffix(""), texts, self._tokenizer, self.advance)
         _save(files[2], np.array(written, dtype=LENGTHS))
         return {"documents": len(written), "tokens": sum(length for _, length in written)}
@@ -129,9 +128,7 @@ class TokeniseStep(UnitStep):
     def _tokenizer(self) -> Any:
         from megatron_l0moe.data.indexed import CorpusTokenizer
 
-        tokenizer = CorpusTokenizer.load(Path(self.model))
-        tokenizer.eod = self.eod  # the driver has chosen it
-        return tokenizer
+        return CorpusTokenizer.load(Path(self.model), eod=self.eod)
 
 
 def shard_path(iteration: int, shard: int) -> str:
