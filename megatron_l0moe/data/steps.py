@@ -116,7 +116,6 @@ class TokeniseStep(UnitStep):
 
         limit = int(plan.units["limit"][unit])
         texts = ((i, d.text, limit) for i, d in read_documents(self._catalog, plan.items_of(unit)))
-        files[0].parent.mkdir(parents=True, exist_ok=True)
         written = write_documents(files[0].with_suffix(""), texts, self._tokenizer, self.advance)
         _save(files[2], np.array(written, dtype=LENGTHS))
         return {"documents": len(written), "tokens": sum(length for _, length in written)}

@@ -85,7 +85,7 @@ class UnitStep(PipelineStep):
 
     def _do(self, plan: Plan, unit: int) -> None:
         files = self.files_of(plan, unit)
-        with published(*files) as hidden:
+        with published(*files, folder=self.folder) as hidden:
             content = self.do_unit(plan, unit, hidden)
             # A task that outlived its driver must not write into work that was begun anew with other settings.
             self.workspace.check_current()

@@ -162,13 +162,17 @@ def read_records(root: Path, folder: Path, plan: Plan, units: Sequence[int]) -> 
 
 
 @contextlib.contextmanager
-def published(*files: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield a hidden name for each file; they get their own names when the block ends well."""
+def published(*files: Path, folder: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield a hidden name in ``folder`` for each file; they get their own names when the block ends well.
+
+    What a kill leaves in ``folder`` is nobody's: it has to be one that is removed in the end.
+    """
     token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    hidden = tuple(file.with_name(f".{token}.{file.name}") for file in files)
+    hidden = tuple(folder / f".{token}.{file.name}" for file in files)
     try:
         yield hidden
         for partial, file in zip(hidden, files, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(file)
     finally:
         for partial in hidden:
@@ -178,7 +182,7 @@ def published(*files: Path) -> Iterator[tuple[Path, ...]]:
 def write_array(file: Path, array: npt.NDArray[Any]) -> None:
     """Write a .npy file that is whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with published(file) as (partial,), partial.open("wb") as stream:
+    with published(file, folder=file.parent) as (partial,), partial.open("wb") as stream:
         np.save(stream, array)
 
 

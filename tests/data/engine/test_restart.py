@@ -11,6 +11,7 @@ import yaml
 from data.engine import worlds
 
 from megatron_l0moe.data import curate as curate_module
+from megatron_l0moe.data import steps
 from megatron_l0moe.data.curate import curate
 from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.errors import CorpusChangedError
@@ -80,6 +81,24 @@ def test_a_corpus_that_changes_while_it_is_read(
     curate(recipe_with(), tmp_path / "out")
     curate(recipe_with(), tmp_path / "fresh")
     assert worlds.checksums(tmp_path / "out") == worlds.checksums(tmp_path / "fresh")
+
+
+def test_what_a_kill_leaves_lies_in_the_work_folder(
+    recipe_with, small_units, tmp_path: Path, monkeypatch
+) -> None:
+    """Partial files beside the finished ones would stay in the result for ever."""
+    seen: list[Path] = []
+
+    for kind in (steps.ScanStep, steps.EmbedStep, steps.TokeniseStep):
+
+        def do_unit(step, plan, unit, files, original=kind.do_unit):
+            seen.extend(files)
+            return original(step, plan, unit, files)
+
+        monkeypatch.setattr(kind, "do_unit", do_unit)
+    curate(recipe_with(), tmp_path / "out")
+    assert {file.suffix for file in seen} == {".npy", ".bin", ".idx"}
+    assert all(tmp_path / "out" / "work" in file.parents and file.name.startswith(".") for file in seen)
 
 
 def test_another_seed_or_corpus_clears_the_work(expected, recipe_with, tmp_path: Path, corpus: Path) -> None:

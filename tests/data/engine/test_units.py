@@ -98,13 +98,13 @@ def test_a_unit_that_is_not_whole(unit: Path, damage) -> None:
 
 def test_files_appear_together_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     files = tmp_path / "s.bin", tmp_path / "s.idx"
-    with published(*files) as hidden:
+    with published(*files, folder=tmp_path) as hidden:
         for file in hidden:
             file.write_text("x")
         assert not any(file.exists() for file in files)
         assert hidden[0].with_suffix("") == hidden[1].with_suffix("")  # Megatron wants one prefix
     assert sorted(tmp_path.iterdir()) == list(files)
-    with pytest.raises(ZeroDivisionError), published(tmp_path / "t") as (partial,):
+    with pytest.raises(ZeroDivisionError), published(tmp_path / "t", folder=tmp_path) as (partial,):
         _write_and_fail(partial)
     assert sorted(tmp_path.iterdir()) == list(files)
 
