@@ -30,9 +30,12 @@ def resave(job):
     parallel = {
         "tensor_model_parallel_size": sizes["tensor"],
         "sequence_parallel": sizes["tensor"] > 1,
-        "expert_model_parallel_size": sizes["expert"],
-        "expert_tensor_parallel_size": 1 if sizes["expert"] > 1 else sizes["tensor"],
     }
+    if common["l0moe"]["stage"] == "moe":
+        parallel |= {
+            "expert_model_parallel_size": sizes["expert"],
+            "expert_tensor_parallel_size": 1 if sizes["expert"] > 1 else sizes["tensor"],
+        }
     if sizes["pipeline"] > 1:
         parallel |= {
             "pipeline_model_parallel_size": sizes["pipeline"],
