@@ -51,10 +51,10 @@ def test_tokens() -> None:
 
 
 def test_prefill() -> None:
-    """Attention scores, equal on both sides, pull the ratio towards 1; more so in long texts."""
+    """Attention scores, equal on both sides, pull the ratio towards 1; at 8192 (15.0 + 2.1) / (7.8 + 2.1) GFLOP."""
     bounds = [prefill_speed(LLAMA.dense(), LLAMA.moe(), tokens) for tokens in (1, 1200, 8192)]
     assert bounds[0].active == pytest.approx(1.93, abs=0.005)
-    assert [b.flops for b in bounds] == pytest.approx([1.93, 1.89, 1.67], abs=0.01)
+    assert [b.flops for b in bounds] == pytest.approx([1.93, 1.89, 1.73], abs=0.01)
 
 
 def test_decode() -> None:
