@@ -3,7 +3,7 @@
 Scaled by s with L' of L layers: hidden size, FFN and expert channels, query and KV heads by s, the vocabulary by
 s L' / L, so that attention, FFN, experts and LM head keep their shares of the work and the bounds stay the same.
 
-Sources: the published config.json of each model; experts: the paper's 64 of 7 % width, top 2, above the bottom
+Sources: planning/published.py; experts: the paper's 64 of 7 % width, top 2, above the bottom
 dense layers that the recipes in examples/ have.
 """
 
@@ -27,6 +27,7 @@ from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.evaluation.models import DTYPES
 from megatron_l0moe.planning.parameters import count_parameters, l0moe_counts
+from megatron_l0moe.planning.published import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B
 
 logger = logging.getLogger(__name__)
 
@@ -70,64 +71,17 @@ class Shape:
         return LAYOUTS[targets.plan("vllm", model)[0].form]
 
 
-def _published(family: str, *, expert_ffn: int, dense_layers: int, **sizes: Any) -> Shape:
-    dense = Architecture(
-        family=family,
-        rope_scaling=None,
-        tied_embeddings=False,
-        qkv_bias=family == "qwen2",
-        head_dim=128,
-        **sizes,
-    )
-    return Shape(
-        dense=dense,
-        moe=MoEShape(dense_layers=dense_layers, num_experts=64, expert_ffn=expert_ffn, top_k=2),
-    )
+def _published(config: dict[str, Any], *, expert_ffn: int, dense_layers: int) -> Shape:
+    # Without Mistral's sliding window: prompts are shorter, and not every engine's layout has one.
+    dense = replace(Architecture.from_config(config, Path("config.json")), sliding_window=None)
+    moe = MoEShape(dense_layers=dense_layers, num_experts=64, expert_ffn=expert_ffn, top_k=2)
+    return Shape(dense=dense, moe=moe)
 
 
 SHAPES = {
-    "llama-3-8b": _published(
-        "llama",
-        hidden_size=4096,
-        ffn_hidden_size=14336,
-        num_layers=32,
-        num_attention_heads=32,
-        num_query_groups=8,
-        vocab_size=128256,
-        rms_norm_eps=1e-5,
-        rotary_base=500000.0,
-        max_position_embeddings=8192,
-        expert_ffn=1024,
-        dense_layers=8,
-    ),
-    "mistral-7b": _published(
-        "mistral",
-        hidden_size=4096,
-        ffn_hidden_size=14336,
-        num_layers=32,
-        num_attention_heads=32,
-        num_query_groups=8,
-        vocab_size=32000,
-        rms_norm_eps=1e-5,
-        rotary_base=10000.0,
-        max_position_embeddings=32768,
-        expert_ffn=1024,
-        dense_layers=8,
-    ),
-    "qwen2-7b": _published(
-        "qwen2",
-        hidden_size=3584,
-        ffn_hidden_size=18944,
-        num_layers=28,
-        num_attention_heads=28,
-        num_query_groups=4,
-        vocab_size=152064,
-        rms_norm_eps=1e-6,
-        rotary_base=1000000.0,
-        max_position_embeddings=32768,
-        expert_ffn=1280,
-        dense_layers=4,
-    ),
+    "llama-3-8b": _published(LLAMA_3_8B, expert_ffn=1024, dense_layers=8),
+    "mistral-7b": _published(MISTRAL_7B_V01, expert_ffn=1024, dense_layers=8),
+    "qwen2-7b": _published(QWEN2_7B, expert_ffn=1280, dense_layers=4),
 }
 
 

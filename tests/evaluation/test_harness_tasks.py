@@ -1,6 +1,8 @@
 """Names of tasks, local copies of every layout, and that a task with local documents is else the harness' own."""
 
+import ast
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -208,6 +210,20 @@ def section(**changes: object) -> BenchmarkSection:
     return BenchmarkSection.model_validate({"tasks": ["gsm8k"]} | changes)
 
 
+def parameters_of(backend: str) -> set[str]:
+    """Parameters of the harness' model class, read from its source: importing it would import the engine."""
+    file, name = {
+        "hf": ("huggingface.py", "HFLM"),
+        "vllm": ("vllm_causallms.py", "VLLM"),
+        "sglang": ("sglang_causallms.py", "SGLangLM"),
+    }[backend]
+    package = importlib.util.find_spec("lm_eval").submodule_search_locations[0]
+    tree = ast.parse((Path(package) / "models" / file).read_text())
+    (model,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    (start,) = (node for node in model.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return {argument.arg for argument in (*start.args.args, *start.args.kwonlyargs)}
+
+
 @pytest.mark.parametrize(
     ("backend", "expected"),
     [
@@ -217,11 +233,7 @@ def section(**changes: object) -> BenchmarkSection:
     ],
 )
 def test_arguments_of_each_backend_are_those_that_the_harness_takes(backend, expected):
-    """Against the signature of the harness' own class; the engines themselves are not started here."""
-    import inspect
-
-    from lm_eval.api.registry import get_model
-
+    """Against the signature of the harness' own class; the engines themselves are neither installed nor started."""
     made = [
         model_arguments(
             section(backend=backend, batch_size=4),
@@ -235,8 +247,7 @@ def test_arguments_of_each_backend_are_those_that_the_harness_takes(backend, exp
     common = {"dtype": "bfloat16", "trust_remote_code": False, "batch_size": 4}
     assert made[0] == {"pretrained": "dense", **common, **expected}
     assert made[1] == {**made[0], "pretrained": "moe"}
-    parameters = inspect.signature(get_model(backend).__init__).parameters
-    assert set(made[0]) <= set(parameters)
+    assert set(made[0]) <= parameters_of(backend)
 
 
 def test_arguments_of_the_backend(tmp_path):
