@@ -14,21 +14,17 @@ from transformers import PreTrainedModel
 from megatron_l0moe.errors import L0MoEError
 
 
-class RouterLoad:
-    """Counts assignments by forward hooks on the `gate` (top-k router) of every MoE layer, while it is open.
-
-    transformers' Ernie4_5_MoeTopKRouter returns (logits [b*S, K], weights [b*S, k], selected experts [b*S, k]).
-    """
+class _RouterHooks:
+    """Forward hooks on the top-k router of every MoE layer, while it is open."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._routers = moe_routers(model)
-        self._domains: Sequence[str] = ()
-        self._counts: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._routers}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for layer, router in self._routers.items():
-            self._handles.append(router.register_forward_hook(self._hook(layer)))
+        self._handles = [
+            router.register_forward_hook(self._hook(layer)) for layer, router in self._routers.items()
+        ]
         return self
 
     def __exit__(
@@ -36,6 +32,22 @@ class RouterLoad:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _hook(self, layer: int) -> Any:
+        """Return the hook of one layer."""
+        raise NotImplementedError
+
+
+class RouterLoad(_RouterHooks):
+    """Counts the assignments of each source domain to each expert.
+
+    transformers' Ernie4_5_MoeTopKRouter returns (logits [b*S, K], weights [b*S, k], selected experts [b*S, k]).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._domains: Sequence[str] = ()
+        self._counts: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._routers}
 
     def expect(self, domains: Sequence[str]) -> None:
         """Name the source domain of each sequence of the next forward pass."""
@@ -76,8 +88,8 @@ def moe_routers(model: PreTrainedModel) -> dict[int, nn.Module]:
     return routers
 
 
-class DistinctExperts:
-    """Counts the different experts that each forward pass uses in each MoE layer, while it is open.
+class DistinctExperts(_RouterHooks):
+    """Counts the different experts that each forward pass uses in each MoE layer.
 
     Args:
         model: an L0-MoE.
@@ -85,20 +97,9 @@ class DistinctExperts:
     """
 
     def __init__(self, model: PreTrainedModel, *, ignore_passes: int = 0) -> None:
-        self._routers = moe_routers(model)
+        super().__init__(model)
         self._ignored = ignore_passes * len(self._routers)
         self._counts: list[int] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        self._handles = [router.register_forward_hook(self._count) for router in self._routers.values()]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def mean(self) -> float:
         """Return the mean over passes and layers."""
@@ -106,5 +107,8 @@ class DistinctExperts:
         assert counted, "no pass was counted"
         return sum(counted) / len(counted)
 
-    def _count(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        self._counts.append(int(output[2].unique().numel()))
+    def _hook(self, layer: int) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+            self._counts.append(int(output[2].unique().numel()))
+
+        return count

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data.engine.worlds import DOMAINS, GBS, K, P, Q, S, make_recipe
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_l0moe.data.ccm import confusion, semantic_distance
@@ -16,27 +17,6 @@ from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe import Recipe
-
-K, Q, S, P, GBS = 3, 3, 16, 2, 4
-DOMAINS = ("cooking", "physics", "sailing")
-
-
-def make_recipe(corpus: Path, lm: Path, encoder: Path, **data: object) -> Recipe:
-    settings: dict[str, object] = {
-        "corpus": str(corpus),
-        "embedding_model": str(encoder), "embedding_max_tokens": 16, "iterations": Q, "seq_length": S,
-        "tokens_per_expert": 8 * S, "tokens_per_set": K * P * S * 2, "heldout_tokens_per_domain": 2 * S,
-    }  # fmt: skip
-    return Recipe.model_validate(
-        {
-            "name": "test",
-            "seed": 11,
-            "model": {"path": str(lm), "dense_layers": 1, "num_experts": K, "expert_ffn": 8},
-            "data": settings | data,
-            "expert_training": {"global_batch_size": GBS},
-            "moe_training": {"sequences_per_domain": P},
-        }
-    )
 
 
 @pytest.fixture
