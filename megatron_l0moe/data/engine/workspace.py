@@ -1,5 +1,6 @@
 """The folder of a curate stage while it is being made: what an interrupted run left is used where it still fits."""
 
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -40,6 +41,7 @@ class Workspace:
         if workspace._found() != workspace.identity:
             workspace.clear()
             write_text(workspace.work / IDENTITY, workspace.identity)
+        workspace._drop_partial_files()
         return workspace
 
     @property
@@ -72,6 +74,12 @@ class Workspace:
     def refuse_later(self, error: CorpusChangedError) -> None:
         """Make sure that the next start begins anew, although the corpus may look the same."""
         (self.work / IDENTITY).unlink(missing_ok=True)
+
+    def _drop_partial_files(self) -> None:
+        """Remove what a killed driver was writing: the hidden names of `manifest.write_text` are never the same."""
+        for path in self.out.glob(".*"):
+            if path.is_file() and any(fnmatch.fnmatchcase(path.name, f".{name}*") for name in OUTPUTS):
+                path.unlink()
 
     def _found(self) -> str:
         file = self.work / IDENTITY

@@ -32,6 +32,17 @@ def test_the_same_settings_keep_the_work(tmp_path: Path) -> None:
     assert left(tmp_path) == before
 
 
+def test_what_a_killed_driver_was_writing_is_removed(tmp_path: Path) -> None:
+    Workspace.begin(tmp_path, {"seed": 1})
+    fill(tmp_path)
+    before = left(tmp_path)
+    for name in (".moe.ccm.json.k2x9", ".heldout.jsonl.q0", ".summary.json._a", ".clusters.npz"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".other").write_text("not ours")
+    Workspace.begin(tmp_path, {"seed": 1})
+    assert left(tmp_path) == before | {".other"}
+
+
 def test_other_settings_clear_what_the_stage_made_and_nothing_else(tmp_path: Path) -> None:
     old = Workspace.begin(tmp_path, {"seed": 1})
     fill(tmp_path)
