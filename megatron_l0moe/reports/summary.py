@@ -171,14 +171,15 @@ def _tokens(files: RunFiles) -> Json:
 
 
 def _ccm(ccm: Json) -> Json:
-    """Add what the plot shows: the iterations' rows in training order."""
-    order = ccm["order"]
-    return ccm | {
-        "in_training_order": [
-            {"iteration": number, "d_ds": ccm["d_ds"][number - 1], "ccm": ccm["ccm"][number - 1]}
-            for number in order
-        ]
-    }
+    """Add what the page shows: the sets in training order, with the means of eq. 4's terms over the clusters."""
+    rows = []
+    for number in ccm["order"]:
+        row = number - 1
+        means = {
+            f"mean_{term}": math.fsum(ccm[term][row]) / len(ccm[term][row]) for term in ("f1", "f2", "f3")
+        }
+        rows.append({"iteration": number, "d_ds": ccm["d_ds"][row], "ccm": ccm["ccm"][row], **means})
+    return ccm | {"in_training_order": rows}
 
 
 def _mean_load(load: Json) -> Json:

@@ -76,6 +76,15 @@ def test_training_order_of_the_iterations(summary):
     assert numbers == summary["ccm"]["order"]
 
 
+def test_terms_of_the_confusion_are_means_of_their_own_set(summary):
+    ccm = summary["ccm"]
+    for row in ccm["in_training_order"]:
+        for term in ("f1", "f2", "f3"):
+            values = ccm[term][row["iteration"] - 1]
+            assert row[f"mean_{term}"] == pytest.approx(sum(values) / len(values))
+    assert len({row["mean_f1"] for row in ccm["in_training_order"]}) > 1
+
+
 def test_first_frozen_step(summary):
     assert summary["training"]["experts"][0]["frozen_from"] == 37
 
