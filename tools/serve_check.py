@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import random_export
@@ -50,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
         rows = check(cases, arguments.out)
         rules = sglang_rows(cases, Path(scratch))
     table = "\n".join([*markdown(rows), "", *sglang_markdown(rules)])
-    write_json(arguments.out / "serve_check.json", {"rows": [asdict(row) for row in rows], "sglang": rules})
+    write_json(arguments.out / "serve_check.json", {"rows": [row.to_json() for row in rows], "sglang": rules})
     write_text(arguments.out / "serve_check.md", table + "\n")
     if arguments.docs:
         write_docs(DOCS, table)

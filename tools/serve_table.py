@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from vllm_server import Completion
 
@@ -53,6 +54,10 @@ class Row:
         if self.expected == "fault":
             return "fault seen" if self.passed else "FAULT NOT SEEN"
         return "equal" if self.passed else "DIFFERENT"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict; JSON has no NaN, so that difference is None."""
+        return asdict(self) | {"difference": None if math.isnan(self.difference) else self.difference}
 
 
 @dataclass(frozen=True, kw_only=True)

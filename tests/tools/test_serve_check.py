@@ -109,6 +109,7 @@ def test_what_nothing_was_written_to_is_shown_and_not_judged(exports, shift, ver
 def test_numbers_that_are_none_are_different():
     assert math.isnan(largest_difference([0.0, -1.0], [0.0, math.nan]))
     row = Row(model="m", layout="l", engine="e", positions=1, difference=math.nan, greedy="2/2")
+    assert json.loads(json.dumps(row.to_json(), allow_nan=False))["difference"] is None
     assert not row.passed
     assert "not a number" in serve_table.markdown([row])[-1]
 
