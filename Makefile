@@ -10,7 +10,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile # tests of one file share what they make
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-setup: ## make or repair the environment in .venv (about 2 minutes, 6.6 GB, the first time)
+setup: ## make or repair the environment in .venv (about 2 minutes, 6.9 GB, the first time)
 	@bash scripts/setup.sh
 
 quickstart: setup ## the whole chain on SmolLM2-135M, no GPU needed; goes on where it was stopped

@@ -73,7 +73,7 @@ create() {
   rm -rf "$VENV"
   local python
   python=$(find_python)
-  say "Making $VENV with $python ($("$python" -V 2>&1)); the packages are large (6.6 GB), this takes a few minutes."
+  say "Making $VENV with $python ($("$python" -V 2>&1)); the packages are large (6.9 GB), this takes a few minutes."
   "$python" -m venv "$VENV" || fail "$python could not make an environment in $VENV (see above)."
 }
 
