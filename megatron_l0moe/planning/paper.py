@@ -9,8 +9,6 @@ from megatron_l0moe.planning.parameters import ParameterCounts, speed_bounds
 from megatron_l0moe.planning.published import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B
 from megatron_l0moe.planning.stage_model import StageModel, stage_model
 
-PRINTED_MOE_LAYERS = 24
-"""Table 5 prints "32/24" and "28/24" layers in all / MoE layers."""
 FITTING_DENSE_LAYERS = 4
 """With so many dense layers Table 5's columns of parameters come out for all three models."""
 
