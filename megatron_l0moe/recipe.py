@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
+from megatron_l0moe.recipe_layouts import RecipeLayouts, with_block
 from megatron_l0moe.recipe_sections import (
     DataSection,
     EvaluationSection,
@@ -154,11 +155,29 @@ def load_recipe(path: str | Path) -> Recipe:
     except L0MoEError as error:
         raise L0MoEError(f"Recipe {file}: {error}.") from error
     if not isinstance(raw, dict):
-        raise L0MoEError(f"Recipe {file} must be a mapping with the keys {', '.join(Recipe.model_fields)}.")
+        raise L0MoEError(f"Recipe {file} must be a mapping with the keys {', '.join(_keys_at([]))}.")
     try:
-        return Recipe.model_validate(raw)
+        return _with_layout(raw)
     except ValidationError as error:
         raise L0MoEError(f"Recipe {file}: {_first_problem(error)}.") from error
+    except ValueError as error:
+        raise L0MoEError(f"Recipe {file}: {error}.") from error
+
+
+def _with_layout(raw: dict[str, Any]) -> Recipe:
+    """Validate a recipe, every one of its layouts in its place, and return it with the one that `gpus` names."""
+    rest = {key: value for key, value in raw.items() if key not in RecipeLayouts.model_fields}
+    recipe = Recipe.model_validate(rest)
+    if len(rest) == len(raw):
+        return recipe
+    layouts = RecipeLayouts.model_validate({key: raw[key] for key in raw if key not in rest})
+    found = {}
+    for gpus, block in layouts.layouts.items():
+        try:
+            found[gpus] = Recipe.model_validate(with_block(rest, block))
+        except ValidationError as error:
+            raise ValueError(f"layouts.{gpus}: {_first_problem(error)}") from error
+    return found[layouts.gpus]
 
 
 def layout_names(section: Section) -> dict[str, str]:
@@ -203,7 +222,9 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _keys_at(location: list[str]) -> list[str]:
-    section: Any = Recipe
+    if not location:
+        return [*Recipe.model_fields, *RecipeLayouts.model_fields]
+    section: Any = Recipe if location[0] in Recipe.model_fields else RecipeLayouts
     for part in location:
         # the other kind is a mapping from names to sections
         is_section = hasattr(section, "model_fields")
