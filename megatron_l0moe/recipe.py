@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
-from megatron_l0moe.recipe_layouts import RecipeLayouts, with_block
+from megatron_l0moe.recipe_layouts import LayoutBlock, with_block
 from megatron_l0moe.recipe_sections import (
     DataSection,
     EvaluationSection,
@@ -43,6 +43,8 @@ class Recipe(RecipePart):
     moe_training: MoETrainingSection = MoETrainingSection()
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
+    gpus: int | None = Field(default=None, ge=1)
+    """GPUs that the run may use at the same time; in a file it also chooses one of the `layouts`."""
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -116,6 +118,45 @@ class Recipe(RecipePart):
         return sum(tokens // batch for tokens in sets)
 
 
+class RecipeFile(Recipe):
+    """A recipe as it is written: with one layout, or with one for each number of GPUs."""
+
+    layouts: dict[int, LayoutBlock] = Field(default_factory=dict)
+    """Number of GPUs -> what changes with it."""
+
+    @model_validator(mode="after")
+    def _check_layouts(self) -> "RecipeFile":
+        counts = ", ".join(map(str, sorted(self.layouts)))
+        if self.layouts and self.gpus is None:
+            raise ValueError(
+                f"layouts need gpus, the number that holds; add gpus: {min(self.layouts)}, or another of {counts}"
+            )
+        if self.layouts and self.gpus not in self.layouts:
+            raise ValueError(
+                f"gpus ({self.gpus}) must be one of the numbers in layouts, {counts}; add what `l0moe plan RECIPE "
+                f"--gpus {self.gpus}` prints for it"
+            )
+        for count in self.layouts:
+            self.resolved(count)
+        return self
+
+    def resolved(self, gpus: int | None = None) -> Recipe:
+        """Return the recipe with the layouts for so many GPUs (None: those of its `gpus`) in their places.
+
+        Raises:
+            ValueError: they do not fit the recipe.
+        """
+        raw = self.model_dump(exclude={"layouts"}, exclude_unset=True)
+        if not self.layouts:
+            return Recipe.model_validate(raw)
+        count = gpus or self.gpus
+        assert count is not None, "checked above"
+        try:
+            return Recipe.model_validate(with_block(raw, count, self.layouts[count]))
+        except ValidationError as error:
+            raise ValueError(f"layouts.{count}: {_first_problem(error)}") from error
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e-4` is a number, and a key that is written twice is an error."""
 
@@ -155,29 +196,13 @@ def load_recipe(path: str | Path) -> Recipe:
     except L0MoEError as error:
         raise L0MoEError(f"Recipe {file}: {error}.") from error
     if not isinstance(raw, dict):
-        raise L0MoEError(f"Recipe {file} must be a mapping with the keys {', '.join(_keys_at([]))}.")
+        raise L0MoEError(
+            f"Recipe {file} must be a mapping with the keys {', '.join(RecipeFile.model_fields)}."
+        )
     try:
-        return _with_layout(raw)
+        return RecipeFile.model_validate(raw).resolved()
     except ValidationError as error:
         raise L0MoEError(f"Recipe {file}: {_first_problem(error)}.") from error
-    except ValueError as error:
-        raise L0MoEError(f"Recipe {file}: {error}.") from error
-
-
-def _with_layout(raw: dict[str, Any]) -> Recipe:
-    """Validate a recipe, every one of its layouts in its place, and return it with the one that `gpus` names."""
-    rest = {key: value for key, value in raw.items() if key not in RecipeLayouts.model_fields}
-    recipe = Recipe.model_validate(rest)
-    if len(rest) == len(raw):
-        return recipe
-    layouts = RecipeLayouts.model_validate({key: raw[key] for key in raw if key not in rest})
-    found = {}
-    for gpus, block in layouts.layouts.items():
-        try:
-            found[gpus] = Recipe.model_validate(with_block(rest, block))
-        except ValidationError as error:
-            raise ValueError(f"layouts.{gpus}: {_first_problem(error)}") from error
-    return found[layouts.gpus]
 
 
 def layout_names(section: Section) -> dict[str, str]:
@@ -222,9 +247,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _keys_at(location: list[str]) -> list[str]:
-    if not location:
-        return [*Recipe.model_fields, *RecipeLayouts.model_fields]
-    section: Any = Recipe if location[0] in Recipe.model_fields else RecipeLayouts
+    section: Any = RecipeFile
     for part in location:
         # the other kind is a mapping from names to sections
         is_section = hasattr(section, "model_fields")

@@ -6,7 +6,7 @@ the training sections when the recipe is loaded; after that a recipe with layout
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from megatron_l0moe.recipe_sections import Flags, ParallelSection, RecipePart
 
@@ -50,45 +50,21 @@ class LayoutBlock(RecipePart):
     moe_training: JobLayout
 
 
-class RecipeLayouts(RecipePart):
-    """The two keys of a recipe; either both are there or none."""
-
-    gpus: int = Field(ge=1)
-    """GPUs that the run may use; one of the numbers in `layouts`."""
-    layouts: dict[int, LayoutBlock] = Field(min_length=1)
-    """Number of GPUs -> the layouts there."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RecipeLayouts":
-        counts = ", ".join(map(str, sorted(self.layouts)))
-        if self.gpus not in self.layouts:
-            raise ValueError(
-                f"gpus ({self.gpus}) must be one of the numbers in layouts, {counts}; add what `l0moe plan RECIPE "
-                f"--gpus {self.gpus}` prints for it"
-            )
-        for count, block in self.layouts.items():
-            for section, job in (
-                ("expert_training", block.expert_training),
-                ("moe_training", block.moe_training),
-            ):
-                if job.parallel.processes > count:
-                    raise ValueError(
-                        f"layouts.{count}.{section}.parallel.processes ({job.parallel.processes}) must be at most "
-                        f"{count}, the number of GPUs"
-                    )
-        return self
-
-
-def with_block(raw: dict[str, Any], block: LayoutBlock) -> dict[str, Any]:
-    """Return a recipe without `gpus` and `layouts`, with a block's keys in its training sections.
+def with_block(raw: dict[str, Any], gpus: int, block: LayoutBlock) -> dict[str, Any]:
+    """Return a recipe's keys with those of the block for so many GPUs in its training sections.
 
     Raises:
-        ValueError: a section has such a key itself.
+        ValueError: the block takes more GPUs, or a section has such a key itself.
     """
     merged = dict(raw)
     for name, job in (("expert_training", block.expert_training), ("moe_training", block.moe_training)):
-        section = dict(raw.get(name) or {})
-        flags = dict(section.get("flags") or {})
+        if job.parallel.processes > gpus:
+            raise ValueError(
+                f"layouts.{gpus}.{name}.parallel.processes ({job.parallel.processes}) must be at most {gpus}, the "
+                "number of GPUs"
+            )
+        section = raw.get(name, {})
+        flags = section.get("flags", {})
         twice = [f"{name}.{key}" for key in job.section_keys() if key in section]
         twice += [f"{name}.flags.{key}" for key in flags if key.startswith(RECOMPUTATION)]
         if twice:

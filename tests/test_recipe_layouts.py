@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from toy_recipe import write_recipe
 
 from megatron_l0moe.errors import L0MoEError
@@ -51,8 +52,12 @@ def test_it_is_like_a_recipe_without(tmp_path: Path) -> None:
     )
     expected = load_recipe(plain)
     found = load_recipe(write(tmp_path, 2))
-    assert found == expected
+    assert (type(found), found.gpus) == (Recipe, 2)
+    assert found == expected.model_copy(update={"gpus": 2})
     assert Recipe.model_validate(found.model_dump()) == found
+    again = tmp_path / "resolved.yaml"
+    again.write_text(yaml.safe_dump(found.model_dump()), encoding="utf-8")
+    assert load_recipe(again) == found
 
 
 def test_results_do_not_depend_on_it(tmp_path: Path) -> None:
@@ -77,8 +82,11 @@ def block(section: str, **keys: Any) -> dict[int, Any]:
             {"gpus": 3},
             r"gpus \(3\) must be one of the numbers in layouts, 2, 4; add what `l0moe plan RECIPE --gpus 3` prints",
         ),
-        ({"gpus": None}, r"the key 'gpus' is required"),
-        ({"layouts": None}, r"the key 'layouts' is required"),
+        (
+            {"gpus": None},
+            r"layouts need gpus, the number that holds; add gpus: 2, or another of 2, 4\.$",
+        ),
+        ({"layouts": {"4": LAYOUTS[4]}}, r"layouts\.4\.\[key\]: Input should be a valid integer, got '4'"),
         ({"gpu": 4}, r"unknown key 'gpu' \(did you mean 'gpus'\?\)"),
         (
             {"layouts": block("moe_training", micro_batch_size=2)},
