@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
@@ -33,7 +34,7 @@ Z_COEFFICIENT = 0.003
 OWNED_BY_THE_CHAIN = frozenset(
     {
         *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
-        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file"),
+        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file", "l0-stop-file"),
         "l0-train-weights",  # expert_training.train_weights
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
         *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
@@ -201,6 +202,8 @@ def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
         "eval-interval": steps,  # Megatron divides by it even when nothing is evaluated
         "num-workers": 0,  # a sample is a read of mapped memory
         "log-interval": 1,
+        # A NaN ends the job at once; the default does the step again, saves, and ends to be tried on another GPU.
+        "rerun-mode": "disabled",
     }
 
 
@@ -270,6 +273,7 @@ def _l0(stage: str, recipe: Recipe, index: Path, folder: Path) -> Flags:
         "l0-expert-ffn": recipe.model.expert_ffn,
         "l0-data-index": str(index),
         "l0-metrics-file": str(folder / "metrics.jsonl"),
+        "l0-stop-file": str(folder / STOP_FILE),
     }
 
 

@@ -28,6 +28,9 @@ class StageConfig:
     """Prefix of the sample index to train on: PREFIX.ccm.json and its .npy files."""
     l0_metrics_file: str = ""
     """File to which one JSON object is appended after each step; empty for none."""
+    l0_stop_file: str = ""
+    """Save a checkpoint and end, with exit code 75, after the step in which this file is there; how a job ended early
+    is written beside it (`stopped`, `failure.json`). Empty for none."""
     l0_mask_lr: float = 0.3
     """Learning rate of log_alpha."""
     l0_lambda_lr: float = 0.3

@@ -27,6 +27,7 @@ def main() -> None:
         arguments,
         checkpoint_start,
         data_provider,
+        early_end,
         layout_check,
         metrics,
         model,
@@ -49,12 +50,13 @@ def main() -> None:
         metrics.install_metrics(writer)
     provider = functools.partial(data_provider.datasets_provider, args)
     provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        provider,
-        ModelType.encoder_or_decoder,
-        ForwardStep(settings),
-    )
+    with early_end.watched(args, settings.stage.l0_stop_file):
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            provider,
+            ModelType.encoder_or_decoder,
+            ForwardStep(settings),
+        )
 
 
 def _remember_models(writer: Any, models: list[Any]) -> list[Any]:
