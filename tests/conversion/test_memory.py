@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 MB = 1e6
 # What a process needs beside the tensors: the allocator's holes, and what torch imports when it first writes.
 OTHER = 12 * MB  # seen: 6 MB
-OTHER_ASSEMBLE = 20 * MB  # seen: 9 to 13 MB beside weights, 7 to 13 MB beside unit lists, differing from run to run
+OTHER_ASSEMBLE = (
+    20 * MB
+)  # seen: 9 to 13 MB beside weights, 7 to 13 MB beside unit lists, differing from run to run
 
 
 @pytest.fixture(scope="module")
