@@ -7,10 +7,12 @@ attempt. Clean stops (time limit, preemption) never count against a job. Crashes
 import datetime
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
 import subprocess
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,8 @@ from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.endings import STOP_FILE, read_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = "attempts.jsonl"
 SAME_STEP_CRASHES = 2
 """Crashes in one step in a row that stop a job. A second one could be chance; it costs a night to find out, and a
@@ -26,7 +30,8 @@ person can start the job again in a minute."""
 FRUITLESS_ATTEMPTS = 3
 """Attempts in a row without a new checkpoint that stop a job, in whatever steps they ended: it only burns GPU-hours."""
 NOT_SAVED = "it was asked to stop, and ended before it had saved: ask earlier, or save more often"
-SQUEUE_SECONDS = 60
+SQUEUE_SECONDS = 60.0
+SQUEUE_INTERVAL = 2.0
 ENDED_STATES = frozenset(
     {
         *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
@@ -229,18 +234,27 @@ def _metrics_time(folder: Path) -> int:
 
 
 def _state(job: str) -> str:
-    """Return what Slurm says of a job, empty where it knows nothing of it (any more)."""
+    """Return what Slurm says of a job, empty where it knows nothing of it (any more).
+
+    Raises:
+        L0MoEError: Slurm does not answer.
+    """
     program = shutil.which("squeue")
     if program is None:
+        logger.warning("There is no squeue here, so nothing says whether the Slurm job %s still runs.", job)
         return ""
     words = [program, "--noheader", "--states=all", "--jobs", job, "--format=%T"]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=SQUEUE_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise L0MoEError(
-            f"squeue did not say in {SQUEUE_SECONDS} s whether job {job} still runs; try again."
-        ) from None
-    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.split() else ""
+    deadline = time.monotonic() + SQUEUE_SECONDS
+    while True:  # a controller that is started anew answers again after some seconds
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0 or "Invalid job id" in done.stderr:
+            return next(iter(done.stdout.split()), "")
+        if time.monotonic() > deadline:
+            raise L0MoEError(
+                f"squeue does not say whether the Slurm job {job}, which worked here last, still runs "
+                f"({' '.join(done.stderr.split())}); try again when Slurm answers."
+            )
+        time.sleep(SQUEUE_INTERVAL)
 
 
 def _now() -> str:
