@@ -97,6 +97,11 @@ class Job:
     command: list[str]
     env: dict[str, str]
 
+    @property
+    def program(self) -> list[str]:
+        """The words after torchrun's own: `-m`, the module and its flags."""
+        return self.command[self.command.index(PRETRAIN) - 1 :]
+
 
 def expert_job(
     run: Run, architecture: Architecture, k: int, *, python: str = sys.executable, trial: Trial | None = None
@@ -307,16 +312,9 @@ def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
     per_node = ("--nproc-per-node", str(processes // nodes))
     if nodes == 1:
         return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
-    # Left to the shell of the batch job: the scheduler sets these on every node.
-    rendezvous = (
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-id",
-        "$SLURM_JOB_ID",
-        "--rdzv-endpoint",
-        "$L0MOE_HEAD_NODE:29500",
-    )
-    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *rendezvous)
+    # Of one node; the batch job's shell fills these in, see sbatch.py.
+    static = ("--node-rank", "$SLURM_NODEID", "--master-addr", "$head", "--master-port", "$port")
+    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *static)
 
 
 def _environment(threads: int) -> dict[str, str]:
