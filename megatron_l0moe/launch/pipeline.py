@@ -26,7 +26,7 @@ from megatron_l0moe.data.manifest import (
     write_json,
 )
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch import jobs, preflight, records
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
@@ -105,14 +105,14 @@ def train_expert(run: Run, stage: Stage) -> None:
     k = int(stage.folder.name)
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
-    _train(job, stage, run.recipe.expert_steps)
+    _train(run, job, stage, run.recipe.expert_steps)
 
 
 def train_moe(run: Run, stage: Stage) -> None:
     """Run MoE training to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "moe_training")
     logger.info("MoE training: %d steps.", run.recipe.moe_steps)
-    _train(jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
+    _train(run, jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 
 def write_logits(run: Run, stage: Stage) -> Path:
@@ -159,7 +159,7 @@ def _check_inputs(run: Run, spec: StageSpec) -> None:
             is_done(stage)
 
 
-def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
+def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
     """Run a training job to its last step; a job whose last checkpoint is there already is not started again."""
     tracker = stage.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
 
@@ -167,6 +167,8 @@ def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
         return tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == str(steps)
 
     if not is_trained():
+        command = ["env", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
+        records.write_records(run, stage.folder, command, attempt=records.next_attempt(stage.folder))
         _run_job(job, stage.folder / "train.log")
     if not is_trained():
         raise L0MoEError(
