@@ -217,7 +217,7 @@ def _begin(model: GPTModel, step: int) -> None:
     for gate in gates(model):
         gate.begin_iteration(GateStep(step, Phase.LEARN, RETENTION, 1.0))
     for router in routers(model):
-        router.expert_load.begin_iteration()
+        router.begin_iteration()
 
 
 def _random(seed: int, size: tuple[int, ...], model: GPTModel) -> torch.Tensor:

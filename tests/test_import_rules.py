@@ -24,6 +24,7 @@ WITHOUT_TORCH = (
     "plan_command.py",
     "errors.py",
     "data/manifest.py",
+    "data/source_tree.py",
     "conversion/architecture.py",
 )
 TORCH_USERS = {"torch", "megatron", "transformers", "FlagEmbedding", "safetensors.torch"}
