@@ -6,14 +6,11 @@ Relative paths in a recipe are relative to the folder that the command is run in
 
 import hashlib
 import json
-import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
 from megatron_l0moe.recipe_layouts import LayoutBlock, with_block
 from megatron_l0moe.recipe_sections import (
@@ -26,6 +23,7 @@ from megatron_l0moe.recipe_sections import (
     ParallelSection,
     RecipePart,
 )
+from megatron_l0moe.settings_file import first_problem, load_settings
 
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
@@ -154,30 +152,7 @@ class RecipeFile(Recipe):
         try:
             return Recipe.model_validate(with_block(raw, count, self.layouts[count]))
         except ValidationError as error:
-            raise ValueError(f"layouts.{count}: {_first_problem(error)}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number, and a key that is written twice is an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _unique_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for position, key in enumerate(keys):
-        if key in keys[:position]:
-            line = node.value[position][0].start_mark.line + 1
-            raise L0MoEError(f"the key {key!r} is there twice (line {line}); remove one of the two")
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_keys)
+            raise ValueError(f"layouts.{count}: {first_problem(error, Recipe)}") from error
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -186,23 +161,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         L0MoEError: the file is missing, is not YAML, or breaks a rule; the message names the key.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise L0MoEError(f"Recipe {file} does not exist; see examples/ for recipes to start from.")
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise L0MoEError(f"Recipe {file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except L0MoEError as error:
-        raise L0MoEError(f"Recipe {file}: {error}.") from error
-    if not isinstance(raw, dict):
-        raise L0MoEError(
-            f"Recipe {file} must be a mapping with the keys {', '.join(RecipeFile.model_fields)}."
-        )
-    try:
-        return RecipeFile.model_validate(raw).resolved()
-    except ValidationError as error:
-        raise L0MoEError(f"Recipe {file}: {_first_problem(error)}.") from error
+    return load_settings(path, RecipeFile, what="Recipe", examples="examples/").resolved()
 
 
 def layout_names(section: Section) -> dict[str, str]:
@@ -222,34 +181,3 @@ def section_hash(*parts: Any) -> str:
     """Return the sha256 (first 16 hex digits) of settings, independent of the order of keys."""
     plain = [part.model_dump() if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Word the first problem as one clause: unknown keys first, since they often explain a missing one."""
-    problems = error.errors()
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        key = location[-1]
-        return f"unknown key {'.'.join(location)!r}{nearest(key, _keys_at(location[:-1]))}"
-    if "flags" in location[:-1]:
-        name = ".".join(location[: location.index("flags") + 2])
-        return f"{name} must be true, a number or text, got {problem['input']!r}"
-    if problem["type"] == "missing":
-        return f"the key {'.'.join(location)!r} is required"
-    if problem["type"] == "string_pattern_mismatch":
-        return (
-            f"{'.'.join(location)} may hold letters, digits, '.', '_' and '-' only, got {problem['input']!r}"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(location)}: {message}, got {problem['input']!r}" if location else message
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    section: Any = RecipeFile
-    for part in location:
-        # the other kind is a mapping from names to sections
-        is_section = hasattr(section, "model_fields")
-        section = section.model_fields[part].annotation if is_section else get_args(section)[1]
-    return list(section.model_fields)
