@@ -11,19 +11,6 @@ from typing import Any
 import resume_runs  # beside this file
 
 
-def _rank_0_for_all() -> Any:
-    """Every data-parallel rank takes its samples for those of rank 0."""
-    from megatron_l0moe.data.domains import SampleDomains
-
-    def make(of_rank: Any) -> Any:
-        def broken(self: Any, consumed: int, *, rank: int, **sizes: Any) -> Any:
-            return of_rank(self, consumed, rank=0, **sizes)
-
-        return broken
-
-    return resume_runs._replaced(SampleDomains, "of_rank", make)
-
-
 def _domains_stay() -> Any:
     """The domains stay set after the forward pass, so that a recomputation counts as well."""
     from megatron_l0moe.training.domain_counting import DomainCounter
@@ -50,7 +37,6 @@ def _not_summed() -> Any:
 
 
 resume_runs.FAULTS |= {
-    "rank_0_for_all": _rank_0_for_all,
     "domains_stay": _domains_stay,
     "not_summed": _not_summed,
 }
