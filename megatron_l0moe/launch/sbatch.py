@@ -16,7 +16,7 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.launch import jobs, sbatch_bash
 from megatron_l0moe.launch.cluster import Cluster, OptionValue
-from megatron_l0moe.launch.resources import TRAINING, Resources, resources
+from megatron_l0moe.launch.resources import TRAINING, Resources, experts_at_once, resources
 from megatron_l0moe.launch.stages import Run, spec_of, stage_command
 
 EXPERT = "@EXPERT@"
@@ -110,7 +110,7 @@ def _options(run: Run, cluster: Cluster, name: str, place: Place, need: Resource
     if spec_of(name).restart != "clear":
         yield f"--signal=B:USR1@{cluster.signal_lead_seconds}"
     if name == "experts":
-        yield f"--array={array_text(list(range(run.recipe.model.num_experts)), cluster.experts_at_once)}"
+        yield f"--array={array_text(list(range(run.recipe.model.num_experts)), experts_at_once(run.recipe, cluster))}"
     for option, setting in {**cluster.sbatch, **stage.sbatch}.items():
         yield _option(option, setting)
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_readiness.models_7b import recipe_on
 from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.cluster import Cluster, load_cluster
 from megatron_l0moe.launch.plan import find_architecture
+from megatron_l0moe.launch.resources import experts_at_once
 from megatron_l0moe.launch.sbatch import array_text, place_of, render
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run
 from megatron_l0moe.recipe import Recipe, load_recipe
@@ -21,16 +23,6 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 CLUSTERS = ROOT / "slurm" / "clusters"
 LLAMA = Path("examples/llama3_8b.yaml")
-NODES_64 = {
-    "processes": 512,
-    "nodes": 64,
-    "tensor": 4,
-    "pipeline": 2,
-    "expert": 8,
-    "expert_tensor": 1,
-    "distributed_optimizer": True,
-}
-"""MoE training of Llama-3-8B on 64 nodes of 8 GPUs."""
 
 
 def llama(**moe: Any) -> Run:
@@ -55,7 +47,8 @@ def check_golden(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["experts", "moe", "evaluate"])
 def test_64_nodes(name: str) -> None:
-    run = llama(parallel=NODES_64, sequences_per_domain=8)
+    """The example as it is, with `gpus: 512`; read by eye, number by number."""
+    run = Run(recipe=recipe_on("llama3_8b", 512), recipe_file=LLAMA, runs_dir=Path("runs"))
     check_golden(f"llama3_64_nodes_{name}.sbatch", text_of(run, load_cluster(CLUSTERS / "plain.yaml"), name))
 
 
@@ -125,3 +118,17 @@ def test_words_for_the_shell_are_quoted() -> None:
     text = text_of(llama(), cluster, "moe")
     assert shlex.quote("([0]*8+[1]*24)") in text
     assert '--container-mounts="$PWD:$PWD,/shared/models:/shared/models,' in text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said", "expected"), [(64, None, 32), (512, None, 64), (8, None, 4), (64, 5, 5), (None, None, 8)]
+)
+def test_experts_at_once(gpus: int | None, said: int | None, expected: int) -> None:
+    """Two GPUs for each expert on 8 and 64 GPUs, eight on 512; 64 experts."""
+    recipe = recipe_on("llama3_8b", gpus or 64)
+    if gpus is None:
+        recipe = recipe.model_copy(update={"gpus": None})
+    cluster = Cluster(gpus_per_node=8, cpus_per_node=96, experts_at_once=said)
+    assert experts_at_once(recipe, cluster) == expected
+    run = Run(recipe=recipe, recipe_file=LLAMA, runs_dir=Path("runs"))
+    assert f"#SBATCH --array=0-63%{expected}\n" in text_of(run, cluster, "experts")
