@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, plan_command
+from megatron_l0moe import bench_command, plan_command, slurm_command
 from megatron_l0moe.command_errors import one_sentence
 
 if TYPE_CHECKING:
@@ -75,6 +75,13 @@ def run(
             "--dry-run", help="Print inputs, outputs, shapes, tokens, steps and commands; do nothing."
         ),
     ] = False,
+    launcher: Annotated[
+        str, typer.Option("--launcher", metavar="NAME", help="local: here, stage by stage; slurm: as jobs.")
+    ] = "local",
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", metavar="FILE", help="Settings of the Slurm cluster, see slurm/clusters/."),
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Do a whole run: every stage that is not done yet, in order."""
@@ -82,13 +89,16 @@ def run(
         from megatron_l0moe.launch import dryrun, pipeline, stages
 
         this = _load(recipe, runs_dir)
-        if dry_run:
+        if slurm_command.chosen(launcher, cluster):
+            slurm_command.run_on_slurm(this, stages.selection(first, last), cluster, dry_run=dry_run)
+        elif dry_run:
             typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
         else:
             pipeline.run_chain(this, first=first, last=last)
 
 
 app.command()(plan_command.plan)
+app.command()(slurm_command.cancel)
 
 
 @app.command(rich_help_panel=ONE_STAGE)

@@ -97,6 +97,11 @@ class Job:
     command: list[str]
     env: dict[str, str]
 
+    @property
+    def program(self) -> list[str]:
+        """The words after torchrun's own: `-m`, the module and its flags."""
+        return self.command[self.command.index(PRETRAIN) - 1 :]
+
 
 def expert_job(
     run: Run, architecture: Architecture, k: int, *, python: str = sys.executable, trial: Trial | None = None
@@ -115,7 +120,7 @@ def expert_job(
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
         | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
-    return _job(python, training, architecture, flags, "expert_training", trial)
+    return _job(python, training, architecture, flags, "expert_training", trial, name=f"expert_{k:03d}")
 
 
 def moe_job(
@@ -284,18 +289,20 @@ def _job(
     flags: Flags,
     section: str,
     trial: Trial | None,
+    name: str = "",
 ) -> Job:
+    """Sum up a job; `name` tells it from the others that share its section of the recipe."""
     fixed = architecture.megatron_flags()
-    for name in training.flags:
-        if name in OWNED_BY_THE_CHAIN or f"--{name}" in fixed:
+    for flag in training.flags:
+        if flag in OWNED_BY_THE_CHAIN or f"--{flag}" in fixed:
             raise L0MoEError(
-                f"{section}.flags may not set {name!r}, which follows from the model and the rest of the recipe; "
+                f"{section}.flags may not set {flag!r}, which follows from the model and the rest of the recipe; "
                 "remove it."
             )
     parallel = training.parallel
-    extra, processes, nodes = training.flags, parallel.processes, parallel.nodes
+    extra, processes, nodes = _told_apart(training.flags, name), parallel.processes, parallel.nodes
     if trial:
-        extra = {name: value for name, value in extra.items() if name not in NOT_IN_A_TRIAL} | dict(
+        extra = {flag: value for flag, value in extra.items() if flag not in NOT_IN_A_TRIAL} | dict(
             trial.flags
         )
         processes, nodes = trial.layout.processes, 1
@@ -303,20 +310,22 @@ def _job(
     return Job(command=words, env=_environment(parallel.threads) | (EXACT_FP32 if trial else {}))
 
 
+def _told_apart(flags: Mapping[str, Flag], name: str) -> Flags:
+    """Give each job that shares these flags a TensorBoard folder and a W&B name of its own."""
+    own = dict(flags)
+    for flag, separator in (("tensorboard-dir", "/"), ("wandb-exp-name", "-")):
+        if name and flag in own:
+            own[flag] = f"{own[flag]}{separator}{name}"
+    return own
+
+
 def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
     per_node = ("--nproc-per-node", str(processes // nodes))
     if nodes == 1:
         return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
-    # Left to the shell of the batch job: the scheduler sets these on every node.
-    rendezvous = (
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-id",
-        "$SLURM_JOB_ID",
-        "--rdzv-endpoint",
-        "$L0MOE_HEAD_NODE:29500",
-    )
-    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *rendezvous)
+    # Of one node; the batch job's shell fills these in, see sbatch.py.
+    static = ("--node-rank", "$SLURM_NODEID", "--master-addr", "$head", "--master-port", "$port")
+    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *static)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -138,6 +138,7 @@ def _prepare(this: TrainingStage) -> int:
     job = this.job
     logs = os.environ.get(LOGS_VARIABLE)
     attempt = attempts.open_attempt(this.folder, Path(logs) if logs else this.folder / "train.log")
+    pipeline.record_start(this.run, job, this.stage)
     logger.info(
         "Attempt %d at %s, from step %d of %d: %s",
         attempt.number,

@@ -28,7 +28,7 @@ from megatron_l0moe.data.manifest import (
 )
 from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, preflight
+from megatron_l0moe.launch import attempts, jobs, preflight, records
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
@@ -110,14 +110,14 @@ def train_expert(run: Run, stage: Stage) -> None:
     k = int(stage.folder.name)
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
-    _train(job, stage, run.recipe.expert_steps)
+    _train(run, job, stage, run.recipe.expert_steps)
 
 
 def train_moe(run: Run, stage: Stage) -> None:
     """Run MoE training to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "moe_training")
     logger.info("MoE training: %d steps.", run.recipe.moe_steps)
-    _train(jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
+    _train(run, jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 
 def write_logits(run: Run, stage: Stage) -> Path:
@@ -164,7 +164,7 @@ def check_inputs(run: Run, spec: StageSpec) -> None:
             is_done(stage)
 
 
-def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
+def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
     """Run a training job to its last step; a job whose last checkpoint is there already is not started again."""
 
     def is_trained() -> bool:
@@ -174,6 +174,7 @@ def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
         attempts.check_owner(stage.folder)
         refuse_failure(stage.folder)
         forget_stop(stage.folder)
+        record_start(run, job, stage)
         try:
             _run_job(job, stage.folder / "train.log")
         except CommandFailedError as failed:
@@ -190,6 +191,12 @@ def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
             f"Training in {stage.folder} ended without an error before its last step, {steps}; see "
             f"{stage.folder / 'train.log'}, and run the same command to go on."
         )
+
+
+def record_start(run: Run, job: jobs.Job, stage: Stage) -> None:
+    """Write down what a training job is started from."""
+    command = ["env", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
+    records.write_records(run, stage.folder, command, attempt=records.next_attempt(stage.folder))
 
 
 def _run_job(job: jobs.Job, log: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.reports.gpu_samples import read_gpu_samples
 
 Json = dict[str, Any]
 STAGES = ("convert", "curate", "experts", "assemble", "moe", "export", "evaluate")
@@ -42,6 +43,8 @@ class RunFiles:
     parity: Json
     benchmarks: Json
     """Empty where the recipe asks for none."""
+    gpu_samples: Json
+    """Power, memory and energy by training stage; empty where no GPU was sampled."""
     manifests: dict[str, Json]
     """By folder inside the run, e.g. `moe` or `experts/003`."""
 
@@ -80,6 +83,7 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
             if recipe.evaluation.benchmarks
             else {}
         ),
+        gpu_samples=read_gpu_samples(run),
         manifests=manifests,
     )
 

@@ -1,7 +1,7 @@
 """The summary: every number of a run in one JSON object. The page shows nothing that is not in it.
 
-Measurements of time lie under `speed` and `seconds`, what names the place and date under `provenance`;
-`deterministic_part` is the rest, which two runs of one recipe must share.
+Measurements of time lie under `speed` and `seconds`, of power under `gpu_samples`, what names the place and date under
+`provenance`; `deterministic_part` is the rest, which two runs of one recipe must share.
 """
 
 import itertools
@@ -22,7 +22,7 @@ CURVE_POINTS = 120
 """A curve of a long training is thinned to so many points."""
 LAYER_CURVES = 8
 """Experts whose retention is kept layer by layer."""
-TIME_KEYS = ("speed", "seconds", "provenance")
+TIME_KEYS = ("speed", "seconds", "gpu_samples", "provenance")
 
 
 def build_summary(files: RunFiles) -> Json:
@@ -56,6 +56,7 @@ def build_summary(files: RunFiles) -> Json:
             },
         },
         "seconds": _seconds(files),
+        "gpu_samples": files.gpu_samples,
         "provenance": {folder: _provenance(manifest) for folder, manifest in files.manifests.items()},
     }
 

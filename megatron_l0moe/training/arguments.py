@@ -31,6 +31,10 @@ class StageConfig:
     l0_stop_file: str = ""
     """Save a checkpoint and end, with exit code 75, after the step in which this file is there; how a job ended early
     is written beside it (`stopped`, `failure.json`). Empty for none."""
+    l0_domain_load_interval: int = 10
+    """Steps from one record of the experts' load by domain to the next; 0 for none."""
+    l0_gpu_sample_seconds: float = 30.0
+    """Seconds from one sample of power, memory and clocks of the GPUs to the next; 0 for none."""
     l0_mask_lr: float = 0.3
     """Learning rate of log_alpha."""
     l0_lambda_lr: float = 0.3
@@ -43,6 +47,9 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.l0_dense_layers < 0:
             raise ValueError(f"l0_dense_layers must be at least 0, got {self.l0_dense_layers}")
+        for name in ("l0_domain_load_interval", "l0_gpu_sample_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 ARGUMENT_GROUPS: tuple[tuple[str, type], ...] = (

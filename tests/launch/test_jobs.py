@@ -164,3 +164,14 @@ def test_masks_only_is_a_key_of_the_recipe_and_no_flag(tmp_path: Path) -> None:
     run = golden_run(tmp_path, expert_training__flags={"l0-train-weights": "off"})
     with pytest.raises(L0MoEError, match="may not set 'l0-train-weights'"):
         jobs.expert_job(run, toy_architecture(), 0, python="python")
+
+
+def test_experts_do_not_share_a_tensorboard_folder(tmp_path: Path) -> None:
+    flags = {"tensorboard-dir": "boards/x", "wandb-project": "p", "wandb-exp-name": "x", "bf16": True}
+    run = make_run(tmp_path, expert_training__flags=flags, moe_training__flags=flags)
+    expert, moe = jobs.expert_job(run, toy_architecture(), 3), jobs.moe_job(run, toy_architecture())
+    assert value(expert, "--tensorboard-dir") == "boards/x/expert_003"
+    assert value(expert, "--wandb-exp-name") == "x-expert_003"
+    assert value(expert, "--wandb-project") == "p"
+    assert value(moe, "--tensorboard-dir") == "boards/x"
+    assert value(moe, "--wandb-exp-name") == "x"

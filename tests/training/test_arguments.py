@@ -71,6 +71,7 @@ def test_flags_reach_the_configs(parser):
         (("--l0-stage", "expert", "--l0-expert-ffn", "65"), r"--l0-expert-ffn \(65\) must lie between 1"),
         (("--l0-dense-layers", "5"), r"--l0-dense-layers \(5\) must be at most --num-layers \(4\)"),
         (("--l0-stage", "moe"), "--l0-stage moe needs --num-experts"),
+        (("--l0-domain-load-interval", "-1"), "l0_domain_load_interval must be at least 0, got -1"),
         (("--l0-stretch-low", "0.1"), "l0_stretch_low must be below 0"),
         (("--l0-stage", "expert", "--l0-expert-ffn", "8", "--fp16"), "neither --fp16 nor"),
     ],
