@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, plan_command
+from megatron_l0moe import bench_command, plan_command, slurm_command
 from megatron_l0moe.command_errors import one_sentence
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ ONE_STAGE = "One stage of a run"
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), see examples/.", show_default=False)
+]
+Phase = Annotated[
+    str | None,
+    typer.Option(
+        "--phase", metavar="PHASE", help="prepare or finish: what a batch job does around the training."
+    ),
 ]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Folder that holds the runs.")]
 
@@ -69,6 +75,13 @@ def run(
             "--dry-run", help="Print inputs, outputs, shapes, tokens, steps and commands; do nothing."
         ),
     ] = False,
+    launcher: Annotated[
+        str, typer.Option("--launcher", metavar="NAME", help="local: here, stage by stage; slurm: as jobs.")
+    ] = "local",
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", metavar="FILE", help="Settings of the Slurm cluster, see slurm/clusters/."),
+    ] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Do a whole run: every stage that is not done yet, in order."""
@@ -76,13 +89,16 @@ def run(
         from megatron_l0moe.launch import dryrun, pipeline, stages
 
         this = _load(recipe, runs_dir)
-        if dry_run:
+        if slurm_command.chosen(launcher, cluster):
+            slurm_command.run_on_slurm(this, stages.selection(first, last), cluster, dry_run=dry_run)
+        elif dry_run:
             typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
         else:
             pipeline.run_chain(this, first=first, last=last)
 
 
 app.command()(plan_command.plan)
+app.command()(slurm_command.cancel)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -115,6 +131,7 @@ def experts(
     index: Annotated[
         int | None, typer.Option("--index", metavar="K", help="Train this expert only, counted from 0.")
     ] = None,
+    phase: Phase = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Train the K experts, one domain each, and cut each to its exact width."""
@@ -122,7 +139,7 @@ def experts(
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
-        if not pipeline.is_extracted(stage.folder):
+        if phase is None and not pipeline.is_extracted(stage.folder):
             pipeline.train_expert(this, stage)
 
         def extract() -> dict[str, object]:
@@ -133,7 +150,7 @@ def experts(
 
         return pipeline.extract_once(stage.folder, extract)
 
-    _stage("experts", recipe, runs_dir, work, only=index)
+    _stage("experts", recipe, runs_dir, work, only=index, phase=phase)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -152,16 +169,17 @@ def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def moe(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def moe(recipe: RecipePath, phase: Phase = None, runs_dir: RunsDir = Path("runs")) -> None:
     """Train experts and routers together on the ordered sets."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
-        pipeline.train_moe(this, stage)
+        if phase is None:
+            pipeline.train_moe(this, stage)
         return {"steps": this.recipe.moe_steps}
 
-    _stage("moe", recipe, runs_dir, work)
+    _stage("moe", recipe, runs_dir, work, phase=phase)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -275,12 +293,17 @@ def _stage(
     work: "Callable[[Run, Stage], dict[str, object]]",
     *,
     only: int | None = None,
+    phase: str | None = None,
 ) -> None:
     with one_sentence(runs_dir):
         from megatron_l0moe.launch.pipeline import carry_out
 
         _log_to_stderr()
         this = _load(recipe, runs_dir)
+        if phase is not None:
+            from megatron_l0moe.launch.phases import run_phase
+
+            raise typer.Exit(run_phase(this, name, phase, lambda stage: work(this, stage), index=only))
         carry_out(this, name, lambda stage: work(this, stage), only=only)
 
 

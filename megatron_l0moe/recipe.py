@@ -6,15 +6,13 @@ Relative paths in a recipe are relative to the folder that the command is run in
 
 import hashlib
 import json
-import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
+from megatron_l0moe.recipe_layouts import LayoutBlock, with_block
 from megatron_l0moe.recipe_sections import (
     DataSection,
     EvaluationSection,
@@ -25,6 +23,7 @@ from megatron_l0moe.recipe_sections import (
     ParallelSection,
     RecipePart,
 )
+from megatron_l0moe.settings_file import first_problem, load_settings
 
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
@@ -42,6 +41,8 @@ class Recipe(RecipePart):
     moe_training: MoETrainingSection = MoETrainingSection()
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
+    gpus: int | None = Field(default=None, ge=1)
+    """GPUs that the run may use at the same time; in a file it also chooses one of the `layouts`."""
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -115,27 +116,43 @@ class Recipe(RecipePart):
         return sum(tokens // batch for tokens in sets)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number, and a key that is written twice is an error."""
+class RecipeFile(Recipe):
+    """A recipe as it is written: with one layout, or with one for each number of GPUs."""
 
+    layouts: dict[int, LayoutBlock] = Field(default_factory=dict)
+    """Number of GPUs -> what changes with it."""
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+    @model_validator(mode="after")
+    def _check_layouts(self) -> "RecipeFile":
+        counts = ", ".join(map(str, sorted(self.layouts)))
+        if self.layouts and self.gpus is None:
+            raise ValueError(
+                f"layouts need gpus, the number that holds; add gpus: {min(self.layouts)}, or another of {counts}"
+            )
+        if self.layouts and self.gpus not in self.layouts:
+            raise ValueError(
+                f"gpus ({self.gpus}) must be one of the numbers in layouts, {counts}; add what `l0moe plan RECIPE "
+                f"--gpus {self.gpus}` prints for it"
+            )
+        for count in self.layouts:
+            self.resolved(count)
+        return self
 
+    def resolved(self, gpus: int | None = None) -> Recipe:
+        """Return the recipe with the layouts for so many GPUs (None: those of its `gpus`) in their places.
 
-def _unique_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for position, key in enumerate(keys):
-        if key in keys[:position]:
-            line = node.value[position][0].start_mark.line + 1
-            raise L0MoEError(f"the key {key!r} is there twice (line {line}); remove one of the two")
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_keys)
+        Raises:
+            ValueError: they do not fit the recipe.
+        """
+        raw = self.model_dump(exclude={"layouts"}, exclude_unset=True)
+        if not self.layouts:
+            return Recipe.model_validate(raw)
+        count = gpus or self.gpus
+        assert count is not None, "checked above"
+        try:
+            return Recipe.model_validate(with_block(raw, count, self.layouts[count]))
+        except ValidationError as error:
+            raise ValueError(f"layouts.{count}: {first_problem(error, Recipe)}") from error
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -144,21 +161,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         L0MoEError: the file is missing, is not YAML, or breaks a rule; the message names the key.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise L0MoEError(f"Recipe {file} does not exist; see examples/ for recipes to start from.")
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise L0MoEError(f"Recipe {file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except L0MoEError as error:
-        raise L0MoEError(f"Recipe {file}: {error}.") from error
-    if not isinstance(raw, dict):
-        raise L0MoEError(f"Recipe {file} must be a mapping with the keys {', '.join(Recipe.model_fields)}.")
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise L0MoEError(f"Recipe {file}: {_first_problem(error)}.") from error
+    return load_settings(path, RecipeFile, what="Recipe", examples="examples/").resolved()
 
 
 def layout_names(section: Section) -> dict[str, str]:
@@ -178,34 +181,3 @@ def section_hash(*parts: Any) -> str:
     """Return the sha256 (first 16 hex digits) of settings, independent of the order of keys."""
     plain = [part.model_dump() if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Word the first problem as one clause: unknown keys first, since they often explain a missing one."""
-    problems = error.errors()
-    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    problem = (unknown or problems)[0]
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        key = location[-1]
-        return f"unknown key {'.'.join(location)!r}{nearest(key, _keys_at(location[:-1]))}"
-    if "flags" in location[:-1]:
-        name = ".".join(location[: location.index("flags") + 2])
-        return f"{name} must be true, a number or text, got {problem['input']!r}"
-    if problem["type"] == "missing":
-        return f"the key {'.'.join(location)!r} is required"
-    if problem["type"] == "string_pattern_mismatch":
-        return (
-            f"{'.'.join(location)} may hold letters, digits, '.', '_' and '-' only, got {problem['input']!r}"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(location)}: {message}, got {problem['input']!r}" if location else message
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    section: Any = Recipe
-    for part in location:
-        # the other kind is a mapping from names to sections
-        is_section = hasattr(section, "model_fields")
-        section = section.model_fields[part].annotation if is_section else get_args(section)[1]
-    return list(section.model_fields)

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.settings_file import Settings
 
 Flag = bool | int | float | str
 
@@ -24,10 +25,8 @@ def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
 Flags = Annotated[dict[str, Flag], AfterValidator(_check_flags)]
 
 
-class RecipePart(BaseModel):
-    """Base of a recipe and of its sections: strict types, no unknown keys, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+class RecipePart(Settings):
+    """Base of a recipe and of its sections."""
 
 
 class ModelSection(RecipePart):

@@ -22,6 +22,8 @@ WITHOUT_TORCH = (
     "cli.py",
     "command_errors.py",
     "plan_command.py",
+    "slurm_command.py",
+    "settings_file.py",
     "errors.py",
     "data/manifest.py",
     "data/source_tree.py",

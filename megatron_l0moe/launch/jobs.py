@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
@@ -33,7 +34,7 @@ Z_COEFFICIENT = 0.003
 OWNED_BY_THE_CHAIN = frozenset(
     {
         *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
-        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file"),
+        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file", "l0-stop-file"),
         "l0-train-weights",  # expert_training.train_weights
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
         *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
@@ -95,6 +96,16 @@ class Job:
 
     command: list[str]
     env: dict[str, str]
+
+    @property
+    def shell_words(self) -> list[str]:
+        """The command with its variables before it, to be run from any shell."""
+        return ["env", *(f"{name}={value}" for name, value in self.env.items()), *self.command]
+
+    @property
+    def program(self) -> list[str]:
+        """The words after torchrun's own: `-m`, the module and its flags."""
+        return self.command[self.command.index(PRETRAIN) - 1 :]
 
 
 def expert_job(
@@ -201,6 +212,8 @@ def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
         "eval-interval": steps,  # Megatron divides by it even when nothing is evaluated
         "num-workers": 0,  # a sample is a read of mapped memory
         "log-interval": 1,
+        # A NaN ends the job at once; the default does the step again, saves, and ends to be tried on another GPU.
+        "rerun-mode": "disabled",
     }
 
 
@@ -270,6 +283,7 @@ def _l0(stage: str, recipe: Recipe, index: Path, folder: Path) -> Flags:
         "l0-expert-ffn": recipe.model.expert_ffn,
         "l0-data-index": str(index),
         "l0-metrics-file": str(folder / "metrics.jsonl"),
+        "l0-stop-file": str(folder / STOP_FILE),
     }
 
 
@@ -314,16 +328,9 @@ def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
     per_node = ("--nproc-per-node", str(processes // nodes))
     if nodes == 1:
         return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
-    # Left to the shell of the batch job: the scheduler sets these on every node.
-    rendezvous = (
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-id",
-        "$SLURM_JOB_ID",
-        "--rdzv-endpoint",
-        "$L0MOE_HEAD_NODE:29500",
-    )
-    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *rendezvous)
+    # Of one node; the batch job's shell fills these in, see sbatch.py.
+    static = ("--node-rank", "$SLURM_NODEID", "--master-addr", "$head", "--master-port", "$port")
+    return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *static)
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from megatron_l0moe.data.manifest import Restart, Stage
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe import Recipe, section_hash
+from megatron_l0moe.recipe_layouts import FREE_FLAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class StageSpec:
     settings: tuple[str, ...]
     """Recipe keys that can change the result; `section` stands for all of its keys.
 
-    Left out on purpose: the parallel layout, curate's executor, the number of threads and how often a checkpoint is
-    saved. They do not change the result, so a run may go on in another layout.
+    Left out on purpose: the parallel layout, flags of recomputation, curate's executor, the number of threads, how
+    often a checkpoint is saved and which are kept. They do not change the result, so a run may go on in another layout.
     """
     restart: Restart = "clear"
     """What an interrupted run of the stage goes on from."""
@@ -196,4 +197,6 @@ def _setting(recipe: Recipe, path: str) -> Any:
     value: Any = recipe
     for part in path.split("."):
         value = getattr(value, part)
+    if path.endswith(".flags"):
+        return {name: flag for name, flag in value.items() if not name.startswith(FREE_FLAGS)}
     return value.model_dump(exclude={"executor"}) if isinstance(value, BaseModel) else value

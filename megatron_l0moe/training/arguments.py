@@ -28,6 +28,9 @@ class StageConfig:
     """Prefix of the sample index to train on: PREFIX.ccm.json and its .npy files."""
     l0_metrics_file: str = ""
     """File to which one JSON object is appended after each step; empty for none."""
+    l0_stop_file: str = ""
+    """Save a checkpoint and end, with exit code 75, after the step in which this file is there; how a job ended early
+    is written beside it (`stopped`, `failure.json`). Empty for none."""
     l0_domain_load_interval: int = 10
     """Steps from one record of the experts' load by domain to the next; 0 for none."""
     l0_gpu_sample_seconds: float = 30.0

@@ -17,6 +17,9 @@ def datasets_provider(
 ) -> tuple[Any, None, None]:
     """Return the train set; perplexity is measured on the exported model, so there are no others.
 
+    Without a train set Megatron trains no step. That is the answer to a job that was killed after its last
+    checkpoint and before its end was noted: the sampler refuses to begin behind the last sample.
+
     Args:
         args: Megatron's.
         num_samples: of train, validation and test set.
@@ -31,6 +34,8 @@ def datasets_provider(
             "--l0-data-index is required: the prefix of the sample index made by `l0moe curate`."
         )
     if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None, None, None
+    if args.consumed_train_samples >= num_samples[0]:
         return None, None, None
     dataset = CurriculumDataset(
         Path(prefix),

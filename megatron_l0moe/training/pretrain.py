@@ -27,6 +27,7 @@ def main() -> None:
         arguments,
         checkpoint_start,
         data_provider,
+        early_end,
         layout_check,
         metrics,
         model,
@@ -51,7 +52,7 @@ def main() -> None:
     provider = functools.partial(data_provider.datasets_provider, args)
     provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
     folder, seconds = Path(file).parent, settings.stage.l0_gpu_sample_seconds if file else 0.0
-    with gpu_sampling.sampled(folder, seconds):
+    with early_end.watched(args, settings.stage.l0_stop_file), gpu_sampling.sampled(folder, seconds):
         pretrain(
             pretrain_cfg_container_from_args(args, config),
             provider,

@@ -113,6 +113,21 @@ def test_kill_in_the_second_expert_run_changes_nothing(straight, recipe, tmp_pat
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_kill_between_the_last_checkpoint_and_its_note_is_no_failure(straight, recipe, tmp_path):
+    """Megatron writes the checkpoint, then the file that names it; the next command finds no step left to train."""
+    shutil.copytree(straight, tmp_path / "toy")
+    moe = tmp_path / "toy" / "moe"
+    for note in ("DONE", "manifest.json", "checkpoints/latest_checkpointed_iteration.txt"):
+        (moe / note).unlink()
+    last = sorted((moe / "checkpoints").glob("iter_*"))[-1]
+    before = {file: file.stat().st_mtime_ns for file in last.iterdir()}
+    done = toy.run(recipe, tmp_path, "--from", "moe", "--until", "moe")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (moe / "DONE").is_file()
+    assert {file: file.stat().st_mtime_ns for file in last.iterdir()} == before
+    assert (moe / "metrics.jsonl").read_bytes() == (straight / "moe" / "metrics.jsonl").read_bytes()
+
+
 EXPERT_FILE_BYTES = 2_000  # 2 layers x (16 int32 units + a mean of 32 floats), and their names
 
 

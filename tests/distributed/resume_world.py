@@ -166,8 +166,9 @@ def stopped(source: Path, iteration: int, target: Path) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the logged loss of every step, in order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """Return the logged loss of every step so far, in order."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     records = [json.loads(line) for line in lines]
     assert [record["iteration"] for record in records] == list(range(1, len(records) + 1))
     return [record["lm_loss"] for record in records]

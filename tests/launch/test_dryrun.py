@@ -57,5 +57,5 @@ def test_shell_line_leaves_batch_variables_to_the_shell(tmp_path: Path) -> None:
     assert line.startswith(
         "OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 python -m torch.distributed.run --nnodes 2"
     )
-    assert '--rdzv-id "$SLURM_JOB_ID"' in line
+    assert '--node-rank "$SLURM_NODEID" --master-addr "$head" --master-port "$port"' in line
     assert "--moe-layer-freq '([0]*1+[1]*3)'" in line

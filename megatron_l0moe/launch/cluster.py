@@ -1,0 +1,226 @@
+"""The settings file of one Slurm cluster: what its nodes have, what sbatch is told there, how Python starts.
+
+Nothing in it changes a result; recipes stay the same on every cluster. Examples: slurm/clusters/.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_l0moe.settings_file import Settings, load_settings
+
+OptionValue = bool | int | str
+OWN_OPTIONS = {
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "reservation": "reservation",
+    "exclusive": "exclusive",
+    "time": "stages.STAGE.time",
+    "cpus-per-task": "cpus_per_node or stages.STAGE.cpus",
+    "mem": "memory_per_node or stages.STAGE.memory",
+    "gres": "gpus_per_node and gres, or stages.STAGE.gpus",
+    "gpus-per-node": "gpus_per_node and gres, or stages.STAGE.gpus",
+    "signal": "signal_lead_seconds",
+    "mpi": "mpi",
+    "array": "experts_at_once",
+    "container-image": "container.image",
+    "container-mounts": "container.mounts",
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node"), "the recipe's parallel sections"),
+    **dict.fromkeys(
+        ("job-name", "output", "error", "open-mode", "requeue", "no-requeue", "dependency", "chdir"), ""
+    ),
+}
+"""sbatch options that have a key of their own, or that the scripts depend on (no key)."""
+_TIME = re.compile(r"^(?:\d+-\d{1,2}(?::\d{2}){0,2}|\d+(?::\d{2}){0,2})$")
+_MEMORY = re.compile(r"^\d+[KMGT]?$")
+
+
+def time_seconds(text: str) -> int:
+    """Return the seconds of a time as Slurm writes it: MIN, MIN:SEC, H:MIN:SEC, D-H, D-H:MIN, D-H:MIN:SEC.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not _TIME.match(text):
+        raise ValueError('a time is written as "HOURS:MINUTES:SECONDS" or "DAYS-HOURS:MINUTES:SECONDS"')
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _check_time(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(
+            'a time must be text; put it in quotes, "24:00:00"'
+        )  # YAML counts 24:00:00 in base 60
+    if isinstance(value, str):
+        time_seconds(value)
+    return value
+
+
+def _check_memory(value: Any) -> Any:
+    if value is not None and not (isinstance(value, str) and _MEMORY.match(value)):
+        raise ValueError('memory must be text such as "480G" or "0" (all of the node)')
+    return value
+
+
+def _check_options(value: Any) -> Any:
+    for name, setting in value.items() if isinstance(value, dict) else ():
+        plain = str(name).lstrip("-")
+        if plain != name or "_" in plain:
+            raise ValueError(f"option {name!r} must be written as {plain.replace('_', '-')!r}")
+        if name in OWN_OPTIONS:
+            key = OWN_OPTIONS[name]
+            raise ValueError(
+                f"option {name!r} " + (f"has a key of its own: {key}" if key else "is set by l0moe")
+            )
+        if setting is False:
+            raise ValueError(f"option {name!r} is false, which sbatch cannot be told; remove it")
+    return value
+
+
+def _check_environment(value: Any) -> Any:
+    for name, setting in value.items() if isinstance(value, dict) else ():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
+            raise ValueError(f"{name!r} is no name of an environment variable")
+        if not isinstance(setting, str):
+            raise ValueError(f'the value of {name} must be text; put it in quotes, "{setting}"')
+    return value
+
+
+SlurmTime = Annotated[str, BeforeValidator(_check_time)]
+Memory = Annotated[str, BeforeValidator(_check_memory)]
+Options = Annotated[dict[str, OptionValue], BeforeValidator(_check_options)]
+Environment = Annotated[dict[str, str], BeforeValidator(_check_environment)]
+
+
+class ContainerSection(Settings):
+    """A container for every step, started by Slurm's pyxis plugin with enroot."""
+
+    image: str = Field(min_length=1)
+    """What pyxis takes: a .sqsh file, or registry#name:tag."""
+    mounts: list[str] = Field(default_factory=list)
+    """SOURCE:TARGET pairs; the folder that `l0moe` is started in is always mounted in its own place."""
+    options: Options = Field(default_factory=dict)
+    """Further options of pyxis by their long names, such as container-writable: true."""
+
+
+class StageJob(Settings):
+    """What the jobs of one stage ask for; None: what the cluster says, or what the recipe needs."""
+
+    time: SlurmTime = "24:00:00"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus: int | None = Field(default=None, ge=0)
+    """Only of a stage that does not train; None: 1 for curate and evaluate, 0 for the others."""
+    cpus: int | None = Field(default=None, ge=1)
+    """Only of a stage that does not train; None: the share of a node that goes with its GPUs, or 8."""
+    memory: Memory | None = None
+    """Of each node."""
+    sbatch: Options = Field(default_factory=dict)
+    """Further options for sbatch by their long names; they win over those of the cluster."""
+
+
+class StageJobs(Settings):
+    """One section for each stage."""
+
+    convert: StageJob = StageJob(time="04:00:00")
+    curate: StageJob = StageJob()
+    experts: StageJob = StageJob()
+    assemble: StageJob = StageJob(time="04:00:00")
+    moe: StageJob = StageJob()
+    export: StageJob = StageJob(time="04:00:00")
+    evaluate: StageJob = StageJob(time="12:00:00")
+    report: StageJob = StageJob(time="01:00:00")
+
+
+class Cluster(Settings):
+    """One cluster."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    exclusive: bool = False
+    """Ask for whole nodes for training jobs that take all GPUs of a node."""
+    gpus_per_node: int = Field(ge=0)
+    """0: a cluster without GPUs, where a training process takes `parallel.threads` CPUs."""
+    gpu: Literal["h100", "h200", "a100"] | None = None
+    """Its kind, to check memory before anything is queued; None: memory is not checked."""
+    gres: str = "gpu"
+    """How --gres calls a GPU, such as gpu:h100."""
+    cpus_per_node: int = Field(ge=1)
+    memory_per_node: Memory | None = None
+    """Of one node; a job gets the share that goes with its GPUs or CPUs. "0": always all. None: not asked for."""
+    experts_at_once: int = Field(default=8, ge=1)
+    """Expert jobs that run at the same time."""
+    signal_lead_seconds: int = Field(default=300, ge=10, le=65535)
+    """How long before the time limit a training job is told to save; Slurm may be up to 60 s early."""
+    max_requeues: int = Field(default=50, ge=0)
+    """A job that ended without a verdict, such as a step that could not start, is not queued again after so many."""
+    file_wait_seconds: int = Field(default=60, ge=0)
+    """How long a job waits for files that a shared file system shows late."""
+    mpi: str = "none"
+    """srun's --mpi; torchrun needs none."""
+    master_port: int = Field(default=29500, ge=1024, le=64000)
+    """First of 1000 ports; a job takes the one that its number falls on, so that jobs may share a node."""
+    modules: list[str] = Field(default_factory=list)
+    """For `module load`."""
+    setup: list[str] = Field(default_factory=list)
+    """Shell lines that prepare a job, such as the activation of an environment."""
+    environment: Environment = Field(default_factory=dict)
+    """Variables of every job, such as NCCL_*."""
+    python: str | None = None
+    """The interpreter on the nodes; None: the one that runs `l0moe`, or `python` in a container."""
+    container: ContainerSection | None = None
+    sbatch: Options = Field(default_factory=dict)
+    """Further options for sbatch by their long names, such as mail-type: FAIL."""
+    stages: StageJobs = StageJobs()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Cluster":
+        for name in ("curate", "experts", "moe"):
+            limit = time_seconds(getattr(self.stages, name).time)
+            if limit < self.signal_lead_seconds + 60:
+                raise ValueError(
+                    f"stages.{name}.time must be at least a minute longer than signal_lead_seconds "
+                    f"({self.signal_lead_seconds}); raise the one or lower the other"
+                )
+        for name in ("experts", "moe"):
+            for key in ("gpus", "cpus"):
+                if getattr(getattr(self.stages, name), key) is not None:
+                    raise ValueError(
+                        f"stages.{name}.{key} follows from the recipe's layout; remove it, and see "
+                        "parallel.processes, nodes and threads there"
+                    )
+        for name in StageJobs.model_fields:
+            wanted = getattr(self.stages, name).gpus or 0
+            if wanted > self.gpus_per_node:
+                raise ValueError(
+                    f"stages.{name}.gpus ({wanted}) must be at most gpus_per_node ({self.gpus_per_node})"
+                )
+        return self
+
+    def stage(self, name: str) -> StageJob:
+        """Return the section of a stage."""
+        section: StageJob = getattr(self.stages, name)
+        return section
+
+
+def load_cluster(path: str | Path) -> Cluster:
+    """Read and validate a cluster file.
+
+    Raises:
+        L0MoEError: the file is missing, is not YAML, or breaks a rule; the message names the key.
+    """
+    return load_settings(path, Cluster, what="Cluster file", examples="slurm/clusters/")

@@ -1,0 +1,287 @@
+"""The batch script of each stage as text, for `sbatch`. Pure: nothing is read, written or started here.
+
+A training job runs one task on each node in three steps: `--phase prepare` on one node, torchrun on all of them,
+`--phase finish` on one node, which leaves its verdict in a file, since exit codes of srun can lie. Every other stage
+is one step. The bash that does not change from run to run is in `sbatch_bash.py`.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.data.manifest import MARKER
+from megatron_l0moe.launch import jobs, sbatch_bash
+from megatron_l0moe.launch.cluster import Cluster, OptionValue
+from megatron_l0moe.launch.resources import TRAINING, Resources, resources
+from megatron_l0moe.launch.stages import Run, spec_of, stage_command
+
+EXPERT = "@EXPERT@"
+"""Stands for an expert's number, with three digits, until it becomes a variable of the script."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the scripts of a run lie and its logs go."""
+
+    scripts: Path
+    logs: Path
+
+    def script(self, name: str) -> Path:
+        """Return the script of a stage."""
+        return self.scripts / f"{name}.sbatch"
+
+    def log(self, name: str) -> Path:
+        """Return the log of a stage's job, with Slurm's placeholders for its number."""
+        return self.logs / f"{name}-{'%A_%a' if name == 'experts' else '%j'}.log"
+
+
+def place_of(run: Run) -> Place:
+    """Return the places in the run's own folder."""
+    return Place(scripts=run.folder / "slurm", logs=run.folder / "slurm" / "logs")
+
+
+def render(run: Run, architecture: Architecture | None, cluster: Cluster, name: str, place: Place) -> str:
+    """Return the batch script of a stage.
+
+    Args:
+        architecture: the dense model's sizes; only a stage that trains needs them.
+
+    Raises:
+        L0MoEError: the recipe wants more of a node than it has, or sets a flag that it may not.
+    """
+    need = resources(name, run.recipe, cluster)
+    blocks = [
+        "#!/bin/bash\n" + "\n".join(f"#SBATCH {line}" for line in _options(run, cluster, name, place, need)),
+        _header(run, name, place),
+        _environment(cluster),
+        _variables(run, cluster, name, place, need),
+        sbatch_bash.FUNCTIONS,
+    ]
+    if name in TRAINING:
+        assert architecture is not None, "a training job needs the model's sizes"
+        blocks += _training(run, architecture, cluster, name, place, need)
+    else:
+        blocks.append(_other(run, cluster, name))
+    return "\n\n".join(block.strip() for block in blocks) + "\n"
+
+
+def array_text(indices: list[int], at_once: int) -> str:
+    """Return indices as sbatch's --array takes them: `0-3,7%2`."""
+    parts: list[str] = []
+    for index in sorted(indices):
+        first, _, last = parts[-1].partition("-") if parts else ("", "", "")
+        if parts and int(last or first) + 1 == index:
+            parts[-1] = f"{first}-{index}"
+        else:
+            parts.append(str(index))
+    return f"{','.join(parts)}%{at_once}"
+
+
+def _options(run: Run, cluster: Cluster, name: str, place: Place, need: Resources) -> Iterator[str]:
+    stage = cluster.stage(name)
+    yield f"--job-name=l0moe-{run.recipe.name}-{name}"
+    yield f"--output={shlex.quote(str(place.log(name)))}"
+    yield "--open-mode=append"
+    yield "--requeue"
+    yield "--kill-on-invalid-dep=yes"
+    for option, value in (
+        ("partition", stage.partition or cluster.partition),
+        ("account", stage.account or cluster.account),
+        ("qos", stage.qos or cluster.qos),
+        ("constraint", cluster.constraint),
+        ("reservation", cluster.reservation),
+    ):
+        if value:
+            yield f"--{option}={shlex.quote(value)}"
+    yield f"--nodes={need.nodes}"
+    yield "--ntasks-per-node=1"
+    yield f"--cpus-per-task={need.cpus}"
+    if need.gpus:
+        yield f"--gres={cluster.gres}:{need.gpus}"
+    if need.memory:
+        yield f"--mem={need.memory}"
+    if need.exclusive:
+        yield "--exclusive"
+    yield f"--time={need.time}"
+    if spec_of(name).restart != "clear":
+        yield f"--signal=B:USR1@{cluster.signal_lead_seconds}"
+    if name == "experts":
+        yield f"--array={array_text(list(range(run.recipe.model.num_experts)), cluster.experts_at_once)}"
+    for option, setting in {**cluster.sbatch, **stage.sbatch}.items():
+        yield _option(option, setting)
+
+
+def _option(name: str, value: OptionValue) -> str:
+    return f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}"
+
+
+def _header(run: Run, name: str, place: Place) -> str:
+    inputs = spec_of(name).inputs
+    after = [f"# It needs the results of {', '.join(inputs)}."] if inputs else []
+    return "\n".join(
+        [
+            f"# Stage {name} of the run {run.recipe.name}: {spec_of(name).does}.",
+            *after,
+            "# Rendered by `l0moe run RECIPE --launcher slurm --cluster FILE`. By hand, from the same folder:",
+            f"#   mkdir -p {shlex.quote(str(place.logs))} && sbatch {shlex.quote(str(place.script(name)))}",
+        ]
+    )
+
+
+def _environment(cluster: Cluster) -> str:
+    lines = ["# The cluster's own lines come before `set -u`, which many set-up scripts do not survive."]
+    if cluster.modules:
+        lines.append(f"module load {shlex.join(cluster.modules)} || exit 1")
+    lines += cluster.setup
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
+    return "\n".join([*lines, "set -uo pipefail"])
+
+
+def _variables(run: Run, cluster: Cluster, name: str, place: Place, need: Resources) -> str:
+    lines = [f"stage='{name}'"]
+    if name == "experts":
+        lines += [
+            'expert=$(printf "%03d" "$SLURM_ARRAY_TASK_ID")',
+            "job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
+        ]
+    else:
+        lines.append("job=$SLURM_JOB_ID")
+    lines += [
+        f"folder={_quote(_folder(run, name))}",
+        f"file_wait={cluster.file_wait_seconds} # seconds",
+        *([f"max_requeues={cluster.max_requeues}"] if name in TRAINING else []),
+        f"export L0MOE_SBATCH_FILE={shlex.quote(str(place.script(name)))}",
+        "# Slurm's own name of the first node; the task of rank 0 runs there, and so does this script.",
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+    ]
+    step = ["srun", f"--mpi={cluster.mpi}", f"--cpus-per-task={need.cpus}"]
+    lines += ["step=(", *(f"  {_quote(word)}" for word in step), *_container(cluster), ")"]
+    lines.append(f"command=({_stage_words(run, cluster, name)})")
+    lines.append('one_node=("${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head")')
+    if name in TRAINING:
+        lines.append(f'all_nodes=("${{step[@]}}" --nodes={need.nodes} --ntasks={need.nodes})')
+    return "\n".join(lines)
+
+
+def _container(cluster: Cluster) -> list[str]:
+    container = cluster.container
+    if container is None:
+        return []
+    mounts = "".join(f",{_in_quotes(mount)}" for mount in container.mounts)
+    return [
+        f"  --container-image={shlex.quote(container.image)}",
+        f'  --container-mounts="$PWD:$PWD{mounts}"',
+        '  --container-workdir="$PWD"',
+        *(f"  {_option(name, value)}" for name, value in container.options.items()),
+    ]
+
+
+def _training(
+    run: Run, architecture: Architecture, cluster: Cluster, name: str, place: Place, need: Resources
+) -> Iterator[str]:
+    job = training_job(run, architecture, name)
+    ends = "0" if need.processes == 1 else f"0,{need.processes - 1}"  # Megatron speaks through the last rank
+    yield "\n".join(
+        [
+            *(f"export {variable}={shlex.quote(value)}" for variable, value in job.env.items()),
+            f"port=$(({cluster.master_port} + SLURM_JOB_ID % 1000)) # jobs that share a node differ",
+            f'export L0MOE_LOG_DIR={shlex.quote(str(place.logs))}/"$stage/${{job}}_r${{SLURM_RESTART_COUNT:-0}}"',
+            "launcher=(",
+            f"  --nnodes {need.nodes} --nproc-per-node {need.processes}",
+            '  --master-addr "$head" --master-port "$port"',
+            f'  --tee 3 --local-ranks-filter "{ends}" # all ranks to files, these of each node to this log too',
+            ")",
+            "training=(",
+            *(f"  {line}" for line in _flag_lines(job.program)),
+            ")",
+        ]
+    )
+    yield sbatch_bash.TRAINING.format(
+        inputs=_needed(run, name),
+        python=shlex.quote(_python(cluster)),
+        marker=MARKER,
+    )
+
+
+def training_job(run: Run, architecture: Architecture, name: str) -> jobs.Job:
+    """Return the training job of a stage; for `experts` with `EXPERT` in the place of the number."""
+    if name == "moe":
+        return jobs.moe_job(run, architecture)
+    first, second = (jobs.expert_job(run, architecture, k) for k in (0, 1))
+    words = [_without_number(run, word, 0) for word in first.command]
+    assert words == [_without_number(run, word, 1) for word in second.command], (
+        "experts differ by their number only"
+    )
+    return jobs.Job(command=words, env=first.env)
+
+
+def _without_number(run: Run, word: str, k: int) -> str:
+    folder = str(run.stage_folder("experts"))
+    return word.replace(f"{folder}/{k:03d}", f"{folder}/{EXPERT}").replace(
+        str(run.stage_folder("curate") / f"expert_{k:03d}"),
+        str(run.stage_folder("curate") / f"expert_{EXPERT}"),
+    )
+
+
+def _other(run: Run, cluster: Cluster, name: str) -> str:
+    # Before a time limit a stage that starts anew has nothing to save, and the next start would meet the limit too.
+    goes_on = spec_of(name).restart != "clear"
+    return sbatch_bash.OTHER.format(
+        or_limit=", or the time limit is near" if goes_on else "",
+        signals="USR1 TERM" if goes_on else "TERM",
+        inputs=_needed(run, name),
+        marker=MARKER,
+    )
+
+
+def _stage_words(run: Run, cluster: Cluster, name: str) -> str:
+    words = shlex.join(stage_command(run, name, python=_python(cluster)))
+    return words + (' --index "$SLURM_ARRAY_TASK_ID"' if name == "experts" else "")
+
+
+def _python(cluster: Cluster) -> str:
+    return cluster.python or ("python" if cluster.container else sys.executable)
+
+
+def _folder(run: Run, name: str) -> str:
+    folder = run.stage_folder(name)
+    return str(folder / EXPERT if name == "experts" else folder)
+
+
+def _needed(run: Run, name: str) -> str:
+    """Return the files that have to be visible before a job starts, as words of bash."""
+    words = [shlex.quote(str(run.recipe_file))]
+    for previous in spec_of(name).inputs:
+        folder = shlex.quote(str(run.stage_folder(previous)))
+        last = run.recipe.model.num_experts - 1
+        words.append(
+            f"{folder}/{{000..{last:03d}}}/{MARKER}" if previous == "experts" else f"{folder}/{MARKER}"
+        )
+    return " ".join(words)
+
+
+def _flag_lines(words: list[str]) -> list[str]:
+    """Return words with each flag and its value on a line of their own."""
+    lines: list[str] = []
+    for word in words:
+        if word.startswith("--") or not lines:
+            lines.append(_quote(word))
+        else:
+            lines[-1] += f" {_quote(word)}"
+    return lines
+
+
+def _quote(word: str) -> str:
+    """Quote a word for bash; an expert's number becomes the variable."""
+    if EXPERT not in word:
+        return shlex.quote(word)
+    return f'"{_in_quotes(word).replace(EXPERT, "${expert}")}"'
+
+
+def _in_quotes(text: str) -> str:
+    """Return text as it stands between double quotes."""
+    return re.sub(r'([\\"$`])', r"\\\1", text)

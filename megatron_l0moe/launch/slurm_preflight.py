@@ -1,0 +1,56 @@
+"""What is wrong with a run on a cluster is said before anything is queued."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import preflight
+from megatron_l0moe.launch.cluster import Cluster
+from megatron_l0moe.launch.plan import make_plan
+from megatron_l0moe.launch.resources import TRAINING, resources
+from megatron_l0moe.launch.stages import StageSpec
+from megatron_l0moe.planning.hardware import find_gpu
+from megatron_l0moe.planning.layout_rules import check_layout
+from megatron_l0moe.recipe import Recipe, layout_names
+
+
+def check_cluster(recipe: Recipe, cluster: Cluster, selected: Sequence[StageSpec]) -> None:
+    """Check a recipe against a cluster: GPUs and CPUs of a node, the layouts, memory.
+
+    Raises:
+        L0MoEError: something does not fit; one sentence.
+    """
+    for spec in selected:
+        resources(spec.name, recipe, cluster)
+        if section := TRAINING.get(spec.name):
+            sizes = dataclasses.replace(recipe.job_sizes(section), has_gpu=cluster.gpus_per_node > 0)
+            check_layout(recipe.parallel(section).layout, sizes, layout_names(section))
+        if spec.name == "curate" and recipe.data.executor.kind == "slurm" and cluster.container:
+            raise L0MoEError(
+                "data.executor.kind is slurm, and in a container there is no sbatch to submit curate's tasks with; set "
+                "it to local, or run `l0moe curate` outside of the container first."
+            )
+
+
+def check_memory(recipe: Recipe, cluster: Cluster, selected: Sequence[StageSpec]) -> None:
+    """Check by formula that the layouts fit into the cluster's GPUs, where the cluster file names them.
+
+    Raises:
+        L0MoEError: a layout needs more memory than a GPU has; the message says by how much and what would fit.
+    """
+    sections = {TRAINING[spec.name] for spec in selected if spec.name in TRAINING}
+    if cluster.gpu is None or cluster.gpus_per_node == 0 or not sections:
+        return
+    plan = make_plan(recipe, gpu=find_gpu(cluster.gpu))
+    wanted = tuple(stage for stage in plan.stages if stage.section in sections)
+    if problem := dataclasses.replace(plan, stages=wanted).problem():
+        raise problem
+
+
+def check_files(recipe: Recipe) -> None:
+    """Check a recipe against the model and the corpus, as a run on this machine does.
+
+    Raises:
+        L0MoEError: something is missing or does not fit.
+    """
+    preflight.check(recipe)

@@ -1,0 +1,187 @@
+"""`l0moe run RECIPE --launcher slurm`: the whole chain as jobs, each after the one before it has succeeded."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.data.manifest import write_json, write_text
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import sbatch, slurm_commands
+from megatron_l0moe.launch.chain_jobs import Part, earlier_jobs, missing_parts
+from megatron_l0moe.launch.cluster import Cluster
+from megatron_l0moe.launch.lock import locked
+from megatron_l0moe.launch.resources import resources
+from megatron_l0moe.launch.slurm_preflight import check_cluster, check_files, check_memory
+from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, now, read_record, write_record
+from megatron_l0moe.launch.stages import Run, StageSpec
+
+logger = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A run, the part of it that is wanted, and where it is to run."""
+
+    run: Run
+    selected: tuple[StageSpec, ...]
+    cluster: Cluster
+    cluster_file: Path
+
+
+def submit_chain(request: Request, say: Say) -> None:
+    """Submit what is neither done nor queued; nothing, if the folder, the recipe or the cluster does not allow it.
+
+    Raises:
+        L0MoEError: something does not fit, or sbatch refused a job; then what was queued before it is cancelled.
+    """
+    run = request.run
+    check_files(run.recipe)
+    check_cluster(run.recipe, request.cluster, request.selected)
+    check_memory(run.recipe, request.cluster, request.selected)
+    with locked(run.folder / "slurm"):  # two submissions at a time; the jobs take the run's own lock
+        record = read_record(run.folder)
+        known = slurm_commands.states(job.job for job in record.jobs)
+        parts = missing_parts(run, request.selected, record, known)
+        if not any(part.submit for part in parts):
+            say(_nothing_to_do(run, parts))
+            return
+        if not any(state.alive for state in known.values()):
+            with locked(run.folder, wait=0.0):
+                pass  # no command on this machine works on the run
+        before = earlier_jobs(run, request.selected, record, known)
+        _write_scripts(request, parts)
+        _submit(request, parts, before, record, say)
+
+
+def cancel_run(run_folder: Path) -> list[str]:
+    """End all jobs of a run that still wait or run; returns them.
+
+    Raises:
+        L0MoEError: Slurm could not be asked.
+    """
+    with locked(run_folder / "slurm"):
+        record = read_record(run_folder)
+        numbers = list(dict.fromkeys(job.job for job in record.jobs))
+        alive = [state.job for state in slurm_commands.states(numbers).values() if state.alive]
+        wanted = list(dict.fromkeys(job.partition("_")[0] for job in alive))
+        # the last stage first, so that no job starts because the one before it went away
+        slurm_commands.cancel(wanted[::-1])
+        return wanted
+
+
+def write_scripts(
+    request: Request, architecture: Architecture, place: sbatch.Place, names: Sequence[str]
+) -> None:
+    """Write the batch scripts of some stages."""
+    for name in names:
+        text = sbatch.render(request.run, architecture, request.cluster, name, place)
+        write_text(place.script(name), text)
+
+
+def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
+    run, place = request.run, sbatch.place_of(request.run)
+    place.logs.mkdir(parents=True, exist_ok=True)
+    write_json(run.folder / "recipe.json", run.recipe.model_dump())
+    write_json(place.scripts / "cluster.json", json.loads(request.cluster.model_dump_json()))
+    architecture = Architecture.from_hf(Path(run.recipe.model.path))
+    write_scripts(request, architecture, place, [part.spec.name for part in parts if part.submit])
+
+
+def _submit(
+    request: Request, parts: Sequence[Part], before: tuple[str, ...], record: Record, say: Say
+) -> None:
+    run = request.run
+    record.recipe_file, record.cluster_file = str(run.recipe_file), str(request.cluster_file)
+    replaced = [task for part in parts for task in part.replaced]
+    slurm_commands.cancel(replaced)
+    record.cancelled += replaced
+    fresh: list[SubmittedJob] = []
+    try:
+        for part in parts:
+            queued = part.queued
+            if part.submit:
+                job = _submit_part(request, part, before)
+                fresh.append(job)
+                record.jobs.append(job)
+                write_record(run, record)
+                say(_line(job))
+                queued = (*queued, job.job)
+            elif not part.done:
+                say(f"{part.spec.name:<9} is queued already: {_short(part.queued)}")
+            before = queued or before
+    except BaseException as error:
+        _take_back(run, record, fresh, error)
+        raise
+    say(f"Look at it with `l0moe status {run.folder}`, end it with `l0moe cancel {run.folder}`.")
+
+
+def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> SubmittedJob:
+    run, name = request.run, part.spec.name
+    place, need = sbatch.place_of(run), resources(name, run.recipe, request.cluster)
+    array = (
+        sbatch.array_text(list(part.submit), request.cluster.experts_at_once) if name == "experts" else None
+    )
+    options = [f"--array={array}"] if array else []
+    if before:
+        options.append(f"--dependency=afterok:{':'.join(before)}")
+    number = slurm_commands.submit(place.script(name), options)
+    return SubmittedJob(
+        stage=name,
+        job=number,
+        submitted=now(),
+        after=list(before),
+        script=str(place.script(name)),
+        log=str(place.log(name)),
+        array=array,
+        nodes=need.nodes,
+        gpus=need.all_gpus,
+    )
+
+
+def _take_back(run: Run, record: Record, fresh: Sequence[SubmittedJob], error: BaseException) -> None:
+    """Cancel what this command has queued before it failed, and say so."""
+    if not fresh:
+        return
+    numbers = [job.job for job in reversed(fresh)]
+    names = ", ".join(f"{job.stage} {job.job}" for job in fresh)
+    try:
+        slurm_commands.cancel(numbers)
+    except L0MoEError as second:
+        raise L0MoEError(
+            f"{error} The jobs that were queued before it ({names}) could not be cancelled: {second}"
+        ) from error
+    record.cancelled += numbers
+    write_record(run, record)
+    if isinstance(error, L0MoEError):
+        raise L0MoEError(
+            f"{str(error).rstrip('.')}; the jobs queued before it ({names}) were cancelled."
+        ) from error
+    logger.warning("The jobs queued before (%s) were cancelled.", names)
+
+
+def _nothing_to_do(run: Run, parts: Sequence[Part]) -> str:
+    waiting = [task for part in parts for task in part.queued]
+    if not waiting:
+        return f"All of {run.folder} is done; nothing was submitted."
+    return (
+        f"What is missing is queued already ({_short(waiting)}); nothing was submitted. See `l0moe status "
+        f"{run.folder}`."
+    )
+
+
+def _short(tasks: Sequence[str]) -> str:
+    names = list(dict.fromkeys(task.partition("_")[0] for task in tasks))
+    return f"job {names[0]}" if len(names) == 1 else f"jobs {', '.join(names)}"
+
+
+def _line(job: SubmittedJob) -> str:
+    after = list(dict.fromkeys(task.partition("_")[0] for task in job.after))
+    gpus = f", {job.gpus} GPUs" if job.gpus else ""
+    return (
+        f"{job.stage:<9} job {job.job}{f' [{job.array}]' if job.array else ''}: {job.nodes} node(s){gpus}"
+        f"{f', after {", ".join(after)}' if after else ''}"
+    )

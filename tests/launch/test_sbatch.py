@@ -1,0 +1,127 @@
+"""The batch scripts, word by word. After a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_recipe import make_run, toy_architecture
+
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import sbatch
+from megatron_l0moe.launch.cluster import Cluster, load_cluster
+from megatron_l0moe.launch.plan import find_architecture
+from megatron_l0moe.launch.sbatch import array_text, place_of, render
+from megatron_l0moe.launch.stages import STAGE_NAMES, Run
+from megatron_l0moe.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "slurm"
+CLUSTERS = ROOT / "slurm" / "clusters"
+LLAMA = Path("examples/llama3_8b.yaml")
+NODES_64 = {
+    "processes": 512,
+    "nodes": 64,
+    "tensor": 4,
+    "pipeline": 2,
+    "expert": 8,
+    "expert_tensor": 1,
+    "distributed_optimizer": True,
+}
+"""MoE training of Llama-3-8B on 64 nodes of 8 GPUs."""
+
+
+def llama(**moe: Any) -> Run:
+    """Return the example's run with another layout of MoE training."""
+    raw = load_recipe(ROOT / LLAMA).model_dump()
+    raw["moe_training"] |= moe
+    return Run(recipe=Recipe.model_validate(raw), recipe_file=LLAMA, runs_dir=Path("runs"))
+
+
+def text_of(run: Run, cluster: Cluster, name: str) -> str:
+    architecture, _ = find_architecture(run.recipe.model.path)
+    return render(run, architecture, cluster, name, place_of(run))
+
+
+def check_golden(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("L0MOE_UPDATE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["experts", "moe", "evaluate"])
+def test_64_nodes(name: str) -> None:
+    run = llama(parallel=NODES_64, sequences_per_domain=8)
+    check_golden(f"llama3_64_nodes_{name}.sbatch", text_of(run, load_cluster(CLUSTERS / "plain.yaml"), name))
+
+
+@pytest.mark.parametrize("name", ["curate", "moe"])
+def test_container(name: str) -> None:
+    cluster = load_cluster(CLUSTERS / "pyxis_infiniband.yaml")
+    check_golden(f"container_{name}.sbatch", text_of(llama(), cluster, name))
+
+
+@pytest.mark.parametrize("name", ["convert", "experts"])
+def test_cpu_cluster(tmp_path: Path, name: str) -> None:
+    parallel = {"processes": 2, "nodes": 2, "threads": 3}
+    made = make_run(tmp_path, expert_training={"parallel": parallel, "global_batch_size": 2})
+    run = Run(recipe=made.recipe, recipe_file=Path("toy.yaml"), runs_dir=Path("runs"))
+    cluster = load_cluster(CLUSTERS / "small_cpu.yaml")
+    check_golden(f"cpu_{name}.sbatch", render(run, toy_architecture(), cluster, name, place_of(run)))
+
+
+@pytest.mark.parametrize("cluster", sorted(CLUSTERS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_bash_reads_every_script(tmp_path: Path, cluster: Path) -> None:
+    for name in STAGE_NAMES:
+        text = text_of(llama(), load_cluster(cluster), name)
+        done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), name
+
+
+def test_paths_with_blanks_and_dollars_stay_one_word(tmp_path: Path) -> None:
+    """What bash makes of the flags is what the job's own words are."""
+    folder = tmp_path / 'a $b "c'
+    folder.mkdir()
+    made = make_run(folder)
+    text = render(
+        made, toy_architecture(), Cluster(gpus_per_node=0, cpus_per_node=4), "experts", place_of(made)
+    )
+    start, end = text.index("training=("), text.index("\n)\n", text.index("training=(")) + 3
+    script = f"expert=003\n{text[start:end]}" + 'printf "%s\\n" "${training[@]}"'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    job = sbatch.jobs.expert_job(made, toy_architecture(), 3)
+    assert said.splitlines() == job.program
+
+
+def test_scripts_never_end_well_before_the_marker() -> None:
+    """Every `exit 0` stands behind a look at the marker."""
+    for name in STAGE_NAMES:
+        lines = text_of(llama(), load_cluster(CLUSTERS / "plain.yaml"), name).splitlines()
+        for number, line in enumerate(lines):
+            if "exit 0" in line:
+                assert any('"$folder/DONE"' in near for near in lines[number - 2 : number + 1]), line
+
+
+def test_a_flag_that_the_recipe_may_not_set_is_said_before_anything_is_queued(tmp_path: Path) -> None:
+    run = make_run(tmp_path, moe_training__flags={"save": "x"})
+    with pytest.raises(L0MoEError, match=r"moe_training\.flags may not set 'save'"):
+        render(run, toy_architecture(), Cluster(gpus_per_node=0, cpus_per_node=4), "moe", place_of(run))
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [([0], "0%2"), ([0, 1, 2], "0-2%2"), ([7, 3, 4, 9], "3-4,7,9%2"), (list(range(64)), "0-63%2")],
+)
+def test_array(indices: list[int], text: str) -> None:
+    assert array_text(indices, 2) == text
+
+
+def test_words_for_the_shell_are_quoted() -> None:
+    cluster = load_cluster(CLUSTERS / "pyxis_infiniband.yaml")
+    text = text_of(llama(), cluster, "moe")
+    assert shlex.quote("([0]*8+[1]*24)") in text
+    assert '--container-mounts="$PWD:$PWD,/shared/models:/shared/models,' in text

@@ -1,0 +1,211 @@
+"""Submitting a chain: what is missing, in order, each after the one before; what sbatch refuses is taken back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_slurm import FakeSlurm, make_fake_slurm
+from toy_recipe import make_run, write_model
+
+from megatron_l0moe.data.manifest import begin, finish
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.cluster import Cluster
+from megatron_l0moe.launch.stages import STAGE_NAMES, Run, selection, spec_of, stages
+from megatron_l0moe.launch.submit import Request, cancel_run, submit_chain
+
+CLUSTER = Cluster(partition="batch", gpus_per_node=0, cpus_per_node=16, experts_at_once=2)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # as if inside of an allocation
+    monkeypatch.setenv("SLURM_CONF", "conf")
+    return make_fake_slurm(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "corpus").mkdir()
+    return make_run(
+        tmp_path, model__path=str(write_model(tmp_path / "model")), data__corpus=str(tmp_path / "corpus")
+    )
+
+
+def submit(
+    run: Run, cluster: Cluster = CLUSTER, first: str | None = None, last: str | None = None
+) -> list[str]:
+    said: list[str] = []
+    request = Request(
+        run=run, selected=selection(first, last), cluster=cluster, cluster_file=Path("cluster.yaml")
+    )
+    submit_chain(request, said.append)
+    return said
+
+
+def complete(run: Run, name: str, *indices: int) -> None:
+    """Leave a stage, or some experts, as if they were done."""
+    for k, stage in enumerate(stages(run, name)):
+        if not indices or k in indices:
+            begin(stage, spec_of(name).restart)
+            finish(stage, ["by hand"], {})
+
+
+def test_the_whole_chain(run: Run, slurm: FakeSlurm) -> None:
+    said = submit(run)
+    calls = slurm.calls("sbatch")
+    assert [Path(call.split()[-1]).stem for call in calls] == list(STAGE_NAMES)
+    assert "--dependency" not in calls[0]
+    for number, call in enumerate(calls[1:], 101):
+        assert f"--dependency=afterok:{number} " in call
+    assert "--array=0-3%2" in calls[2]
+    jobs = json.loads((run.folder / "slurm" / "jobs.json").read_text())["jobs"]
+    assert [(job["stage"], job["job"]) for job in jobs] == [
+        (name, str(number)) for number, name in enumerate(STAGE_NAMES, 101)
+    ]
+    assert jobs[3]["after"] == ["103"]
+    assert (
+        run.folder / "slurm" / "logs"
+    ).is_dir()  # Slurm does not make it, and the job fails without a word
+    assert said[2].startswith("experts   job 103 [0-3%2]")
+
+
+def test_what_an_allocation_has_set_is_not_handed_on(run: Run, slurm: FakeSlurm) -> None:
+    submit(run, last="convert")
+    names = {line.partition("=")[0] for line in (slurm.folder / "sbatch.env").read_text().splitlines()}
+    assert names == {"SLURM_CONF"}
+
+
+def test_only_what_is_missing(run: Run, slurm: FakeSlurm) -> None:
+    complete(run, "convert")
+    complete(run, "curate")
+    complete(run, "experts", 0, 2)
+    submit(run, last="moe")
+    calls = slurm.calls("sbatch")
+    assert [Path(call.split()[-1]).stem for call in calls] == ["experts", "assemble", "moe"]
+    assert "--array=1,3%2" in calls[0]
+    assert "--dependency" not in calls[0]
+
+
+def test_a_second_time_nothing_is_submitted(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    assert "is queued already (jobs 101, 102" in submit(run)[0]
+    assert len(slurm.calls("sbatch")) == len(STAGE_NAMES)
+
+
+def test_after_a_failed_expert(run: Run, slurm: FakeSlurm) -> None:
+    """Expert 1 failed, 2 runs, 3 waits; assemble and what follows were cancelled by Slurm."""
+    submit(run, last="moe")
+    complete(run, "convert")
+    complete(run, "curate")
+    complete(run, "experts", 0)
+    slurm.set_job(
+        "103",
+        "JobId=103 ArrayJobId=103 ArrayTaskId=3 JobState=PENDING Reason=JobArrayTaskLimit Restarts=0",
+        "JobId=106 ArrayJobId=103 ArrayTaskId=2 JobState=RUNNING Reason=None Restarts=1 ExitCode=0:0",
+        "JobId=105 ArrayJobId=103 ArrayTaskId=1 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=1:0",
+        "JobId=104 ArrayJobId=103 ArrayTaskId=0 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0",
+    )
+    for number in ("101", "102", "104"):
+        slurm.forget(number)
+    slurm.set_job("105", "JobId=105 JobState=CANCELLED Reason=DependencyNeverSatisfied Restarts=0")
+    submit(run, last="moe")
+    calls = slurm.calls("sbatch")[5:]
+    assert [Path(call.split()[-1]).stem for call in calls] == ["experts", "assemble", "moe"]
+    assert "--array=1%2" in calls[0]
+    assert "--dependency=afterok:103_2:103_3:106 " in calls[1]
+
+
+def test_jobs_that_wait_for_one_that_is_made_anew_are_replaced(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    slurm.set_job("101", "JobId=101 JobState=FAILED Reason=NonZeroExitCode Restarts=0")
+    submit(run)
+    assert slurm.calls("scancel") == ["102 103_0 103_1 103_2 103_3 104 105 106 107 108"]
+    assert len(slurm.calls("sbatch")) == 2 * len(STAGE_NAMES)
+
+
+def test_a_running_job_is_never_replaced(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    slurm.set_job("101", "JobId=101 JobState=FAILED Reason=NonZeroExitCode Restarts=0")
+    slurm.set_job("102", "JobId=102 JobState=RUNNING Reason=None Restarts=0")
+    with pytest.raises(L0MoEError, match=r"Job 102 of stage curate is RUNNING although a stage before"):
+        submit(run)
+    assert not slurm.calls("scancel")
+
+
+def test_sbatchs_own_words(run: Run, slurm: FakeSlurm) -> None:
+    words = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"
+    slurm.refuse("convert", words)
+    with pytest.raises(L0MoEError, match=r"Batch job submission failed: Invalid account") as caught:
+        submit(run)
+    assert "\n" not in str(caught.value)
+    assert not slurm.calls("sbatch")
+
+
+def test_what_was_queued_before_a_refusal_is_cancelled(run: Run, slurm: FakeSlurm) -> None:
+    slurm.refuse("assemble", "sbatch: error: invalid partition specified: nosuch")
+    with pytest.raises(L0MoEError) as caught:
+        submit(run)
+    assert str(caught.value).endswith(
+        "invalid partition specified: nosuch; the jobs queued before it (convert 101, curate 102, experts 103) were "
+        "cancelled."
+    )
+    assert slurm.calls("scancel") == ["103 102 101"]
+    record = json.loads((run.folder / "slurm" / "jobs.json").read_text())
+    assert record["cancelled"] == ["103", "102", "101"]
+
+
+def test_from_a_stage_whose_inputs_are_queued(run: Run, slurm: FakeSlurm) -> None:
+    submit(run, last="experts")
+    submit(run, first="assemble", last="assemble")
+    assert "--dependency=afterok:101:102:103_0:103_1:103_2:103_3 " in slurm.calls("sbatch")[-1]
+
+
+def test_from_a_stage_whose_inputs_are_nowhere(run: Run, slurm: FakeSlurm) -> None:
+    with pytest.raises(
+        L0MoEError, match=r"The stage assemble needs convert, which is neither done nor queued"
+    ):
+        submit(run, first="assemble")
+
+
+def test_a_folder_of_another_recipe(run: Run, slurm: FakeSlurm, tmp_path: Path) -> None:
+    complete(run, "convert")
+    complete(run, "curate")
+    other = Run(
+        recipe=run.recipe.model_copy(update={"seed": 5}), recipe_file=run.recipe_file, runs_dir=run.runs_dir
+    )
+    with pytest.raises(L0MoEError, match=r"was made with other settings"):
+        submit(other)
+    assert not slurm.calls("sbatch")
+
+
+def test_more_gpus_than_a_node_has(tmp_path: Path, slurm: FakeSlurm) -> None:
+    (tmp_path / "corpus").mkdir()
+    run = make_run(
+        tmp_path,
+        model__path=str(write_model(tmp_path / "model")),
+        data__corpus=str(tmp_path / "corpus"),
+        moe_training__parallel={"processes": 8, "nodes": 1, "expert": 4},
+        moe_training__sequences_per_domain=2,
+        data__tokens_per_set=2560,
+    )
+    cluster = Cluster(gpus_per_node=4, cpus_per_node=16)
+    with pytest.raises(
+        L0MoEError, match=r"8 on each, and gpus_per_node is 4; set moe_training.parallel.nodes to 2"
+    ):
+        submit(run, cluster)
+    assert not slurm.calls("sbatch")
+
+
+def test_without_slurm(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(L0MoEError, match=r"There is no command sbatch on this machine"):
+        submit(run)
+
+
+def test_cancel(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    slurm.set_job("101", "JobId=101 JobState=COMPLETED Reason=None Restarts=0")
+    assert cancel_run(run.folder) == [str(number) for number in range(102, 109)]
+    assert slurm.calls("scancel") == ["108 107 106 105 104 103 102"]
+    assert cancel_run(run.folder) == []
