@@ -98,11 +98,6 @@ class Job:
     env: dict[str, str]
 
     @property
-    def shell_words(self) -> list[str]:
-        """The command with its variables before it, to be run from any shell."""
-        return ["env", *(f"{name}={value}" for name, value in self.env.items()), *self.command]
-
-    @property
     def program(self) -> list[str]:
         """The words after torchrun's own: `-m`, the module and its flags."""
         return self.command[self.command.index(PRETRAIN) - 1 :]

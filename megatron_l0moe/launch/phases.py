@@ -26,7 +26,7 @@ from megatron_l0moe.data.manifest import STARTED, Stage, begin, finish, has_mark
 from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.endings import STOPPED, Failure, begin_attempt, how_to_go_on, read_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, pipeline, preflight, records
+from megatron_l0moe.launch import attempts, jobs, pipeline, preflight
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import locked
 from megatron_l0moe.launch.log_reason import reason_in
@@ -138,8 +138,7 @@ def _prepare(this: TrainingStage) -> int:
     job = this.job
     logs = os.environ.get(LOGS_VARIABLE)
     attempt = attempts.open_attempt(this.folder, Path(logs) if logs else this.folder / "train.log")
-    number = max(attempt.number, records.next_attempt(this.folder))  # after attempts without Slurm too
-    records.write_records(this.run, this.folder, job.shell_words, attempt=number)
+    pipeline.record_start(this.run, job, this.stage)
     logger.info(
         "Attempt %d at %s, from step %d of %d: %s",
         attempt.number,

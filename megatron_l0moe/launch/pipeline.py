@@ -173,8 +173,7 @@ def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
     if not is_trained():
         attempts.check_owner(stage.folder)
         begin_attempt(stage.folder)
-        number = records.next_attempt(stage.folder)
-        records.write_records(run, stage.folder, job.shell_words, attempt=number)
+        record_start(run, job, stage)
         try:
             _run_job(job, stage.folder / "train.log")
         except CommandFailedError as failed:
@@ -191,6 +190,12 @@ def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
             f"Training in {stage.folder} ended without an error before its last step, {steps}; see "
             f"{stage.folder / 'train.log'}, and run the same command to go on."
         )
+
+
+def record_start(run: Run, job: jobs.Job, stage: Stage) -> None:
+    """Write down what a training job is started from."""
+    command = ["env", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
+    records.write_records(run, stage.folder, command, attempt=records.next_attempt(stage.folder))
 
 
 def _run_job(job: jobs.Job, log: Path) -> None:

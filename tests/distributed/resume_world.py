@@ -125,10 +125,10 @@ def launch(processes: int, plan: list[dict[str, Any]], log: Path, program: Path 
 
 def write_indexes(folder: Path) -> Path:
     """Write the sample indexes `expert` (one domain) and `moe` (K domains) with samples for all steps."""
+    from curated import describe_shard
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
-    from megatron_l0moe.data.indexed import describe_shard
 
     rng = np.random.default_rng(7)
     folder.mkdir(parents=True, exist_ok=True)

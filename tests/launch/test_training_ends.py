@@ -35,7 +35,7 @@ def stage(tmp_path: Path) -> Stage:
 
 def train(stage: Stage, what: str) -> None:
     command = [sys.executable, "-c", PROGRAM.format(what), str(stage.folder)]
-    run = make_run(stage.folder.parents[2])
+    run = make_run(stage.folder.parents[1])
     pipeline._train(run, jobs.Job(command=command, env={}), stage, 20)
 
 
