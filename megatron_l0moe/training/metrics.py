@@ -11,6 +11,8 @@
 | lambda1, lambda2 | by layer |
 | frozen | the hard top-k mask is in force |
 | load | fraction of routed tokens by layer and expert, global batch |
+| active_fraction | of DSMoE's blocks that a token uses, by layer, mean over the global batch |
+| sparsity_loss | eq. 17-19 of DSMoE by layer, mean over the global batch, without its coefficient |
 | balance_loss, z_loss | eq. 3, mean over layers, last micro-batch of this rank, without their coefficients |
 """
 
@@ -26,7 +28,7 @@ from megatron.training import get_args
 from megatron.training import training as megatron_training
 
 from megatron_l0moe.data.manifest import write_text
-from megatron_l0moe.training.model import gates, routers
+from megatron_l0moe.training.model import block_gates, gates, routers
 
 
 class MetricsWriter:
@@ -123,7 +125,21 @@ def _layer_metrics(model: torch.nn.Module) -> dict[str, Any]:
         metrics.setdefault("load", {})[layer] = (counts / counts.sum().clamp_min(1)).tolist()
         for name, loss in router.last_losses.items():
             metrics.setdefault(name, {})[layer] = float(loss)
+    for block_gate in block_gates(model):
+        layer = str(block_gate.layer)
+        active, loss, tokens = _over_all_tokens(block_gate.sums).tolist()
+        metrics.setdefault("active_fraction", {})[layer] = active / max(tokens, 1.0)
+        metrics.setdefault("sparsity_loss", {})[layer] = loss / max(tokens, 1.0)
     return metrics
+
+
+def _over_all_tokens(sums: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks that hold the global batch; without sequence parallelism TP ranks count the same tokens."""
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    total = sums.to(device=torch.cuda.current_device())
+    if group.size() > 1:
+        torch.distributed.all_reduce(total, group=group)
+    return total
 
 
 def _gather_over_pipeline(local: list[dict[str, Any]]) -> list[dict[str, Any]]:
