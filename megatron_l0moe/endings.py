@@ -57,8 +57,8 @@ def read_failure(folder: Path) -> Failure | None:
         ) from error
 
 
-def begin_attempt(folder: Path) -> None:
-    """Remove what an earlier attempt left: a stop request, its answer, a refusal that may have been mended.
+def refuse_failure(folder: Path) -> None:
+    """Forget a refusal, which may have been mended by now.
 
     Raises:
         L0MoEError: an earlier attempt failed in a way that would repeat itself.
@@ -66,7 +66,12 @@ def begin_attempt(folder: Path) -> None:
     failure = read_failure(folder)
     if failure is not None and failure.kind != "refused":
         raise L0MoEError(failure.sentence)
-    for name in (STOP_FILE, STOPPED_FILE, FAILURE_FILE):
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
+
+
+def forget_stop(folder: Path) -> None:
+    """Remove a stop request and its answer."""
+    for name in (STOP_FILE, STOPPED_FILE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_l0moe.data.manifest import write_text
-from megatron_l0moe.endings import STOP_FILE, read_failure, stopped_at
+from megatron_l0moe.endings import STOP_FILE, forget_stop, read_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
 
 logger = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ def open_attempt(folder: Path, logs: Path) -> Attempt:
 def close_last(folder: Path, steps: int, reason: str | None) -> list[Attempt]:
     """Complete the record of the last attempt, if it is open, from what lies in the folder; returns all attempts.
 
+    A stop request and its answer are removed then.
+
     Args:
         steps: of the whole job.
         reason: last meaningful line of the log where an error ended it; None when nobody saw it end.
@@ -145,6 +147,8 @@ def close_last(folder: Path, steps: int, reason: str | None) -> list[Attempt]:
     else:
         last.how, last.reason = "crashed", reason
     write(folder, attempts)
+    # Here, and not when the next attempt begins: a request that comes in its first seconds is not stale.
+    forget_stop(folder)
     return attempts
 
 

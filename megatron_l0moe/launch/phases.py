@@ -24,7 +24,7 @@ from typing import Literal
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import STARTED, Stage, begin, finish, has_marker, is_done, write_text
 from megatron_l0moe.data.sample_places import describe, samples_of_step
-from megatron_l0moe.endings import STOPPED, Failure, begin_attempt, how_to_go_on, read_failure, write_failure
+from megatron_l0moe.endings import STOPPED, Failure, how_to_go_on, read_failure, refuse_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, pipeline, preflight
 from megatron_l0moe.launch.late_files import wait_for_inputs
@@ -133,7 +133,7 @@ def _prepare(this: TrainingStage) -> int:
     past = attempts.close_last(this.folder, this.steps, None)
     if this.is_trained:
         return _finish(this)
-    begin_attempt(this.folder)
+    refuse_failure(this.folder)
     _refuse_if_hopeless(this, past)
     job = this.job
     logs = os.environ.get(LOGS_VARIABLE)

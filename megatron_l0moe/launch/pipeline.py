@@ -26,7 +26,7 @@ from megatron_l0moe.data.manifest import (
     is_done,
     write_json,
 )
-from megatron_l0moe.endings import begin_attempt, read_failure, stopped_at
+from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, preflight, records
 from megatron_l0moe.launch.late_files import wait_for_inputs
@@ -172,7 +172,8 @@ def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
 
     if not is_trained():
         attempts.check_owner(stage.folder)
-        begin_attempt(stage.folder)
+        refuse_failure(stage.folder)
+        forget_stop(stage.folder)
         record_start(run, job, stage)
         try:
             _run_job(job, stage.folder / "train.log")

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from distributed import resume_world
 from toy_recipe import make_run, write_model
+from typer.testing import CliRunner
 
+from megatron_l0moe import cli
 from megatron_l0moe.data.manifest import Stage
-from megatron_l0moe.endings import STOPPED, Failure, write_failure
+from megatron_l0moe.endings import STOPPED, Failure, read_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, late_files, phases, pipeline
 from megatron_l0moe.launch.log_reason import reason_in
@@ -130,6 +134,37 @@ def test_a_second_crash_in_the_same_step_stops(run: Run) -> None:
     assert crash(run, 1, 6) == STOPPED  # somebody decided to go on, so the count begins anew
 
 
+def test_the_samples_of_the_step_are_named(run: Run) -> None:
+    curate = resume_world.write_indexes(run.stage_folder("curate"))  # K = 4 and p = 1, as in the toy recipe
+    assert crash(run, 1, 6) == STOPPED
+    with pytest.raises(
+        L0MoEError, match=rf"step 7 reads samples 24 to 27 of {curate / 'moe'} \(domains 0, 1, 2, 3; "
+    ):
+        crash(run, 1, 6)
+    failure = read_failure(folder(run))
+    assert failure is not None
+    assert [sample["sample"] for sample in failure.samples] == [24, 25, 26, 27]
+
+
+def test_the_command(run: Run) -> None:
+    def l0moe(*words: str) -> "Result":
+        return CliRunner().invoke(cli.app, [*words, "--runs-dir", str(run.runs_dir)])
+
+    recipe = str(run.recipe_file)
+    assert l0moe("moe", recipe, "--phase", "prepare").exit_code == 0
+    assert l0moe("moe", recipe, "--phase", "finish").exit_code == STOPPED
+    for wrong in (["moe", recipe, "--phase", "again"], ["experts", recipe, "--phase", "prepare"]):
+        done = l0moe(*wrong)
+        assert done.exit_code == 2
+        assert "--phase" in done.stderr
+    l0moe("moe", recipe, "--phase", "prepare")
+    done = l0moe("moe", recipe, "--phase", "finish")
+    assert (done.exit_code, verdict(run)) == (2, "stop\n")
+    assert "crashed in step 1 in 2 attempts in a row" in done.stderr
+    (run.expert_folder(1) / "DONE").unlink()
+    assert l0moe("experts", recipe, "--index", "1", "--phase", "prepare").exit_code == 0
+
+
 def test_crashes_in_other_steps_stop_later_and_checkpoints_reset_the_count(run: Run) -> None:
     assert [crash(run, 1, last) for last in (3, 5)] == [STOPPED, STOPPED]
     assert prepare(run) == 0
@@ -158,6 +193,19 @@ def test_stops_that_come_too_late_to_save_end_a_job_that_gets_nowhere(run: Run) 
         L0MoEError, match=r"ended in 3 attempts .* \(the last time: it was asked to stop, and ended"
     ):
         finish(run)
+
+
+def test_a_stop_request_outlives_prepare_unless_it_is_an_earlier_attempts(run: Run) -> None:
+    assert prepare(run) == 0
+    (folder(run) / "stop").touch()  # and then the node dies
+    assert prepare(run) == 0
+    assert not (folder(run) / "stop").exists()
+    assert finish(run) == STOPPED
+    (folder(run) / "stop").touch()  # before the next attempt's `prepare` has done anything
+    assert prepare(run) == 0
+    assert (folder(run) / "stop").exists()
+    assert finish(run) == STOPPED
+    assert [record["how"] for record in records(run)] == ["interrupted", "crashed", "interrupted"]
 
 
 def test_attempts_that_vanish_count_only_in_the_same_step(run: Run) -> None:
