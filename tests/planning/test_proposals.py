@@ -74,6 +74,10 @@ def test_the_recipes_have_the_fastest(name: str, gpus: int) -> None:
         fastest = stage.proposals.fitting[0]
         assert (stage.mine.layout, stage.mine.recompute) == (fastest.layout, fastest.recompute)
         assert stage.mine.layout.processes <= gpus
+    experts, moe = (stage.mine.hours for stage in plan.stages)
+    cost = f"{(experts + moe) * gpus:,.0f} | {sum(stage.gpu_hours for stage in plan.stages):,.0f}"
+    row = f"| {name} | {gpus} | {experts:.1f} | {moe:.1f} | {cost} |"
+    assert row in (EXAMPLES.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
     at_once = plan.recipe.expert_training.at_once
     assert at_once * plan.recipe.expert_training.parallel.processes == GPUS_PER_NODE
 
