@@ -20,8 +20,10 @@ class Throughput:
         self._peak: float | None = None
         name = gpu_name()
         gpu = gpu_of_device(name) if name else None
-        if settings.plan.stage == "dense":
-            logger.warning("MFU is not recorded: the FLOPs of the stage dense are not counted.")
+        if settings.plan.stage in ("dense", "dsmoe"):
+            logger.warning(
+                "MFU is not recorded: the FLOPs of the stage %s are not counted.", settings.plan.stage
+            )
         elif gpu is None:
             reason = f"the peak of {name} is not known" if name else "there is no GPU"
             logger.warning("MFU is not recorded: %s.", reason)
@@ -42,7 +44,7 @@ def flops_per_token(args: argparse.Namespace, settings: Settings) -> float:
     `args` are Megatron's, the stage is `expert` or `moe`.
     """
     stage = settings.plan.stage
-    assert stage != "dense", "the caller has checked it"
+    assert stage in ("expert", "moe"), "the caller has checked it"
     is_moe = stage == "moe"
     architecture = Architecture(
         family="qwen2" if args.add_qkv_bias else "llama",
