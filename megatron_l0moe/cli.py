@@ -98,6 +98,7 @@ def run(
 
 
 app.command()(plan_command.plan)
+app.command()(slurm_command.status)
 app.command()(slurm_command.cancel)
 
 

@@ -17,6 +17,8 @@ RunName = Annotated[
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Folder that holds the runs.")]
 
 
+FILE_WIDTH = 160
+"""Columns of the table when it goes to a file."""
 LAUNCHERS = ("local", "slurm")
 
 
@@ -66,6 +68,19 @@ def cancel(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
         folder = _folder(run, runs_dir)
         ended = cancel_run(folder)
         typer.echo(f"Cancelled: {', '.join(ended)}." if ended else f"No job of {folder} waits or runs.")
+
+
+def status(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
+    """Show where each stage and each expert of a run is, and why something failed."""
+    with one_sentence(runs_dir):
+        from rich.console import Console
+
+        from megatron_l0moe.launch.status_table import show
+
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        show(_folder(run, runs_dir), console)
 
 
 def _folder(run: str, runs_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The model card of an exported L0-MoE, README.md: where it comes from, its sizes, what was measured, the licence."""
+"""The model card of an exported L0-MoE or DSMoE, README.md: origin, sizes, what was measured, licence."""
 
 import dataclasses
 import json
@@ -98,16 +98,56 @@ def model_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> st
         "then trained together with the others and the routers.\n",
         _table(("what", "value"), _sizes(config)),
         _engines(config),
+        *_facts(facts),
+        "## Licence\n",
+        _licence_text(hf_base, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def dsmoe_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> str:
+    """Return the text of README.md of an exported DSMoE; arguments as for `model_card`."""
+    base = facts.base_name or hf_base.resolve().name
+    blocks, dense = config["num_blocks"], config["num_dense_layers"]
+    width = config["intermediate_size"] // blocks
+    sizes = [
+        ("layers", f"{config['num_hidden_layers']}, the bottom {dense} of them dense"),
+        (
+            "blocks of a layer",
+            f"{blocks} of {width} units; a token uses those with a gate above the threshold",
+        ),
+        ("threshold", str(config["block_threshold"])),
+        ("longest sequence", f"{config['max_position_embeddings']:,} tokens"),
+        ("dtype", str(config["torch_dtype"])),
+    ]
+    parts = [
+        _front_matter(_base_licence(hf_base), base),
+        f"# {base} as DSMoE\n",
+        f"`{base}` with its feed-forward layers cut into blocks (DSMoE, arXiv 2502.12455): each token opens as many of "
+        "them as its gates say. Weights and number of parameters are those of the dense model, and the gates'.\n",
+        _table(("what", "value"), sizes),
+        "## Loading\n",
+        "No architecture of transformers has a number of active experts that differs from token to token, so this "
+        "checkpoint brings its own code, `modeling_dsmoe.py`. Read it, then load with\n",
+        "```python\nAutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\n```\n",
+        "It is for inference, skips blocks that no token at hand uses, and is not for tensor parallelism. vLLM and "
+        "SGLang do not know it.\n",
+        *_facts(facts),
+        "## Licence\n",
+        _licence_text(hf_base, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _facts(facts: CardFacts) -> list[str]:
+    return [
         "## Training\n",
         _table(("stage", "tokens"), [(name, f"{count:,}") for name, count in facts.tokens.items()])
         or "The numbers of tokens were not given to the export.\n",
         f"The recipe:\n\n```yaml\n{facts.recipe.strip()}\n```\n" if facts.recipe else "",
         "## Measured\n",
         _table(("what", "value"), list(facts.numbers.items())) or "Nothing was given to the export.\n",
-        "## Licence\n",
-        _licence_text(hf_base, base),
     ]
-    return "\n".join(part for part in parts if part)
 
 
 def _front_matter(licence: Mapping[str, Any], base: str) -> str:

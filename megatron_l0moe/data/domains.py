@@ -24,11 +24,11 @@ class SampleDomains:
             L0MoEError: it is missing, damaged, or of another version.
         """
         self.num_domains = load_header(Path(prefix)).num_domains
-        file = index_files(Path(prefix))[2]
+        self._file = index_files(Path(prefix))[2]
         try:
-            self._samples: Any = open_memmap(file, mode="r")
+            self._samples: Any = open_memmap(self._file, mode="r")
         except Exception as error:  # numpy parses an array's header as Python: damage raises nearly anything
-            raise L0MoEError(f"{file} cannot be read ({error}); run the curate stage again.") from error
+            raise L0MoEError(f"{self._file} cannot be read ({error}); run the curate stage again.") from error
         assert self._samples.dtype == SAMPLE, "the data provider has checked it"
 
     def of_rank(
@@ -45,7 +45,15 @@ class SampleDomains:
             micro_batch: b.
             rank: of this process in its data-parallel group.
             size: of that group.
+
+        Raises:
+            L0MoEError: a sample of a domain that the index does not have.
         """
         end = consumed + num_micro_batches * size * micro_batch
         clusters = np.asarray(self._samples[consumed:end]["cluster"], dtype=np.int64)
+        if clusters.max() >= self.num_domains:  # on a GPU it would end as an error of some kernel
+            raise L0MoEError(
+                f"{self._file} holds a sample of domain {clusters.max()}, and its header has {self.num_domains} "
+                "domains; run the curate stage again."
+            )
         return clusters.reshape(num_micro_batches, size, micro_batch)[:, rank]

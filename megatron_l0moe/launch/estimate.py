@@ -29,6 +29,8 @@ class Training:
     steps: int
     seconds_per_step: float | None
     """Median of the last steps; None before the first."""
+    loss: float | None = None
+    """Of the last step, nats a token."""
 
 
 def training(folder: Path, steps: int) -> Training:
@@ -38,7 +40,12 @@ def training(folder: Path, steps: int) -> Training:
     times = [row["seconds"] for row in rows if isinstance(row.get("seconds"), int | float)][-RECENT_STEPS:]
     last = rows[-1].get("iteration", 0) if rows else 0
     done = steps if (folder / MARKER).is_file() else min(int(last), steps)
-    return Training(done=done, steps=steps, seconds_per_step=statistics.median(times) if times else None)
+    return Training(
+        done=done,
+        steps=steps,
+        seconds_per_step=statistics.median(times) if times else None,
+        loss=rows[-1].get("lm_loss") if rows else None,
+    )
 
 
 def experts(run: Run) -> list[Training]:

@@ -110,10 +110,10 @@ def expert_job(
     recipe, training = run.recipe, run.recipe.expert_training
     extent = _extent(training, run.expert_folder(k), recipe.expert_steps, trial)
     flags = (
-        _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, training.global_batch_size, extent.steps, recipe.seed)
-        | _schedule(training.learning_rate, extent.steps, EXPERT_WARMUP_SHARE)
-        | _optimizer()
+        size_flags(architecture, recipe.data.seq_length)
+        | batch_flags(training.micro_batch_size, training.global_batch_size, extent.steps, recipe.seed)
+        | schedule_flags(training.learning_rate, extent.steps, EXPERT_WARMUP_SHARE)
+        | optimizer_flags()
         | _checkpoints(extent, run.stage_folder("convert") / "megatron")
         | layout_flags(extent.layout)
         | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", extent.folder)
@@ -130,10 +130,10 @@ def moe_job(
     recipe, training = run.recipe, run.recipe.moe_training
     extent = _extent(training, run.stage_folder("moe"), recipe.moe_steps, trial)
     flags = (
-        _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, extent.steps, recipe.seed)
-        | _schedule(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
-        | _optimizer()
+        size_flags(architecture, recipe.data.seq_length)
+        | batch_flags(training.micro_batch_size, recipe.moe_global_batch_size, extent.steps, recipe.seed)
+        | schedule_flags(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
+        | optimizer_flags()
         | _checkpoints(extent, run.stage_folder("assemble") / "megatron")
         | layout_flags(extent.layout)
         | _experts(recipe, architecture)
@@ -150,7 +150,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     """
     recipe = run.recipe
     flags = (
-        _sizes(recipe, architecture)
+        size_flags(architecture, recipe.data.seq_length)
         | {
             "micro-batch-size": 1,
             "load": str(run.stage_folder("moe") / "checkpoints"),
@@ -168,7 +168,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     )
     threads = recipe.moe_training.parallel.threads
     words = [python, "-m", LOGITS, *architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=_environment(threads) | EXACT_FP32)
+    return Job(command=words, env=environment(threads) | EXACT_FP32)
 
 
 def logits_file(run: Run) -> Path:
@@ -186,18 +186,20 @@ def render(flags: Mapping[str, Flag]) -> list[str]:
     return words
 
 
-def _sizes(recipe: Recipe, architecture: Architecture) -> Flags:
+def size_flags(architecture: Architecture, seq_length: int) -> Flags:
+    """Return the flags of vocabulary and sequence."""
     # The data is tokenised already; NullTokenizer only tells Megatron the number of ids.
     return {
         "tokenizer-type": "NullTokenizer",
         "vocab-size": architecture.vocab_size,
         # No padding: the number of rows, and with it the loss, must not depend on tensor parallelism.
         "make-vocab-size-divisible-by": 1,
-        "seq-length": recipe.data.seq_length,
+        "seq-length": seq_length,
     }
 
 
-def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
+def batch_flags(micro: int, batch: int, steps: int, seed: int) -> Flags:
+    """Return the flags of a job's length and batches; nothing is evaluated."""
     return {
         "micro-batch-size": micro,
         "global-batch-size": batch,
@@ -212,8 +214,8 @@ def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
     }
 
 
-def _schedule(learning_rate: float, steps: int, warmup_share: float) -> Flags:
-    """Warm-up, constant, then a cosine to 0 over the last tenth."""
+def schedule_flags(learning_rate: float, steps: int, warmup_share: float) -> Flags:
+    """Return the learning rate's: warm-up, constant, then a cosine to 0 over the last tenth."""
     return {
         "lr": learning_rate,
         "min-lr": 0.0,
@@ -229,7 +231,8 @@ def share_of_steps(share: float, steps: int) -> int:
     return max(1, round(share * steps))
 
 
-def _optimizer() -> Flags:
+def optimizer_flags() -> Flags:
+    """Return Adam's settings, the same in all stages."""
     return {"weight-decay": 0.1, "adam-beta1": 0.9, "adam-beta2": 0.95, "clip-grad": 1.0}
 
 
@@ -306,8 +309,8 @@ def _job(
             trial.flags
         )
         processes, nodes = trial.layout.processes, 1
-    words = [*_launcher(python, processes, nodes), "-m", PRETRAIN, *fixed, *render(flags | extra)]
-    return Job(command=words, env=_environment(parallel.threads) | (EXACT_FP32 if trial else {}))
+    words = [*launcher(python, processes, nodes), "-m", PRETRAIN, *fixed, *render(flags | extra)]
+    return Job(command=words, env=environment(parallel.threads) | (EXACT_FP32 if trial else {}))
 
 
 def _told_apart(flags: Mapping[str, Flag], name: str) -> Flags:
@@ -319,7 +322,8 @@ def _told_apart(flags: Mapping[str, Flag], name: str) -> Flags:
     return own
 
 
-def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
+def launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
+    """Return the words that start the processes of a job."""
     per_node = ("--nproc-per-node", str(processes // nodes))
     if nodes == 1:
         return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
@@ -328,6 +332,7 @@ def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
     return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *static)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """Return the variables that a job needs."""
     # Megatron wants one hardware queue on a GPU when it overlaps tensor-parallel work; it does nothing elsewhere.
     return {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -207,6 +207,11 @@ def last_meaningful_line(log: Path, start: int = 0, code: int = 1) -> str:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(start, size - TAIL_BYTES))
         text = file.read().decode("utf-8", errors="replace")
+    return meaningful_line(text, code)
+
+
+def meaningful_line(text: str, code: int) -> str:
+    """Return the line of a command's output that says why it ended with this exit code."""
     signals = _ROOT_SIGNAL.findall(text)
     if signals[-1:] == ["SIGKILL"]:  # what the other workers say then is only that this one is gone
         return "a worker was killed (often: not enough memory)"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -24,7 +26,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.retention import Phase, schedule_step
 from megatron_l0moe.training.arguments import Settings
 from megatron_l0moe.training.domain_counting import DomainCounter
-from megatron_l0moe.training.model import gates, routers
+from megatron_l0moe.training.model import block_gates, gates, routers
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -93,6 +95,19 @@ def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: in
         )
     for router in routers(model):
         router.begin_iteration()
+    for block_gate in block_gates(model):
+        block_gate.begin_iteration()
+        _scale_sparsity_loss(block_gate.config)
+
+
+def _scale_sparsity_loss(config: TransformerConfig) -> None:
+    """Let the sparsity loss weigh in a micro-batch what the language model's loss weighs.
+
+    Megatron's schedule does that for models with experts alone (core/pipeline_parallel/schedules.py:352).
+    """
+    one = torch.ones(1, device=torch.cuda.current_device())
+    loss_scale = one if config.grad_scale_func is None else config.grad_scale_func(one)
+    MoEAuxLossAutoScaler.set_loss_scale(loss_scale / get_num_microbatches())
 
 
 def _get_batch(

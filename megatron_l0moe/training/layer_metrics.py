@@ -12,7 +12,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.model import gates, routers
+from megatron_l0moe.training.model import block_gates, gates, routers
 
 Metrics = dict[str, Any]
 DIGITS = 5
@@ -21,7 +21,11 @@ DIGITS = 5
 
 def layer_metrics(chunks: Sequence[torch.nn.Module]) -> Metrics:
     """Return the metrics of all layers, whichever pipeline stage holds them; all ranks have to call this."""
-    local = [metrics for chunk in chunks for metrics in (_of_gates(chunk), _of_routers(chunk))]
+    local = [
+        metrics
+        for chunk in chunks
+        for metrics in (_of_gates(chunk), _of_routers(chunk), _of_block_gates(chunk))
+    ]
     return _merged(_gather_over_pipeline(local))
 
 
@@ -55,6 +59,20 @@ def _of_routers(chunk: torch.nn.Module) -> Metrics:
         if by_domain.shape[1] == by_domain.shape[2]:
             own = by_domain.diagonal(dim1=1, dim2=2).mean(dim=1)
             metrics["own_expert"] = dict(zip(layers, own.tolist(), strict=True))
+    return metrics
+
+
+def _of_block_gates(chunk: torch.nn.Module) -> Metrics:
+    """Return what DSMoE's gates opened; without sequence parallelism TP ranks count the same tokens."""
+    metrics: Metrics = {}
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    for gate in block_gates(chunk):
+        sums = gate.sums.to(device=torch.cuda.current_device(), copy=True)
+        if group.size() > 1:
+            torch.distributed.all_reduce(sums, group=group)
+        active, loss, tokens = sums.tolist()
+        metrics.setdefault("active_fraction", {})[str(gate.layer)] = active / max(tokens, 1.0)
+        metrics.setdefault("sparsity_loss", {})[str(gate.layer)] = loss / max(tokens, 1.0)
     return metrics
 
 

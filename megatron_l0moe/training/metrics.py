@@ -16,6 +16,8 @@
 | domain_load | fraction of a domain's routed tokens by domain and expert, mean over layers, global batch; every `--l0-domain-load-interval` steps |
 | own_expert | fraction of a domain's routed tokens that its own expert takes, mean over domains, by layer; in the same steps |
 | balance_loss, z_loss | eq. 3, mean over layers and the global batch, without their coefficients |
+| active_fraction | of DSMoE's blocks that a token uses, by layer, mean over the global batch |
+| sparsity_loss | eq. 17-19 of DSMoE by layer, mean over the global batch, without its coefficient |
 """  # noqa: E501 - rows of a table
 
 import json

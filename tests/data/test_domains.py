@@ -41,3 +41,11 @@ def test_damaged_index(toy_index) -> None:
     index_files(prefix)[2].write_bytes(b"no array")
     with pytest.raises(L0MoEError, match=r"samples\.npy cannot be read .* run the curate stage again"):
         SampleDomains(prefix)
+
+
+def test_domain_that_the_header_does_not_have(toy_index) -> None:
+    prefix, _ = toy_index()
+    domains = SampleDomains(prefix)
+    domains.num_domains = 3
+    with pytest.raises(L0MoEError, match="holds a sample of domain 3, and its header has 3 domains"):
+        domains.of_rank(0, num_micro_batches=4, micro_batch=1, rank=0, size=1)

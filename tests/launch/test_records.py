@@ -12,7 +12,7 @@ from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.data import source_tree
 from megatron_l0moe.data.manifest import Stage
-from megatron_l0moe.launch import pipeline, preflight, records
+from megatron_l0moe.launch import jobs, phases, pipeline, preflight, records
 from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.recipe import load_recipe
@@ -145,3 +145,15 @@ def test_training_writes_them_before_it_starts(run: Run, monkeypatch: pytest.Mon
         with pytest.raises(CommandFailedError):
             pipeline.train_moe(run, stage)
         assert seen[-1].name == f"attempt_{attempt:03d}"
+
+
+def test_a_batch_job_writes_them_while_it_prepares(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = jobs.moe_job(run, toy_architecture())
+    monkeypatch.setattr(phases.TrainingStage, "job", job)
+    for name in ("convert", "curate", "experts", "assemble"):
+        pipeline.carry_out(run, name, lambda stage: {})
+    folder = run.stage_folder("moe")
+    for attempt in (1, 2):
+        assert phases.run_phase(run, "moe", "prepare", lambda stage: {}) == 0
+        text = (folder / "records" / f"attempt_{attempt:03d}" / "command.txt").read_text()
+        assert shlex.split(text)[-len(job.command) :] == job.command

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from slurm import configuration
 from slurm.machines import Machine, connect, link
 from slurm.packages import Programs
+
+from slurm import configuration
 
 START_SECONDS = 60.0
 POLL_SECONDS = 0.2
@@ -113,8 +114,34 @@ class Cluster:
             found = {record["JobState"] for record in self.jobs(job)}
             return bool(found) and (found <= set(states) if states else not found & UNFINISHED)
 
-        self._wait(reached, timeout, lambda: f"job {job}: {self.jobs(job)}\n{self.log(job)}")
+        self.wait_until(reached, timeout, lambda: f"job {job}: {self.jobs(job)}\n{self.log(job)}")
         return self.jobs(job)
+
+    def processes(self, *words: str, node: str | None = None) -> list[psutil.Process]:
+        """Return the processes on the nodes, or on one, whose command line has all of these words in it."""
+        found = []
+        for machine in [self.machines[node]] if node else [self.machines[name] for name in self.nodes]:
+            for process in machine.processes():
+                with contextlib.suppress(psutil.Error):
+                    line = " ".join(process.cmdline())
+                    if all(word in line for word in words):
+                        found.append(process)
+        return found
+
+    def wait_until(
+        self,
+        condition: Callable[[], bool],
+        timeout: float,
+        explain: Callable[[], str],
+        *,
+        every: float = POLL_SECONDS,
+    ) -> None:
+        """Wait until a condition holds; fails, with an explanation, if it does not in time or if the cluster ends."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.head.running, f"the cluster has ended: {self._logs()}"
+            assert time.monotonic() < deadline, f"waited {timeout:g} s; {explain()}"
+            time.sleep(every)
 
     # What can happen
 
@@ -148,14 +175,14 @@ class Cluster:
 
     def wait_for_node(self, name: str, *states: str, timeout: float = 60) -> None:
         """Wait until a node is in one of the states."""
-        self._wait(
+        self.wait_until(
             lambda: self.node_state(name) in states, timeout, lambda: f"{name}: {self.node_state(name)}"
         )
 
     def wait_for_saved_state(self) -> None:
         """Wait until the controller has written down what it knows now, which it does every few seconds."""
         file, now = self.folder / "state" / "job_state", time.time()
-        self._wait(lambda: file.is_file() and file.stat().st_mtime > now, 30, self._logs)
+        self.wait_until(lambda: file.is_file() and file.stat().st_mtime > now, 30, self._logs)
 
     def kill_controller(self) -> None:
         """Kill slurmctld; what it has not saved is lost, such as that a job was started just before."""
@@ -168,7 +195,7 @@ class Cluster:
     def start_controller(self, *words: str) -> None:
         """Start slurmctld, which reads what it knew before, and wait until it answers."""
         self._spawn("slurmctld", "-D", *words)
-        self._wait(
+        self.wait_until(
             lambda: not self.run("scontrol", "ping", check=False).returncode, START_SECONDS, self._logs
         )
 
@@ -211,13 +238,13 @@ class Cluster:
         log = self.folder / "log" / "head.out"
         head = Machine(configuration.CONTROLLER, self.folder / "head.sh", log, env=self.environment())
         self.machines[head.name] = head
-        self._wait((self.folder / "booted").exists, START_SECONDS, self._logs)
+        self.wait_until((self.folder / "booted").exists, START_SECONDS, self._logs)
         munge = self.folder / "munge"
         self._spawn(
             "munged", "--foreground", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key",
             f"--log-file={munge}/log", f"--pid-file={munge}/pid", f"--seed-file={munge}/seed",
         )  # fmt: skip
-        self._wait((munge / "socket").exists, START_SECONDS, self._logs)
+        self.wait_until((munge / "socket").exists, START_SECONDS, self._logs)
         self.start_controller("-c")
         for name in self.nodes:
             self.start_node(name)
@@ -234,13 +261,6 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def _wait(self, condition: Callable[[], bool], timeout: float, explain: Callable[[], str]) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.head.running, f"the cluster has ended: {self._logs()}"
-            assert time.monotonic() < deadline, f"waited {timeout:g} s; {explain()}"
-            time.sleep(POLL_SECONDS)
 
     def _logs(self) -> str:
         """Return the last lines of the daemons' logs."""

@@ -1,0 +1,149 @@
+"""Where each stage and each expert of a run is: from its folders, from Slurm where it answers, from the logs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_l0moe.data.manifest import MARKER
+from megatron_l0moe.launch import estimate
+from megatron_l0moe.launch.job_log import reason
+from megatron_l0moe.launch.progress import last_message
+from megatron_l0moe.launch.resources import TRAINING
+from megatron_l0moe.launch.slurm_commands import JobState
+from megatron_l0moe.launch.slurm_record import Record, SubmittedJob
+from megatron_l0moe.launch.stages import CHAIN, Run, folders
+
+FAILURE = "failure.json"
+"""Of a training job that must not simply be started again; holds the sentence."""
+WORDS = {
+    "PENDING": "waiting",
+    "NODE_FAIL": "node failed",
+    "OUT_OF_MEMORY": "out of memory",
+    "TIMEOUT": "time limit",
+}
+"""Slurm's states in other words than Slurm's own, in small letters."""
+AFTER_A_FAILURE = "a stage before it failed"
+FORGOTTEN = "Slurm has forgotten it, and it wrote no log"
+WAITS = {
+    "Dependency": "for the stage before",
+    "DependencyNeverSatisfied": AFTER_A_FAILURE,
+    "Resources": "for free nodes",
+    "Priority": "for jobs of higher priority",
+    "JobArrayTaskLimit": "for other experts (experts_at_once)",
+    "BeginTime": "until Slurm starts it again",
+}
+GOOD_ENDS = ("done", "waiting", "running", "not submitted", "unknown")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    stage: str
+    expert: int | None
+    """Of the stage `experts`; None elsewhere."""
+    job: str
+    state: str
+    restarts: int | None
+    progress: str
+    loss: float | None
+    note: str
+    """Why it waits, or failed."""
+    log: Path | None
+
+    @property
+    def bad(self) -> bool:
+        """Whether it ended without being done, and not because of a stage before it."""
+        return self.state not in GOOD_ENDS and self.note not in (AFTER_A_FAILURE, FORGOTTEN)
+
+
+def rows(run: Run, record: Record, known: Mapping[str, JobState] | None) -> list[Row]:
+    """Return a line for each stage and each expert.
+
+    Args:
+        known: what Slurm says; None: it does not answer.
+    """
+    return [
+        _row(run, spec.name, k, folder, record, known)
+        for spec in CHAIN
+        for k, folder in enumerate(folders(run, spec.name))
+    ]
+
+
+def counts(lines: Sequence[Row]) -> str:
+    """Return how many lines are in each state: `60 done, 3 running, 1 failed`."""
+    found: dict[str, int] = {}
+    for line in lines:
+        found[line.state] = found.get(line.state, 0) + 1
+    return ", ".join(f"{number} {state}" for state, number in found.items())
+
+
+def _row(
+    run: Run, name: str, k: int, folder: Path, record: Record, known: Mapping[str, JobState] | None
+) -> Row:
+    found = _latest(record, name, k)
+    task, log = (found[1], found[0].log_of(found[1])) if found else ("", None)
+    job = (known or {}).get(task)
+    state = _state(folder, task, job, record, asked=known is not None)
+    training = None
+    if name in TRAINING:
+        steps = run.recipe.moe_steps if name == "moe" else run.recipe.expert_steps
+        training = estimate.training(folder, steps)
+    row = Row(
+        stage=name,
+        expert=k if name == "experts" else None,
+        job=task,
+        state=state,
+        restarts=job.restarts if job else None,
+        progress=_progress(run, name, state, training, log),
+        loss=training.loss if training else None,
+        note="",
+        log=log if log and log.is_file() else None,
+    )
+    return Row(**{**row.__dict__, "note": _note(row, folder, job)})
+
+
+def _latest(record: Record, name: str, k: int) -> tuple[SubmittedJob, str] | None:
+    """Return the job that was last submitted for a folder, and what Slurm calls it."""
+    for job in reversed(record.of_stage(name)):
+        for task, expert in job.tasks.items():
+            if expert in (None, k):
+                return job, task
+    return None
+
+
+def _state(folder: Path, task: str, job: JobState | None, record: Record, *, asked: bool) -> str:
+    if (folder / MARKER).is_file():
+        return "done"
+    if not task:
+        return "not submitted"
+    if job is None:
+        if task.partition("_")[0] in record.cancelled or task in record.cancelled:
+            return "cancelled"
+        return "ended" if asked else "unknown"
+    if job.state == "COMPLETED":
+        return "ended"  # without the marker
+    return WORDS.get(job.state, job.state.lower())
+
+
+def _progress(run: Run, name: str, state: str, training: estimate.Training | None, log: Path | None) -> str:
+    if training is not None:
+        if training.seconds_per_step is None:
+            return "starting" if state == "running" else ""
+        pace = "" if state == "done" else f", {training.seconds_per_step:.2f} s a step"
+        return f"step {training.done} of {training.steps}{pace}"
+    return last_message(log) if state == "running" and log else ""
+
+
+def _note(row: Row, folder: Path, job: JobState | None) -> str:
+    if job and (row.state == "waiting" or job.reason == "DependencyNeverSatisfied"):
+        return WAITS.get(job.reason, job.reason)
+    if not row.bad:
+        return ""
+    if (folder / FAILURE).is_file():
+        value = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+        return str(value.get("sentence", ""))
+    if row.log is None:
+        return "it wrote no log" if job else FORGOTTEN
+    return reason(row.log)
