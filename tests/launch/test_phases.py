@@ -300,6 +300,15 @@ def test_another_job_in_the_folder(
         assert prepare(run) == 0
 
 
+def test_only_attempts_of_one_job_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "_state", lambda job: "")
+    for job in ("7", "8", "9"):  # each submitted by a person
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert crash(run, 1, 6) == STOPPED
+    with pytest.raises(L0MoEError, match="crashed in step 7"):
+        crash(run, 1, 6)
+
+
 def test_late_marker_of_an_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = run.stage_folder("assemble") / "DONE"
     text = marker.read_text()
