@@ -249,11 +249,16 @@ def _state(job: str) -> str:
         return ""
     words = [program, "--noheader", "--states=all", "--jobs", job, "--format=%T"]
     deadline = time.monotonic() + SQUEUE_SECONDS
-    while True:  # a controller that is started anew answers again after some seconds
+    while (
+        True
+    ):  # a controller that is started anew answers after some seconds, and a job that completes is gone
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode == 0 or "Invalid job id" in done.stderr:
-            return next(iter(done.stdout.split()), "")
-        if time.monotonic() > deadline:
+        answered = done.returncode == 0 or "Invalid job id" in done.stderr
+        state = next(iter(done.stdout.split()), "")
+        late = time.monotonic() > deadline
+        if answered and (state != "COMPLETING" or late):
+            return state
+        if late:
             raise L0MoEError(
                 f"squeue does not say whether the Slurm job {job}, which worked here last, still runs "
                 f"({' '.join(done.stderr.split())}); try again when Slurm answers."

@@ -140,12 +140,11 @@ def _prepare(this: TrainingStage) -> int:
     attempt = attempts.open_attempt(this.folder, Path(logs) if logs else this.folder / "train.log")
     pipeline.record_start(this.run, job, this.stage)
     logger.info(
-        "Attempt %d at %s, from step %d of %d: %s",
+        "Attempt %d in %s goes on from step %d of %d.",
         attempt.number,
         this.folder,
         attempt.start_step,
         this.steps,
-        " ".join(job.command),
     )
     return 0
 

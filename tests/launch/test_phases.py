@@ -5,17 +5,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
-from distributed import resume_world
 from toy_recipe import make_run, write_model
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
+from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.endings import STOPPED, Failure, read_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, late_files, phases, pipeline
+from megatron_l0moe.launch import attempts, jobs, late_files, phases, pipeline
 from megatron_l0moe.launch.log_reason import reason_in
 from megatron_l0moe.launch.stages import Run
 
@@ -28,12 +29,31 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(late_files, "LATE_SECONDS", 0.2)
     monkeypatch.setattr(late_files, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(pipeline, "record_start", note_start)  # the real one lists all packages: slow
     model = write_model(tmp_path / "model")
     (tmp_path / "runs").mkdir()
     run = make_run(tmp_path, model__path=str(model), data__corpus=str(tmp_path))
     for name in ("convert", "curate", "experts", "assemble"):
         pipeline.carry_out(run, name, lambda stage: {})
     return run
+
+
+def note_start(run: Run, job: jobs.Job, stage: Stage) -> None:
+    with (stage.folder / "starts").open("a") as file:
+        file.write("x")
+
+
+def write_moe_index(prefix: Path) -> None:
+    """Write an index of 40 samples: 10 of each of the K = 4 domains, whose one document is long enough."""
+    samples, length = 10, 32
+    documents = [
+        ClusterBlock(k, np.array([(0, k)], dtype=DOC), np.array([samples * length + 1])) for k in range(4)
+    ]
+    shard = Shard("iter_001/shard_00000", "0", "0", 4, 4 * (samples * length + 1))
+    write_index(
+        prefix, [IterationBlock(1, [shard], documents, samples)], kind="moe", num_domains=4, iterations=2,
+        seq_length=length, d_ds=[0.1], sequences_per_domain=1, rotate=False, tokenizer_sha256="t", vocab_size=9, eod=0,
+    )  # fmt: skip
 
 
 def work(stage: Stage) -> dict[str, object]:
@@ -100,6 +120,7 @@ def test_trained_at_the_first_attempt(run: Run) -> None:
         STEPS,
         "done",
     )
+    assert (folder(run) / "starts").read_text() == "x"
     assert prepare(run) == 0  # a job that is requeued after all
     assert verdict(run) == "done\n"
     assert len(records(run)) == 1
@@ -135,15 +156,19 @@ def test_a_second_crash_in_the_same_step_stops(run: Run) -> None:
 
 
 def test_the_samples_of_the_step_are_named(run: Run) -> None:
-    curate = resume_world.write_indexes(run.stage_folder("curate"))  # K = 4 and p = 1, as in the toy recipe
+    prefix = run.stage_folder("curate") / "moe"
+    write_moe_index(prefix)
     assert crash(run, 1, 6) == STOPPED
     with pytest.raises(
-        L0MoEError, match=rf"step 7 reads samples 24 to 27 of {curate / 'moe'} \(domains 0, 1, 2, 3; "
+        L0MoEError, match=rf"step 7 reads samples 24 to 27 of {prefix} \(domains 0, 1, 2, 3; "
     ):
         crash(run, 1, 6)
     failure = read_failure(folder(run))
     assert failure is not None
     assert [sample["sample"] for sample in failure.samples] == [24, 25, 26, 27]
+    assert [(sample["document"], sample["offset"]) for sample in failure.samples] == [
+        (k, 6 * 32) for k in range(4)
+    ]
 
 
 def test_the_command(run: Run) -> None:
@@ -275,6 +300,15 @@ def test_another_job_in_the_folder(
         assert prepare(run) == 0
 
 
+def test_only_attempts_of_one_job_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "_state", lambda job: "")
+    for job in ("7", "8", "9"):  # each submitted by a person
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert crash(run, 1, 6) == STOPPED
+    with pytest.raises(L0MoEError, match="crashed in step 7"):
+        crash(run, 1, 6)
+
+
 def test_late_marker_of_an_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = run.stage_folder("assemble") / "DONE"
     text = marker.read_text()
@@ -303,6 +337,7 @@ def test_one_expert(run: Run, tmp_path: Path) -> None:
 SQUEUE = """#!/bin/sh
 echo x >> "$0.calls"
 if [ "$(wc -l < "$0.calls")" -lt 3 ]; then echo "slurm_load_jobs error: Unable to contact" >&2; exit 1; fi
+if [ "$(wc -l < "$0.calls")" -lt 5 ]; then echo COMPLETING; exit 0; fi
 if [ "$4" = 7 ]; then echo RUNNING; else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
 """
 
