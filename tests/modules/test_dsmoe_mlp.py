@@ -116,6 +116,24 @@ def test_the_loss_reaches_the_gates_with_its_coefficient_and_scale():
     assert gate.sums[2] == 6  # the first pass of a recomputation does not count
 
 
+def test_the_loss_alone_closes_blocks_down_to_one():
+    mlp = gated_layers(models.build("dsmoe"))[0].train()
+    mlp.linear_fc2.weight.data.zero_()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    optimizer = torch.optim.Adam(mlp.block_gate.parameters(), lr=0.05)
+    x = 1.0 + torch.randn(64, 1, models.HIDDEN)  # gates have no bias: they close along the mean
+    shares = []
+    for _ in range(40):
+        mlp.block_gate.begin_iteration()
+        optimizer.zero_grad()
+        mlp(x)[0].sum().backward()
+        optimizer.step()
+        active, _, tokens = mlp.block_gate.sums.tolist()
+        shares.append(active / tokens)
+    assert shares[0] > 0.4
+    assert 1 / BLOCKS <= shares[-1] < 0.7 * shares[0]
+
+
 def test_blocks_go_with_the_channels_in_every_tensor_parallel_size():
     assert local_segments(24, 8, rank=0, ranks=1) == list(range(8))
     assert local_segments(24, 8, rank=1, ranks=2) == [4, 5, 6, 7]
