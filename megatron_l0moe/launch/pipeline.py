@@ -27,6 +27,7 @@ from megatron_l0moe.data.manifest import (
 )
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
@@ -106,6 +107,21 @@ def train_expert(run: Run, stage: Stage) -> None:
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
     _train(job, stage, run.recipe.expert_steps)
+
+
+def construct_expert(run: Run, stage: Stage) -> Numbers:
+    """Make one expert from a calibration pass; one that is there already is not made again."""
+    preflight.check_machine(run.recipe, "expert_training")
+    k = int(stage.folder.name)
+    record = stage.folder / "construction.json"  # written after the expert
+    if not record.is_file():
+        method, sequences = run.recipe.expert_training.method, run.recipe.calibration_sequences
+        logger.info(
+            "Expert %d of %d: %s, %d sequences.", k + 1, run.recipe.model.num_experts, method, sequences
+        )
+        _run_job(construct_job(run, _architecture(run), k), stage.folder / "construct.log")
+    numbers: Numbers = json.loads(record.read_text(encoding="utf-8"))
+    return numbers
 
 
 def train_moe(run: Run, stage: Stage) -> None:
