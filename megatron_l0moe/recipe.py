@@ -118,6 +118,10 @@ class Recipe(RecipePart):
         if training.method == "l0":
             return None
         settings: dict[str, Any] = {"method": training.method, "sequences": self.calibration_sequences}
+        if training.method in ("obs", "svd"):
+            settings["damping"] = training.calibration.damping
+        if training.method == "coactivation":
+            settings |= {"shared": training.calibration.shared, "top_k": self.model.top_k}
         return settings
 
     @property

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from megatron_l0moe.planning.layouts import Layout
 
 Flag = bool | int | float | str
-Method = Literal["l0", "random", "magnitude"]
+Method = Literal["l0", "random", "magnitude", "obs", "svd", "coactivation"]
 
 
 def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.calibration import Calibration, Pairs
+from megatron_l0moe.experts.coactivation import cluster_of
+from megatron_l0moe.experts.low_rank import keep_by_svd
+from megatron_l0moe.experts.optimal_brain import keep_by_obs
+from megatron_l0moe.experts.refit import refit, relative_error
 
-PAIRS: dict[str, Pairs] = {"random": "none", "magnitude": "none"}
+PAIRS: dict[str, Pairs] = {
+    "random": "none",
+    "magnitude": "none",
+    "obs": "activations",
+    "svd": "activations",
+    "coactivation": "patterns",
+}
 """The methods, and which products of pairs of units each needs."""
 
 
@@ -95,7 +105,53 @@ def _construct(
     if settings.method == "magnitude":
         scores = magnitude_scores(calibration.activation_squares, fc2)
         return LayerExpert(units=keep_largest(scores, settings.width), input_mean=mean)
+    if settings.method in ("obs", "svd"):
+        return _repaired(settings, calibration, fc2)
+    if settings.method == "coactivation":
+        return _cluster(settings, calibration, fc2)
     raise L0MoEError(f"There is no method {settings.method!r} without training; use {', '.join(PAIRS)}.")
+
+
+def _repaired(settings: ConstructionSettings, calibration: Calibration, fc2: Tensor) -> LayerExpert:
+    """Choose by OBS or SVD, then fit the kept columns of fc2 to the dense layer's output."""
+    assert calibration.pairs is not None
+    weights, gram = fc2.double(), calibration.pairs.double()
+    if settings.method == "obs":
+        units = keep_by_obs(weights, gram, settings.width, settings.damping)
+    else:
+        units = keep_by_svd(weights, gram, settings.width)
+    fitted = refit(weights, gram, units, settings.damping)
+    return LayerExpert(
+        units=units,
+        down=fitted.down,
+        input_mean=calibration.input_mean,
+        numbers={
+            "relative_error": relative_error(weights, gram, units, fitted.down),
+            "relative_error_without_repair": relative_error(weights, gram, units, weights[:, units]),
+            "damping": fitted.damping,
+            # fewer tokens than units: the sums are singular, and the damping alone makes them solvable
+            "singular": float(calibration.tokens < fc2.shape[1]),
+        },
+    )
+
+
+def _cluster(settings: ConstructionSettings, calibration: Calibration, fc2: Tensor) -> LayerExpert:
+    found = cluster_of(
+        calibration,
+        expert=settings.expert,
+        experts=settings.num_experts,
+        width=settings.width,
+        share=settings.shared,
+    )
+    units, order = torch.cat([found.shared, found.own]).sort()
+    factor = torch.ones(settings.width, dtype=torch.float64, device=fc2.device)
+    factor[order >= found.shared.numel()] = settings.top_k
+    return LayerExpert(
+        units=units,
+        down=fc2[:, units].double() * factor,
+        input_mean=found.centre,
+        numbers={"shared_units": float(found.shared.numel())},
+    )
 
 
 def random_units(seed: int, expert: int, layer: int, channels: int, width: int) -> Tensor:

@@ -149,7 +149,7 @@ def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path,
     assert whole.stat().st_size > 3 * EXPERT_FILE_BYTES  # control: with weights
 
 
-@pytest.mark.parametrize(("method", "until"), [("magnitude", "report")])
+@pytest.mark.parametrize(("method", "until"), [("obs", "report"), ("coactivation", "assemble")])
 def test_experts_without_training_go_through_the_same_chain(straight, recipe, tmp_path, method, until):
     """From the straight run's data: the same files as L0's, so that what follows does not see the difference."""
     changed = toy.change_recipe(recipe, tmp_path / "method.yaml", "expert_training", method=method)
@@ -177,6 +177,7 @@ def test_experts_without_training_go_through_the_same_chain(straight, recipe, tm
         numbers = summary(run)
         assert numbers["tokens"]["expert"] == 0
         assert numbers["construction"]["calibration_tokens"] == 2 * 640
+        assert all(0 < row["1"]["relative_error"] < 1 for row in numbers["construction"]["layers"])
         assert numbers["perplexity"]["l0moe"]["overall"] > 1
         page = (run / "report" / "report.html").read_text(encoding="utf-8")
         assert "Made without training" in page
