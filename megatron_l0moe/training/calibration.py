@@ -46,7 +46,8 @@ def sequences(args: argparse.Namespace, method: ConstructionSettings, count: int
             path,
             vocab_size=args.padded_vocab_size,
             seq_length=args.seq_length,
-            verify=torch.distributed.get_rank() == 0,
+            # one rank, and of many domains only our own: each expert's job verifies its domain
+            verify=torch.distributed.get_rank() == 0 and path == prefix,
         )
         share = count // len(prefixes) + (k < count % len(prefixes))
         if share > len(dataset):
