@@ -135,11 +135,13 @@ def experts(
     phase: Phase = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Train the K experts, one domain each, and cut each to its exact width."""
+    """Make the K experts, one domain each, and cut each to its exact width."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
+        if this.recipe.construction is not None:
+            return pipeline.construct_expert(this, stage)
         if phase is None and not pipeline.is_extracted(stage.folder):
             pipeline.train_expert(this, stage)
 

@@ -107,6 +107,25 @@ class Recipe(RecipePart):
         return self.data.tokens_per_expert // (self.data.seq_length * self.expert_training.global_batch_size)
 
     @property
+    def calibration_sequences(self) -> int:
+        """Sequences of one calibration pass: whole ones, at least one, and no more than an expert's domain has."""
+        wanted = min(self.expert_training.calibration.tokens, self.data.tokens_per_expert)
+        return max(wanted // self.data.seq_length, 1)
+
+    @property
+    def construction(self) -> dict[str, Any] | None:
+        """What experts that are made without training depend on; None where they are trained."""
+        training = self.expert_training
+        if training.method == "l0":
+            return None
+        settings: dict[str, Any] = {"method": training.method, "sequences": self.calibration_sequences}
+        if training.method in ("obs", "svd"):
+            settings["damping"] = training.calibration.damping
+        if training.method == "coactivation":
+            settings |= {"shared": training.calibration.shared, "top_k": self.model.top_k}
+        return settings
+
+    @property
     def moe_steps(self) -> int:
         """Optimizer steps of MoE training: whole global batches of every set."""
         batch = self.moe_global_batch_size * self.data.seq_length

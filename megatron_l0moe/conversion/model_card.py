@@ -26,20 +26,28 @@ class CardFacts:
     """Of the dense model; None: as its config.json or its folder is called."""
     recipe: str | None = None
     """The recipe's text."""
+    method: str = "l0"
+    """How the experts' units were chosen."""
     tokens: Mapping[str, int] = field(default_factory=dict)
     """Training tokens by stage."""
     numbers: Mapping[str, str] = field(default_factory=dict)
     """What was measured -> value with its unit."""
 
 
+_CHOICES = {True: "for one domain by L0 regularization", False: "without training (expert_training.method)"}
+
+
 def recipe_facts(recipe: Recipe) -> CardFacts:
     """Return what a recipe says: its text with all defaults, and the training tokens of the stages."""
     length = recipe.data.seq_length
-    expert = recipe.expert_steps * recipe.expert_training.global_batch_size * length
+    expert, what = recipe.expert_steps * recipe.expert_training.global_batch_size * length, "runs"
+    if recipe.construction is not None:
+        expert, what = recipe.calibration_sequences * length, "calibration passes"
     return CardFacts(
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        method=recipe.expert_training.method,
         tokens={
-            f"experts, {recipe.model.num_experts} runs together": expert * recipe.model.num_experts,
+            f"experts, {recipe.model.num_experts} {what} together": expert * recipe.model.num_experts,
             "MoE": recipe.moe_steps * recipe.moe_global_batch_size * length,
         },
     )
@@ -94,7 +102,7 @@ def model_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> st
         _front_matter(_base_licence(hf_base), base),
         f"# {base} as L0-MoE\n",
         f"A mixture of experts made from `{base}`: each expert holds {config['moe_intermediate_size']} of the "
-        f"{config['intermediate_size']} units of a dense layer, chosen for one domain by L0 regularization, and was "
+        f"{config['intermediate_size']} units of a dense layer, chosen {_CHOICES[facts.method == 'l0']}, and was "
         "then trained together with the others and the routers.\n",
         _table(("what", "value"), _sizes(config)),
         _engines(config),

@@ -16,7 +16,7 @@ from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection
+from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection, ParallelSection
 
 Flags = dict[str, Flag]
 """Flag names without the leading dashes; True stands for a flag without a value."""
@@ -121,6 +121,24 @@ def expert_job(
         | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
     return _job(python, training, architecture, flags, "expert_training", trial, name=f"expert_{k:03d}")
+
+
+def fp32_job(
+    run: Run,
+    architecture: Architecture,
+    parallel: ParallelSection,
+    program: str,
+    flags: Flags,
+    *,
+    python: str,
+) -> Job:
+    """Return a job in a training section's layout that trains nothing and computes in exact fp32."""
+    words = [*launcher(python, parallel.processes, parallel.nodes), "-m", program]
+    words += [
+        *architecture.megatron_flags(),
+        *render(size_flags(architecture, run.recipe.data.seq_length) | flags),
+    ]
+    return Job(command=words, env=environment(parallel.threads) | EXACT_FP32)
 
 
 def moe_job(

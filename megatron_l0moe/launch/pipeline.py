@@ -29,6 +29,7 @@ from megatron_l0moe.data.manifest import (
 from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, preflight, records
+from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
@@ -111,6 +112,21 @@ def train_expert(run: Run, stage: Stage) -> None:
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
     _train(run, job, stage, run.recipe.expert_steps)
+
+
+def construct_expert(run: Run, stage: Stage) -> Numbers:
+    """Make one expert from a calibration pass; one that is there already is not made again."""
+    preflight.check_machine(run.recipe, "expert_training")
+    k = int(stage.folder.name)
+    record = stage.folder / "construction.json"  # written after the expert
+    if not record.is_file():
+        method, sequences = run.recipe.expert_training.method, run.recipe.calibration_sequences
+        logger.info(
+            "Expert %d of %d: %s, %d sequences.", k + 1, run.recipe.model.num_experts, method, sequences
+        )
+        _run_job(construct_job(run, _architecture(run), k), stage.folder / "construct.log")
+    numbers: Numbers = json.loads(record.read_text(encoding="utf-8"))
+    return numbers
 
 
 def train_moe(run: Run, stage: Stage) -> None:

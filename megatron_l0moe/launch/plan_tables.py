@@ -35,6 +35,12 @@ def show(plan: Plan, console: Console) -> None:
         f"{model.top_k} for each token. GPU: {plan.gpu.name}.",
         soft_wrap=True,
     )
+    if recipe.construction is not None:
+        console.print(
+            f"expert_training.method {recipe.expert_training.method} trains nothing: the numbers of the stage experts "
+            "are those of method l0, an upper bound.",
+            soft_wrap=True,
+        )
     console.print(_parameters(plan))
     if row := _paper_row(plan):
         console.print(f"{disagreement(row) or 'Table 5 agrees with its text'}.", soft_wrap=True)

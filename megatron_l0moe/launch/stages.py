@@ -27,6 +27,8 @@ class StageSpec:
     Left out on purpose: the parallel layout, flags of recomputation, curate's executor, the number of threads, how
     often a checkpoint is saved and which are kept. They do not change the result, so a run may go on in another layout.
     """
+    added: tuple[str, ...] = ()
+    """Keys that came later: where one is None, the hash is what it was before there was such a key."""
     restart: Restart = "clear"
     """What an interrupted run of the stage goes on from."""
 
@@ -54,7 +56,7 @@ CHAIN: tuple[StageSpec, ...] = (
     ),
     StageSpec(
         name="experts",
-        does="train one expert a domain: the dense FFN under a learned L0 mask, cut to the wanted width",
+        does="make one expert a domain: the dense FFN, by a learned L0 mask or another method, cut to the wanted width",
         inputs=("convert", "curate"),
         settings=(
             "seed",
@@ -67,6 +69,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.train_weights",
             "expert_training.flags",
         ),
+        added=("construction",),
         restart="resume",
     ),
     StageSpec(
@@ -167,6 +170,7 @@ def config_hash(name: str, recipe: Recipe) -> str:
     """Return the hash of the settings that decide a stage's result: its own and those of the stages before it."""
     spec = spec_of(name)
     own = {path: _setting(recipe, path) for path in spec.settings}
+    own |= {path: value for path in spec.added if (value := _setting(recipe, path)) is not None}
     before = {previous: config_hash(previous, recipe) for previous in spec.inputs}
     return section_hash(name, own, before)
 

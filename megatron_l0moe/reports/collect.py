@@ -22,6 +22,7 @@ class ExpertFiles:
     """One domain's expert run."""
 
     metrics: list[Json]
+    """Empty where the expert was made without training."""
     units: dict[int, npt.NDArray[np.int64]]
     """FFN units that were kept, sorted, by MoE layer."""
 
@@ -68,7 +69,11 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         curate=read_json(run / "curate" / "summary.json", "curate"),
         experts=[
             ExpertFiles(
-                metrics=read_metrics(run / folder / "metrics.jsonl", "experts"),
+                metrics=(
+                    read_metrics(run / folder / "metrics.jsonl", "experts")
+                    if recipe.construction is None
+                    else []
+                ),
                 units=read_units(run / folder / "expert.safetensors"),
             )
             for folder in expert_folders

@@ -67,6 +67,22 @@ def test_cpu_cluster(tmp_path: Path, name: str) -> None:
     check_golden(f"cpu_{name}.sbatch", render(run, toy_architecture(), cluster, name, place_of(run)))
 
 
+def test_experts_that_are_made_without_training_are_one_step(tmp_path: Path) -> None:
+    made = {method: make_run(tmp_path, expert_training__method=method) for method in ("l0", "obs")}
+    cluster = load_cluster(CLUSTERS / "small_cpu.yaml")
+    texts = {
+        method: render(run, toy_architecture(), cluster, "experts", place_of(run))
+        for method, run in made.items()
+    }
+    assert "#SBATCH --array=" in texts["obs"]
+    assert '--index "$SLURM_ARRAY_TASK_ID"' in texts["obs"]
+    for word in ("--phase prepare", "torch.distributed.run"):
+        assert word in texts["l0"]
+        assert word not in texts["obs"]
+    done = subprocess.run(["bash", "-n"], input=texts["obs"], text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("cluster", sorted(CLUSTERS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_bash_reads_every_script(tmp_path: Path, cluster: Path) -> None:
     for name in STAGE_NAMES:
