@@ -11,6 +11,7 @@ import zstandard
 from settings import CorpusSettings
 
 from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.errors import L0MoEError
 
 HELDOUT_SHARE = 4
 """A document above 1/4 of a domain's held-out text stays in training: it would be that domain's whole test."""
@@ -21,6 +22,9 @@ def split_corpus(source: Path, out: Path, settings: CorpusSettings) -> dict[str,
 
     Whole documents are held out, in a random order by place and seed; exact repetitions are dropped first. Training
     documents are cut to `document_chars` at line ends afterwards, so no part of one lies on both sides.
+
+    Raises:
+        L0MoEError: a domain has too little text.
     """
     catalog = scan_corpus(source)
     keys = catalog.random_keys(settings.seed)
@@ -39,7 +43,14 @@ def split_corpus(source: Path, out: Path, settings: CorpusSettings) -> dict[str,
 def _held_out(catalog: Catalog, queue: np.ndarray, chars: int) -> np.ndarray:
     fitting = queue[catalog.column("chars")[queue] <= chars // HELDOUT_SHARE]
     ends = np.cumsum(catalog.column("chars")[fitting])
-    return fitting[: int(np.searchsorted(ends, chars)) + 1]
+    count = int(np.searchsorted(ends, chars)) + 1
+    if count > len(fitting) or len(fitting) == len(queue) == count:
+        name = catalog.domains[int(catalog.rows["domain"][queue[0]])]
+        raise L0MoEError(
+            f"Domain {name!r} has not enough documents of at most {chars // HELDOUT_SHARE} characters to hold out "
+            f"{chars} and to train on others; lower corpus.heldout_chars, or give the domain more text."
+        )
+    return fitting[:count]
 
 
 def _texts(catalog: Catalog, ids: np.ndarray) -> Iterator[str]:

@@ -71,7 +71,8 @@ def kjv(root: Path) -> Documents:
 def _manual(root: Path, folder: str) -> Documents:
     for path in sorted((root / "usr/share/man" / folder).glob("man[1-8]/*.gz")):
         if not path.is_symlink():
-            yield path.name, roff_text(gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+            page = roff_text(gzip.decompress(path.read_bytes()).decode("utf-8", "replace"))
+            yield from ((path.name, part) for part in readers.cut(page, MAX_CHARS))
 
 
 def roff_text(page: str) -> str:
@@ -95,7 +96,8 @@ def manuals_de(root: Path) -> Documents:
 def perl(root: Path) -> Documents:
     """Perl's own documentation in POD."""
     for path in sorted(root.glob("usr/share/perl/*/**/*.pod")):
-        yield path.name, path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield from ((path.name, part) for part in readers.cut(text, MAX_CHARS))
 
 
 DOMAINS: dict[str, tuple[tuple[str, ...], readers.Reader, int]] = {

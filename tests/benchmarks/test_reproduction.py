@@ -63,6 +63,9 @@ def test_no_document_lies_on_both_sides_of_the_split(tmp_path: Path) -> None:
         texts["a"] + texts["b"]
     )  # repetitions are gone
     assert 600 <= sum(map(len, found["heldout"])) < 800
+    too_much = wanted.model_copy(update={"heldout_chars": 100_000})
+    with pytest.raises(L0MoEError, match="Domain 'a' has not enough documents"):
+        corpus_step.split_corpus(source, tmp_path / "none", too_much)
 
 
 def test_every_row_is_a_valid_recipe_of_the_same_tokens(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_tables_by_hand() -> None:
 
 
 TINY_SETTINGS: dict[str, Any] = {
-    "corpus": {"heldout_chars": 2500, "document_chars": 500},
+    "corpus": {"heldout_chars": 4000, "document_chars": 500},
     "tokenizer": {"vocab_size": 300, "chars_per_domain": 4000},
     "model": {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2},
     "data": {"seq_length": 32, "heldout_tokens_per_domain": 64},
@@ -146,7 +149,7 @@ TINY_DENSE = {
 @pytest.mark.slow
 def test_the_whole_of_it(tmp_path: Path) -> None:
     recipe = yaml.safe_load(toy.make_world(tmp_path / "world").read_text())
-    recipe = {section: recipe[section] for section in ("model", "data", "expert_training", "moe_training")}
+    recipe = {section: recipe[section] for section in recipe if section != "name"}
     corpus = recipe["data"].pop("corpus")
     del recipe["model"]["path"]
     recipe["data"]["heldout_tokens_per_domain"] = 32
