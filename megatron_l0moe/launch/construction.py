@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.launch.jobs import Flags, Job, fp32_job
+from megatron_l0moe.launch.jobs import EXACT_FP32, Flags, Job, environment, launcher, render, size_flags
 from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
 
@@ -17,7 +17,7 @@ def construct_job(run: Run, architecture: Architecture, k: int, *, python: str =
     The learning rates, batch sizes and flags of `expert_training` are those of training and have no part in it.
     """
     recipe, training = run.recipe, run.recipe.expert_training
-    flags: Flags = {
+    flags: Flags = size_flags(architecture, recipe.data.seq_length) | {
         "micro-batch-size": 1,
         "seed": recipe.seed,
         "ckpt-format": "torch_dist",
@@ -36,4 +36,7 @@ def construct_job(run: Run, architecture: Architecture, k: int, *, python: str =
         "l0-top-k": recipe.model.top_k,
         "l0-expert-file": str(run.expert_folder(k) / "expert.safetensors"),
     }
-    return fp32_job(run, architecture, training.parallel, PROGRAM, flags, python=python)
+    parallel = training.parallel
+    words = [*launcher(python, parallel.processes, parallel.nodes), "-m", PROGRAM]
+    words += [*architecture.megatron_flags(), *render(flags)]
+    return Job(command=words, env=environment(parallel.threads) | EXACT_FP32)

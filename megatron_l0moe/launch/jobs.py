@@ -16,7 +16,7 @@ from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection, ParallelSection
+from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection
 
 Flags = dict[str, Flag]
 """Flag names without the leading dashes; True stands for a flag without a value."""
@@ -123,24 +123,6 @@ def expert_job(
     return _job(python, training, architecture, flags, "expert_training", trial, name=f"expert_{k:03d}")
 
 
-def fp32_job(
-    run: Run,
-    architecture: Architecture,
-    parallel: ParallelSection,
-    program: str,
-    flags: Flags,
-    *,
-    python: str,
-) -> Job:
-    """Return a job in a training section's layout that trains nothing and computes in exact fp32."""
-    words = [*launcher(python, parallel.processes, parallel.nodes), "-m", program]
-    words += [
-        *architecture.megatron_flags(),
-        *render(size_flags(architecture, run.recipe.data.seq_length) | flags),
-    ]
-    return Job(command=words, env=environment(parallel.threads) | EXACT_FP32)
-
-
 def moe_job(
     run: Run, architecture: Architecture, *, python: str = sys.executable, trial: Trial | None = None
 ) -> Job:
@@ -164,7 +146,8 @@ def moe_job(
 def logits_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
     """Return the job that writes the trained Megatron model's logits, for the parity check of `evaluate`.
 
-    It runs in one process whatever the training layout was: a torch_dist checkpoint loads in any layout.
+    It runs in one process whatever the training layout was: a torch_dist checkpoint loads in any layout. It runs on the
+    CPU, as the exported model does that it is compared with: 23 billion float32 weights do not fit into a GPU of 80 GB.
     """
     recipe = run.recipe
     flags = (
@@ -186,7 +169,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     )
     threads = recipe.moe_training.parallel.threads
     words = [python, "-m", LOGITS, *architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=environment(threads) | EXACT_FP32)
+    return Job(command=words, env=environment(threads) | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def logits_file(run: Run) -> Path:

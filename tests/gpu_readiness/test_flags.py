@@ -14,6 +14,7 @@ import pytest
 from gpu_readiness.models_7b import CONFIGS, EXAMPLES, GPUS, architecture, recipe_on
 
 from megatron_l0moe.launch import jobs
+from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import load_recipe
@@ -255,7 +256,10 @@ def test_fp32_that_is_compared_is_fp32() -> None:
     for job in (
         jobs.expert_job(run, model, 0, trial=trial),
         jobs.moe_job(run, model, trial=trial),
-        jobs.logits_job(run, model),
+        construct_job(run, model, 0),
     ):
         assert job.env["NVIDIA_TF32_OVERRIDE"] == "0"
         assert "--bf16" not in job.command
+    parity = jobs.logits_job(run, model)
+    assert parity.env["CUDA_VISIBLE_DEVICES"] == ""  # on the CPU, whatever the machine has
+    assert "--bf16" not in parity.command
