@@ -5,7 +5,7 @@ PY := .venv/bin/python
 RECIPE ?= examples/quickstart.yaml
 PYTEST_ARGS ?= -n 2 --dist loadfile # tests of one file share what they make
 
-.PHONY: help setup quickstart test test-distributed check format wheel
+.PHONY: help setup quickstart test test-slurm test-distributed check format wheel
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,8 +23,12 @@ serve-setup: setup ## make the environment in .venv-serve that has vLLM's CPU bu
 serve-check: serve-setup ## serve an exported L0-MoE with vLLM and compare its log-probabilities; MODEL=folder
 	@$(PY) tools/serve_check.py $(if $(MODEL),--model $(MODEL))
 
-test: setup ## all tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+test: setup ## all tests; those on the test cluster come last and alone, since they measure time
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slurm"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm
+
+test-slurm: setup ## the tests on a real Slurm of three virtual nodes on this machine; needs root
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm --durations=10
 
 test-distributed: setup ## the tests that start several processes; prints the table of layouts
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m distributed

@@ -127,6 +127,12 @@ def comparisons(shape: Shape) -> list[Comparison]:
             stock=functools.partial(layer, stage="moe", moe="stock"),
         ),
         Comparison(
+            name="MoE layer, forward and backward, our router with Megatron's experts, load by domain counted",
+            goal=MOE_GOAL,
+            ours=functools.partial(layer, stage="moe", moe="our_router", counts_domains=True),
+            stock=functools.partial(layer, stage="moe", moe="stock"),
+        ),
+        Comparison(
             name="MoE, whole training step",
             goal=MOE_GOAL,
             ours=functools.partial(step, stage="moe"),
@@ -135,7 +141,14 @@ def comparisons(shape: Shape) -> list[Comparison]:
     ]
 
 
-def _layer(shape: Shape, *, stage: Stage, control: str = "lagrangian", moe: MoE = "ours") -> Subject:
+def _layer(
+    shape: Shape,
+    *,
+    stage: Stage,
+    control: str = "lagrangian",
+    moe: MoE = "ours",
+    counts_domains: bool = False,
+) -> Subject:
     """One MLP or MoE layer with the norm before it, which Transformer Engine's MLP has inside."""
     model = _model(shape, _plan(shape, stage, control), layers=1, moe=moe, has_buffers=False).train()
     layer = model.decoder.layers[0]
@@ -144,6 +157,8 @@ def _layer(shape: Shape, *, stage: Stage, control: str = "lagrangian", moe: MoE 
 
     def prepare(step: int) -> None:
         _begin(model, step)
+        if counts_domains:
+            _count_domains(model, shape.experts)
         parts.zero_grad(set_to_none=True)
         inputs[:] = [_random(step, (shape.tokens, 1, shape.hidden), model).requires_grad_()]
 
@@ -217,7 +232,14 @@ def _begin(model: GPTModel, step: int) -> None:
     for gate in gates(model):
         gate.begin_iteration(GateStep(step, Phase.LEARN, RETENTION, 1.0))
     for router in routers(model):
-        router.expert_load.begin_iteration()
+        router.begin_iteration()
+
+
+def _count_domains(model: GPTModel, domains: int) -> None:
+    """As in the steps in which training records the load by domain."""
+    for router in routers(model):
+        router.domain_load.begin_iteration(domains, router.num_experts, router.weight.device)
+        router.domain_load.domains = torch.zeros(1, dtype=torch.int64, device=router.weight.device)
 
 
 def _random(seed: int, size: tuple[int, ...], model: GPTModel) -> torch.Tensor:

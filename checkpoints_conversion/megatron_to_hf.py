@@ -1,4 +1,4 @@
-"""Export a Megatron checkpoint, dense or L0-MoE, as a Hugging Face checkpoint.
+"""Export a Megatron checkpoint, dense, L0-MoE or DSMoE, as a Hugging Face checkpoint.
 
 Example: python checkpoints_conversion/megatron_to_hf.py runs/quickstart/moe/checkpoints \
     --base models/smollm2-135m-instruct --out exported --dense-layers 6 --top-k 2 --target all
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_l0moe.conversion.export import export_dense, export_moe
+from megatron_l0moe.conversion.export import export_dense, export_dsmoe, export_moe
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, summary_facts
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.errors import L0MoEError
@@ -27,7 +28,9 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
     parser.add_argument(
-        "--dense-layers", type=int, help="bottom dense layers of an L0-MoE; absent: a dense model"
+        "--dense-layers",
+        type=int,
+        help="bottom dense layers of an L0-MoE; absent: a dense model or a DSMoE",
     )
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve one token")
     parser.add_argument(
@@ -38,7 +41,9 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if arguments.dense_layers is None:
+        if CheckpointReader(arguments.source).settings.get("stage") == "dsmoe":
+            result = export_dsmoe(arguments.source, arguments.base, arguments.out, card=_facts(arguments))
+        elif arguments.dense_layers is None:
             result = export_dense(arguments.source, arguments.base, arguments.out)
         else:
             result = export_moe(

@@ -39,6 +39,12 @@ ONE_STAGE = "One stage of a run"
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), see examples/.", show_default=False)
 ]
+Phase = Annotated[
+    str | None,
+    typer.Option(
+        "--phase", metavar="PHASE", help="prepare or finish: what a batch job does around the training."
+    ),
+]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Folder that holds the runs.")]
 
 
@@ -127,14 +133,17 @@ def experts(
     index: Annotated[
         int | None, typer.Option("--index", metavar="K", help="Train this expert only, counted from 0.")
     ] = None,
+    phase: Phase = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Train the K experts, one domain each, and cut each to its exact width."""
+    """Make the K experts, one domain each, and cut each to its exact width."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
-        if not pipeline.is_extracted(stage.folder):
+        if this.recipe.construction is not None:
+            return pipeline.construct_expert(this, stage)
+        if phase is None and not pipeline.is_extracted(stage.folder):
             pipeline.train_expert(this, stage)
 
         def extract() -> dict[str, object]:
@@ -145,7 +154,7 @@ def experts(
 
         return pipeline.extract_once(stage.folder, extract)
 
-    _stage("experts", recipe, runs_dir, work, only=index)
+    _stage("experts", recipe, runs_dir, work, only=index, phase=phase)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -164,16 +173,17 @@ def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def moe(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def moe(recipe: RecipePath, phase: Phase = None, runs_dir: RunsDir = Path("runs")) -> None:
     """Train experts and routers together on the ordered sets."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
 
-        pipeline.train_moe(this, stage)
+        if phase is None:
+            pipeline.train_moe(this, stage)
         return {"steps": this.recipe.moe_steps}
 
-    _stage("moe", recipe, runs_dir, work)
+    _stage("moe", recipe, runs_dir, work, phase=phase)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -287,12 +297,17 @@ def _stage(
     work: "Callable[[Run, Stage], dict[str, object]]",
     *,
     only: int | None = None,
+    phase: str | None = None,
 ) -> None:
     with one_sentence(runs_dir):
         from megatron_l0moe.launch.pipeline import carry_out
 
         _log_to_stderr()
         this = _load(recipe, runs_dir)
+        if phase is not None:
+            from megatron_l0moe.launch.phases import run_phase
+
+            raise typer.Exit(run_phase(this, name, phase, lambda stage: work(this, stage), index=only))
         carry_out(this, name, lambda stage: work(this, stage), only=only)
 
 

@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
+from megatron_l0moe.recipe_layouts import LayoutBlock, with_block
 from megatron_l0moe.recipe_sections import (
     DataSection,
     EvaluationSection,
@@ -22,7 +23,7 @@ from megatron_l0moe.recipe_sections import (
     ParallelSection,
     RecipePart,
 )
-from megatron_l0moe.settings_file import load_settings
+from megatron_l0moe.settings_file import first_problem, load_settings
 
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
@@ -40,6 +41,8 @@ class Recipe(RecipePart):
     moe_training: MoETrainingSection = MoETrainingSection()
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
+    gpus: int | None = Field(default=None, ge=1)
+    """GPUs that the run may use at the same time; in a file it also chooses one of the `layouts`."""
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
@@ -104,6 +107,25 @@ class Recipe(RecipePart):
         return self.data.tokens_per_expert // (self.data.seq_length * self.expert_training.global_batch_size)
 
     @property
+    def calibration_sequences(self) -> int:
+        """Sequences of one calibration pass: whole ones, at least one, and no more than an expert's domain has."""
+        wanted = min(self.expert_training.calibration.tokens, self.data.tokens_per_expert)
+        return max(wanted // self.data.seq_length, 1)
+
+    @property
+    def construction(self) -> dict[str, Any] | None:
+        """What experts that are made without training depend on; None where they are trained."""
+        training = self.expert_training
+        if training.method == "l0":
+            return None
+        settings: dict[str, Any] = {"method": training.method, "sequences": self.calibration_sequences}
+        if training.method in ("obs", "svd"):
+            settings["damping"] = training.calibration.damping
+        if training.method == "coactivation":
+            settings |= {"shared": training.calibration.shared, "top_k": self.model.top_k}
+        return settings
+
+    @property
     def moe_steps(self) -> int:
         """Optimizer steps of MoE training: whole global batches of every set."""
         batch = self.moe_global_batch_size * self.data.seq_length
@@ -113,13 +135,52 @@ class Recipe(RecipePart):
         return sum(tokens // batch for tokens in sets)
 
 
+class RecipeFile(Recipe):
+    """A recipe as it is written: with one layout, or with one for each number of GPUs."""
+
+    layouts: dict[int, LayoutBlock] = Field(default_factory=dict)
+    """Number of GPUs -> what changes with it."""
+
+    @model_validator(mode="after")
+    def _check_layouts(self) -> "RecipeFile":
+        counts = ", ".join(map(str, sorted(self.layouts)))
+        if self.layouts and self.gpus is None:
+            raise ValueError(
+                f"layouts need gpus, the number that holds; add gpus: {min(self.layouts)}, or another of {counts}"
+            )
+        if self.layouts and self.gpus not in self.layouts:
+            raise ValueError(
+                f"gpus ({self.gpus}) must be one of the numbers in layouts, {counts}; add what `l0moe plan RECIPE "
+                f"--gpus {self.gpus}` prints for it"
+            )
+        for count in self.layouts:
+            self.resolved(count)
+        return self
+
+    def resolved(self, gpus: int | None = None) -> Recipe:
+        """Return the recipe with the layouts for so many GPUs (None: those of its `gpus`) in their places.
+
+        Raises:
+            ValueError: they do not fit the recipe.
+        """
+        raw = self.model_dump(exclude={"layouts"}, exclude_unset=True)
+        if not self.layouts:
+            return Recipe.model_validate(raw)
+        count = gpus or self.gpus
+        assert count is not None, "checked above"
+        try:
+            return Recipe.model_validate(with_block(raw, count, self.layouts[count]))
+        except ValidationError as error:
+            raise ValueError(f"layouts.{count}: {first_problem(error, Recipe)}") from error
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read and validate a recipe.
 
     Raises:
         L0MoEError: the file is missing, is not YAML, or breaks a rule; the message names the key.
     """
-    return load_settings(path, Recipe, what="Recipe", examples="examples/")
+    return load_settings(path, RecipeFile, what="Recipe", examples="examples/").resolved()
 
 
 def layout_names(section: Section) -> dict[str, str]:

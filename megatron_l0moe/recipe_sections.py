@@ -8,6 +8,7 @@ from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.settings_file import Settings
 
 Flag = bool | int | float | str
+Method = Literal["l0", "random", "magnitude", "obs", "svd", "coactivation"]
 
 
 def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
@@ -200,9 +201,24 @@ class ParallelSection(RecipePart):
         )
 
 
-class ExpertTrainingSection(RecipePart):
-    """The K expert runs (paper section 3.2)."""
+class CalibrationSection(RecipePart):
+    """The pass through the dense model from which experts are made without training."""
 
+    tokens: int = Field(default=131072, ge=1)
+    """Tokens of each expert's pass, in whole sequences; never more than data.tokens_per_expert."""
+    damping: float = Field(default=0.01, gt=0)
+    """obs and svd: added to the diagonal of sums of a a^T, as a fraction of its mean."""
+    shared: float = Field(default=0.5, ge=0, le=1)
+    """coactivation: share of an expert's units that all experts have."""
+
+
+class ExpertTrainingSection(RecipePart):
+    """The K expert runs (paper section 3.2), or another way to construct the experts."""
+
+    method: Method = "l0"
+    """l0: learned masks; the others choose units from one calibration pass each and train nothing."""
+    calibration: CalibrationSection = CalibrationSection()
+    """Of the methods other than l0."""
     micro_batch_size: int = Field(default=1, ge=1)
     global_batch_size: int = Field(default=32, ge=1)
     """Sequences of one step."""
@@ -216,6 +232,21 @@ class ExpertTrainingSection(RecipePart):
     parallel: ParallelSection = ParallelSection()
     flags: Flags = Field(default_factory=dict)
     """Further flags of Megatron or `l0-...` flags, by their names without the leading dashes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExpertTrainingSection":
+        if self.method == "l0":
+            return self
+        if not self.train_weights:
+            raise ValueError(
+                f"train_weights false is a way of method l0, but method is {self.method}; remove it"
+            )
+        if self.parallel.virtual_pipeline > 1:
+            raise ValueError(
+                f"method {self.method} trains nothing, which is what a virtual pipeline is for; remove "
+                "parallel.virtual_pipeline"
+            )
+        return self
 
 
 class MoETrainingSection(RecipePart):

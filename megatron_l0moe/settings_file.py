@@ -66,10 +66,10 @@ def load_settings[Model: Settings](
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise L0MoEError(f"{what} {file}: {_first_problem(error, model)}.") from error
+        raise L0MoEError(f"{what} {file}: {first_problem(error, model)}.") from error
 
 
-def _first_problem(error: ValidationError, model: type[Settings]) -> str:
+def first_problem(error: ValidationError, model: type[Settings]) -> str:
     """Word the first problem as one clause: unknown keys first, since they often explain a missing one."""
     problems = error.errors()
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]

@@ -1,6 +1,7 @@
 """Naive float64 references of the paper's equations, written with loops and without torch's vector operations."""
 
 import math
+from dataclasses import dataclass
 
 
 def hard_concrete(u: float, log_alpha: float, *, b: float, gamma: float, zeta: float) -> float:
@@ -45,3 +46,48 @@ def swiglu(
         u = sum(w * v for w, v in zip(u_row, x, strict=True))
         hidden.append(g / (1.0 + math.exp(-g)) * u)
     return [sum(w * h for w, h in zip(row, hidden, strict=True)) for row in down]
+
+
+@dataclass(frozen=True)
+class BlockGates:
+    """DSMoE's gates of one token; equations of Lv et al., 2025."""
+
+    scores: list[float]
+    is_open: list[bool]
+
+    @property
+    def factor(self) -> float:
+        """Of eq. 8."""
+        return len(self.scores) / sum(self.is_open)
+
+    @property
+    def weights(self) -> list[float]:
+        """Eq. 7 and 8."""
+        return [
+            self.factor * score if open_ else 0.0
+            for score, open_ in zip(self.scores, self.is_open, strict=True)
+        ]
+
+    @property
+    def loss(self) -> float:
+        """One token's and layer's part of eq. 17-19."""
+        return sum(score for score, open_ in zip(self.scores, self.is_open, strict=True) if open_) / len(
+            self.scores
+        )
+
+    def gradient(self, upstream: list[float], loss_gradient: float) -> list[float]:
+        """Of the logits, for gradients of the weights and of the loss: the estimator of eq. 10, then the sigmoid."""
+        found = []
+        for score, open_, up in zip(self.scores, self.is_open, upstream, strict=True):
+            of_score = self.factor * up + (loss_gradient / len(self.scores) if open_ else 0.0)
+            found.append(of_score * score * (1.0 - score))
+        return found
+
+
+def block_gates(logits: list[float], threshold: float) -> BlockGates:
+    """Gate one token; with no score above the threshold its highest opens."""
+    scores = [1.0 / (1.0 + math.exp(-x)) for x in logits]
+    is_open = [score > threshold for score in scores]
+    if not any(is_open):
+        is_open[scores.index(max(scores))] = True
+    return BlockGates(scores, is_open)

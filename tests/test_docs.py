@@ -137,7 +137,10 @@ def test_table_of_metrics() -> None:
 def test_flags_named_in_the_pages() -> None:
     """Every `--l0-` flag in a page exists, and a value beside a default in docs/decisions.md is the default."""
     defaults = {flag: default for flag, default, _ in all_flags()}
-    extra = {flag for flag, _, _ in flags_of(parse(PACKAGE / "training" / "logits.py"), "LogitsConfig")}
+    commands = (("logits.py", "LogitsConfig"), ("construct.py", "ConstructConfig"))
+    extra = {
+        flag for file, name in commands for flag, _, _ in flags_of(parse(PACKAGE / "training" / file), name)
+    }
     for page in PAGES:
         named = set(re.findall(r"--l0-[a-z0-9-]*[a-z0-9]", page.read_text(encoding="utf-8")))
         assert named <= defaults.keys() | extra, page_name(page)

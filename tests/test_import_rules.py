@@ -26,6 +26,7 @@ WITHOUT_TORCH = (
     "settings_file.py",
     "errors.py",
     "data/manifest.py",
+    "data/source_tree.py",
     "conversion/architecture.py",
 )
 TORCH_USERS = {"torch", "megatron", "transformers", "FlagEmbedding", "safetensors.torch"}

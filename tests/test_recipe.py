@@ -34,6 +34,12 @@ def test_paper_sizes(name: str, dense_layers: int, expert_ffn: int) -> None:
     assert recipe.data.tokens_per_expert * 64 == 12_000_000_000
     assert (recipe.data.iterations, recipe.data.tokens_per_set) == (21, 900_000_000)
     assert recipe.moe_global_batch_size == 2 * 64
+    assert (recipe.data.delta, recipe.data.beta, recipe.model.top_k) == (0.1, 0.5, 2)
+    assert (recipe.data.order, recipe.data.batches, recipe.data.clustering) == (
+        "ascending",
+        "balanced",
+        "kmeans",
+    )
 
 
 def test_steps_by_hand(tmp_path: Path) -> None:

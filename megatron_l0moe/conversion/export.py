@@ -1,4 +1,4 @@
-"""Write Megatron checkpoints as Hugging Face checkpoints that need no custom code, a block of rows at a time.
+"""Write Megatron checkpoints as Hugging Face checkpoints, a block of rows at a time; only a DSMoE needs custom code.
 
 A dense model is written in its own family's layout; an L0-MoE in the layout that the wanted engines compute rightly
 (`targets.py`): Ernie4.5-MoE or Qwen2-MoE, with SwiGLU experts, a softmax router, dense layers first, no shared expert,
@@ -21,10 +21,17 @@ from megatron_l0moe.conversion.companions import (
     token_ids,
     write_generation_config,
 )
+from megatron_l0moe.conversion.dsmoe_layout import (
+    MODELLING_FILE,
+    BlockShape,
+    dsmoe_config,
+    dsmoe_rules,
+    modelling_text,
+)
 from megatron_l0moe.conversion.families import MoEShape, dense_rules, is_training_state
 from megatron_l0moe.conversion.mapping import Rule, check_names, check_shape, hf_shapes, megatron_shapes
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.model_card import CardFacts, model_card
+from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_card
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.safetensors_files import (
     MAX_SHARD_BYTES,
@@ -122,6 +129,42 @@ def export_moe(
     }
 
 
+def export_dsmoe(
+    megatron: Path,
+    hf_base: Path,
+    out: Path,
+    *,
+    card: CardFacts | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, object]:
+    """Write a DSMoE Megatron checkpoint with its modelling file, for transformers with `trust_remote_code=True`.
+
+    Args:
+        megatron: folder with `latest_checkpointed_iteration.txt`.
+        hf_base: the dense Hugging Face checkpoint that the run began with.
+        out: folder without a checkpoint.
+        card: what the model card says beside the model's sizes.
+        max_shard_bytes: size at which a new safetensors file is begun.
+
+    Raises:
+        L0MoEError: a checkpoint of another stage or shape, or NaN weights.
+    """
+    architecture = Architecture.from_hf(hf_base)
+    source = _Source(megatron, architecture)
+    shape = BlockShape.from_settings(source.reader.settings, source.reader.path)
+    config = dsmoe_config(architecture, shape, source.dtype_name)
+    return _export(
+        source,
+        dsmoe_rules(architecture, shape),
+        config,
+        hf_base,
+        out,
+        max_shard_bytes,
+        dsmoe_card(config, hf_base, card or CardFacts()),
+        code=modelling_text(architecture),
+    )
+
+
 class _Source:
     """A Megatron checkpoint seen as a model of one architecture."""
 
@@ -202,6 +245,7 @@ def _export(
     out: Path,
     max_shard_bytes: int,
     card: str | None = None,
+    code: str | None = None,
 ) -> dict[str, object]:
     """Write weights, then what lies beside them, then config.json, which makes the folder a checkpoint."""
     start = logged = time.monotonic()
@@ -225,6 +269,8 @@ def _export(
     if card is not None:
         copy_licence(hf_base, out)
         write_text(out / "README.md", card)
+    if code is not None:
+        write_text(out / MODELLING_FILE, code)
     write_text(out / "config.json", json.dumps({**config, **ids}, indent=2) + "\n")
     seconds = time.monotonic() - start
     logger.info("exported %d parameters to %s in %.1f s", parameters, out, seconds)

@@ -1,4 +1,4 @@
-"""The model card of an exported L0-MoE, README.md: where it comes from, its sizes, what was measured, the licence."""
+"""The model card of an exported L0-MoE or DSMoE, README.md: origin, sizes, what was measured, licence."""
 
 import dataclasses
 import json
@@ -26,20 +26,28 @@ class CardFacts:
     """Of the dense model; None: as its config.json or its folder is called."""
     recipe: str | None = None
     """The recipe's text."""
+    method: str = "l0"
+    """How the experts' units were chosen."""
     tokens: Mapping[str, int] = field(default_factory=dict)
     """Training tokens by stage."""
     numbers: Mapping[str, str] = field(default_factory=dict)
     """What was measured -> value with its unit."""
 
 
+_CHOICES = {True: "for one domain by L0 regularization", False: "without training (expert_training.method)"}
+
+
 def recipe_facts(recipe: Recipe) -> CardFacts:
     """Return what a recipe says: its text with all defaults, and the training tokens of the stages."""
     length = recipe.data.seq_length
-    expert = recipe.expert_steps * recipe.expert_training.global_batch_size * length
+    expert, what = recipe.expert_steps * recipe.expert_training.global_batch_size * length, "runs"
+    if recipe.construction is not None:
+        expert, what = recipe.calibration_sequences * length, "calibration passes"
     return CardFacts(
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        method=recipe.expert_training.method,
         tokens={
-            f"experts, {recipe.model.num_experts} runs together": expert * recipe.model.num_experts,
+            f"experts, {recipe.model.num_experts} {what} together": expert * recipe.model.num_experts,
             "MoE": recipe.moe_steps * recipe.moe_global_batch_size * length,
         },
     )
@@ -94,20 +102,60 @@ def model_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> st
         _front_matter(_base_licence(hf_base), base),
         f"# {base} as L0-MoE\n",
         f"A mixture of experts made from `{base}`: each expert holds {config['moe_intermediate_size']} of the "
-        f"{config['intermediate_size']} units of a dense layer, chosen for one domain by L0 regularization, and was "
+        f"{config['intermediate_size']} units of a dense layer, chosen {_CHOICES[facts.method == 'l0']}, and was "
         "then trained together with the others and the routers.\n",
         _table(("what", "value"), _sizes(config)),
         _engines(config),
+        *_facts(facts),
+        "## Licence\n",
+        _licence_text(hf_base, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def dsmoe_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> str:
+    """Return the text of README.md of an exported DSMoE; arguments as for `model_card`."""
+    base = facts.base_name or hf_base.resolve().name
+    blocks, dense = config["num_blocks"], config["num_dense_layers"]
+    width = config["intermediate_size"] // blocks
+    sizes = [
+        ("layers", f"{config['num_hidden_layers']}, the bottom {dense} of them dense"),
+        (
+            "blocks of a layer",
+            f"{blocks} of {width} units; a token uses those with a gate above the threshold",
+        ),
+        ("threshold", str(config["block_threshold"])),
+        ("longest sequence", f"{config['max_position_embeddings']:,} tokens"),
+        ("dtype", str(config["torch_dtype"])),
+    ]
+    parts = [
+        _front_matter(_base_licence(hf_base), base),
+        f"# {base} as DSMoE\n",
+        f"`{base}` with its feed-forward layers cut into blocks (DSMoE, arXiv 2502.12455): each token opens as many of "
+        "them as its gates say. Weights and number of parameters are those of the dense model, and the gates'.\n",
+        _table(("what", "value"), sizes),
+        "## Loading\n",
+        "No architecture of transformers has a number of active experts that differs from token to token, so this "
+        "checkpoint brings its own code, `modeling_dsmoe.py`. Read it, then load with\n",
+        "```python\nAutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\n```\n",
+        "It is for inference, skips blocks that no token at hand uses, and is not for tensor parallelism. vLLM and "
+        "SGLang do not know it.\n",
+        *_facts(facts),
+        "## Licence\n",
+        _licence_text(hf_base, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _facts(facts: CardFacts) -> list[str]:
+    return [
         "## Training\n",
         _table(("stage", "tokens"), [(name, f"{count:,}") for name, count in facts.tokens.items()])
         or "The numbers of tokens were not given to the export.\n",
         f"The recipe:\n\n```yaml\n{facts.recipe.strip()}\n```\n" if facts.recipe else "",
         "## Measured\n",
         _table(("what", "value"), list(facts.numbers.items())) or "Nothing was given to the export.\n",
-        "## Licence\n",
-        _licence_text(hf_base, base),
     ]
-    return "\n".join(part for part in parts if part)
 
 
 def _front_matter(licence: Mapping[str, Any], base: str) -> str:

@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from datatrove.data import Document
 
-from megatron_l0moe.data.corpus import Corpus, Format, open_corpus
+from megatron_l0moe.data.corpus import Corpus
 from megatron_l0moe.data.engine.units import write_array
 from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.data.manifest import write_json
-from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.data.quarantine import Quarantine
 from megatron_l0moe.data.readers import ShardReader
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
@@ -85,25 +84,6 @@ class ScanPart:
     """By number, in the order in which they came up."""
     dropped: dict[str, int]
     quarantine: Quarantine
-
-
-def scan_corpus(
-    location: str | Path,
-    *,
-    form: Format = "auto",
-    filters: FilterSection | None = None,
-    max_quarantined: float = 0.0,
-    quarantine_file: Path | None = None,
-) -> Catalog:
-    """Scan a whole corpus in this process; see `scan_shards` and `merge_scans`."""
-    settings = filters or FilterSection()
-    corpus = open_corpus(str(location), form)
-    part = scan_shards(
-        corpus, range(len(corpus.shards)), settings, Progress(logger, "scanned documents").advance
-    )
-    return merge_scans(
-        corpus, [part], settings, max_quarantined=max_quarantined, quarantine_file=quarantine_file
-    )
 
 
 def scan_shards(

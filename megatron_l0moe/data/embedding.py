@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.cpu import device
 
@@ -30,7 +29,7 @@ CHUNK_DOCUMENTS = 2048
 
 
 class Encoder:
-    """A sentence encoder; `embed` returns unit vectors."""
+    """A sentence encoder; `embed_chunks` gives unit vectors."""
 
     def __init__(self, model: Any, *, max_tokens: int, batch_size: int) -> None:
         self._model = model
@@ -42,17 +41,12 @@ class Encoder:
         """Characters of a text that are looked at."""
         return self._max_tokens * HEAD_CHARS_PER_TOKEN
 
-    def embed(self, texts: Iterable[str], count: int) -> npt.NDArray[np.float32]:
-        """Embed the first tokens of ``count`` texts, in their order: float32 [N, V], each row of length 1."""
-        parts = list(self.embed_chunks(texts, Progress(logger, "embedded documents", count).advance))
-        vectors = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)
-        assert len(vectors) == count, f"{len(vectors)} vectors for {count} texts"
-        return vectors
-
     def embed_chunks(
         self, texts: Iterable[str], advance: Callable[[int], None]
     ) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield the vectors of some texts at a time, in their order; ``advance`` is told of every batch.
+        """Yield the vectors of some texts at a time, in their order, float32 [N, V] with rows of length 1.
+
+        Only the first tokens of a text count. ``advance`` is told of every batch.
 
         The texts that make a chunk, and so every bit of their vectors, depend on their order only.
         """

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_l0moe.data.index import Shard
 from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.data.tokenizer_files import TextTokenizer, open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
@@ -125,18 +124,6 @@ def write_documents(
     builder.finalize(f"{prefix}.idx")
     _read_back(prefix, [length for _, length in written], last)
     return written
-
-
-def describe_shard(prefix: Path, folder: Path) -> Shard:
-    """Return the checksums and sizes of a shard, with its path relative to ``folder``."""
-    dataset = IndexedDataset(str(prefix))
-    return Shard(
-        path=prefix.relative_to(folder).as_posix(),
-        bin_sha256=sha256_file(Path(f"{prefix}.bin")),
-        idx_sha256=sha256_file(Path(f"{prefix}.idx")),
-        documents=len(dataset),
-        tokens=int(dataset.sequence_lengths.sum(dtype=np.int64)),
-    )
 
 
 def _read_back(prefix: Path, lengths: list[int], last: Tokens) -> None:

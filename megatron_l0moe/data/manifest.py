@@ -12,12 +12,12 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_l0moe.data.source_tree import commit
 from megatron_l0moe.errors import L0MoEError
 
 MARKER = "DONE"
@@ -227,26 +227,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def commit() -> str | None:
-    """Return the commit of the source tree, with `+changes` when it was edited; None for an installed wheel."""
-    here = Path(__file__).resolve().parent
-    tracked = _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
-    if tracked is None:
-        return None
-    head = _git(here, "rev-parse", "HEAD")
-    if head is None:
-        return None
-    return head + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _identity(stage: Stage) -> str:

@@ -162,8 +162,8 @@ class Cluster(Settings):
     cpus_per_node: int = Field(ge=1)
     memory_per_node: Memory | None = None
     """Of one node; a job gets the share that goes with its GPUs or CPUs. "0": always all. None: not asked for."""
-    experts_at_once: int = Field(default=8, ge=1)
-    """Expert jobs that run at the same time."""
+    experts_at_once: int | None = Field(default=None, ge=1)
+    """Expert jobs that run at the same time; None: as many as the recipe's `gpus` hold, or 8 where it says none."""
     signal_lead_seconds: int = Field(default=300, ge=10, le=65535)
     """How long before the time limit a training job is told to save; Slurm may be up to 60 s early."""
     max_requeues: int = Field(default=50, ge=0)

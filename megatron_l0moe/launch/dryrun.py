@@ -8,6 +8,7 @@ from megatron_l0moe.conversion.architecture import Architecture, read_config
 from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.stages import CHAIN, Run, StageSpec, folders, stage_command
 from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters, l0moe_counts
 from megatron_l0moe.recipe_sections import ParallelSection
@@ -132,6 +133,13 @@ def _curate(plan: Plan) -> list[Row]:
 def _experts(plan: Plan) -> list[Row]:
     run, recipe = plan.run, plan.run.recipe
     steps, batch = recipe.expert_steps, recipe.expert_training.global_batch_size
+    work = ("steps", _steps(steps, batch, recipe.data.seq_length) + " for each expert")
+    make: Callable[[Run, Architecture, int], jobs.Job] = jobs.expert_job
+    if recipe.construction is not None:
+        sequences = recipe.calibration_sequences
+        tokens = f"{sequences} sequences of {recipe.data.seq_length} tokens through the dense model for each expert"
+        work = ("method", f"{recipe.expert_training.method}, nothing is trained; {tokens}")
+        make = construct_job
     rows = [
         ("in", f"{run.stage_folder('convert')}/megatron, {run.stage_folder('curate')}/expert_*.ccm.*"),
         ("out", f"{run.stage_folder('experts')}/*/expert.safetensors"),
@@ -140,13 +148,13 @@ def _experts(plan: Plan) -> list[Row]:
             f"{recipe.model.num_experts} runs; the FFN of each MoE layer is cut to {recipe.model.expert_ffn} units",
         ),
         ("parameters", f"{_millions(plan.dense.total)} in memory" if plan.dense else plan.missing),
-        ("steps", _steps(steps, batch, recipe.data.seq_length) + " for each expert"),
+        work,
         ("layout", _layout(recipe.expert_training.parallel)),
     ]
     if plan.architecture is None:
         return [*rows, ("runs", plan.missing)]
     last = recipe.model.num_experts - 1
-    job = jobs.expert_job(run, plan.architecture, 0)
+    job = make(run, plan.architecture, 0)
     return [*rows, ("runs", f"for experts 000 to {last:03d}, here for 000:"), ("", shell_line(job))]
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.layout_flags import layout_flags
+from megatron_l0moe.launch.owned_flags import NOT_IN_A_TRIAL, OWNED_BY_THE_CHAIN
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection
+from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection, ParallelSection
 
 Flags = dict[str, Flag]
 """Flag names without the leading dashes; True stands for a flag without a value."""
@@ -30,35 +32,6 @@ BALANCE_COEFFICIENT = 0.01
 """alpha of eq. 7."""
 Z_COEFFICIENT = 0.003
 """alpha * lambda of eq. 7 and eq. 3: 0.01 * 0.3."""
-OWNED_BY_THE_CHAIN = frozenset(
-    {
-        *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
-        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file"),
-        "l0-train-weights",  # expert_training.train_weights
-        *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
-        *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
-        *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),
-        *("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage"),
-        *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
-        *("pipeline-model-parallel-layout", "no-overlap-p2p-communication"),
-        *("tokenizer-type", "vocab-size", "ckpt-format", "micro-batch-size", "train-samples", "finetune"),
-        # the exported layouts know softmax after top-k only
-        *("moe-router-pre-softmax", "moe-router-score-function", "moe-router-topk-scaling-factor"),
-        # end a job before its last step, with exit code 0
-        *("exit-interval", "exit-duration-in-mins", "exit-signal-handler"),
-    }
-)
-"""Flags that follow from the rest of the recipe or from the run folder, so `flags:` may not set them."""
-NOT_IN_A_TRIAL = frozenset(
-    {
-        *("bf16", "fp16", "fp8-format", "fp8-recipe"),  # their rounding would hide what a trial looks for
-        *("lr-warmup-iters", "lr-decay-iters", "lr-wsd-decay-iters"),  # count the steps of the whole stage
-        *("use-distributed-optimizer", "dist-ckpt-optim-fully-reshardable", "overlap-param-gather"),
-        "moe-token-dispatcher-type",
-        *("tensorboard-dir", "wandb-project", "wandb-exp-name"),
-    }
-)
-"""Flags of a recipe that a trial leaves out: precision, the stage's length, what a layout decides, what is written."""
 EXACT_FP32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 """For jobs whose fp32 numbers are compared: Transformer Engine multiplies fp32 matrices in TF32, which has 10 bits."""
 
@@ -109,17 +82,35 @@ def expert_job(
     recipe, training = run.recipe, run.recipe.expert_training
     extent = _extent(training, run.expert_folder(k), recipe.expert_steps, trial)
     flags = (
-        _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, training.global_batch_size, extent.steps, recipe.seed)
-        | _schedule(training.learning_rate, extent.steps, EXPERT_WARMUP_SHARE)
-        | _optimizer()
+        size_flags(architecture, recipe.data.seq_length)
+        | batch_flags(training.micro_batch_size, training.global_batch_size, extent.steps, recipe.seed)
+        | schedule_flags(training.learning_rate, extent.steps, EXPERT_WARMUP_SHARE)
+        | optimizer_flags()
         | _checkpoints(extent, run.stage_folder("convert") / "megatron")
         | layout_flags(extent.layout)
         | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", extent.folder)
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
         | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
-    return _job(python, training, architecture, flags, "expert_training", trial)
+    return _job(python, training, architecture, flags, "expert_training", trial, name=f"expert_{k:03d}")
+
+
+def fp32_job(
+    run: Run,
+    architecture: Architecture,
+    parallel: ParallelSection,
+    program: str,
+    flags: Flags,
+    *,
+    python: str,
+) -> Job:
+    """Return a job in a training section's layout that trains nothing and computes in exact fp32."""
+    words = [*launcher(python, parallel.processes, parallel.nodes), "-m", program]
+    words += [
+        *architecture.megatron_flags(),
+        *render(size_flags(architecture, run.recipe.data.seq_length) | flags),
+    ]
+    return Job(command=words, env=environment(parallel.threads) | EXACT_FP32)
 
 
 def moe_job(
@@ -129,10 +120,10 @@ def moe_job(
     recipe, training = run.recipe, run.recipe.moe_training
     extent = _extent(training, run.stage_folder("moe"), recipe.moe_steps, trial)
     flags = (
-        _sizes(recipe, architecture)
-        | _batch(training.micro_batch_size, recipe.moe_global_batch_size, extent.steps, recipe.seed)
-        | _schedule(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
-        | _optimizer()
+        size_flags(architecture, recipe.data.seq_length)
+        | batch_flags(training.micro_batch_size, recipe.moe_global_batch_size, extent.steps, recipe.seed)
+        | schedule_flags(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
+        | optimizer_flags()
         | _checkpoints(extent, run.stage_folder("assemble") / "megatron")
         | layout_flags(extent.layout)
         | _experts(recipe, architecture)
@@ -149,7 +140,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     """
     recipe = run.recipe
     flags = (
-        _sizes(recipe, architecture)
+        size_flags(architecture, recipe.data.seq_length)
         | {
             "micro-batch-size": 1,
             "load": str(run.stage_folder("moe") / "checkpoints"),
@@ -167,7 +158,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     )
     threads = recipe.moe_training.parallel.threads
     words = [python, "-m", LOGITS, *architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=_environment(threads) | EXACT_FP32)
+    return Job(command=words, env=environment(threads) | EXACT_FP32)
 
 
 def logits_file(run: Run) -> Path:
@@ -185,18 +176,20 @@ def render(flags: Mapping[str, Flag]) -> list[str]:
     return words
 
 
-def _sizes(recipe: Recipe, architecture: Architecture) -> Flags:
+def size_flags(architecture: Architecture, seq_length: int) -> Flags:
+    """Return the flags of vocabulary and sequence."""
     # The data is tokenised already; NullTokenizer only tells Megatron the number of ids.
     return {
         "tokenizer-type": "NullTokenizer",
         "vocab-size": architecture.vocab_size,
         # No padding: the number of rows, and with it the loss, must not depend on tensor parallelism.
         "make-vocab-size-divisible-by": 1,
-        "seq-length": recipe.data.seq_length,
+        "seq-length": seq_length,
     }
 
 
-def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
+def batch_flags(micro: int, batch: int, steps: int, seed: int) -> Flags:
+    """Return the flags of a job's length and batches; nothing is evaluated."""
     return {
         "micro-batch-size": micro,
         "global-batch-size": batch,
@@ -206,11 +199,13 @@ def _batch(micro: int, batch: int, steps: int, seed: int) -> Flags:
         "eval-interval": steps,  # Megatron divides by it even when nothing is evaluated
         "num-workers": 0,  # a sample is a read of mapped memory
         "log-interval": 1,
+        # A NaN ends the job at once; the default does the step again, saves, and ends to be tried on another GPU.
+        "rerun-mode": "disabled",
     }
 
 
-def _schedule(learning_rate: float, steps: int, warmup_share: float) -> Flags:
-    """Warm-up, constant, then a cosine to 0 over the last tenth."""
+def schedule_flags(learning_rate: float, steps: int, warmup_share: float) -> Flags:
+    """Return the learning rate's: warm-up, constant, then a cosine to 0 over the last tenth."""
     return {
         "lr": learning_rate,
         "min-lr": 0.0,
@@ -226,7 +221,8 @@ def share_of_steps(share: float, steps: int) -> int:
     return max(1, round(share * steps))
 
 
-def _optimizer() -> Flags:
+def optimizer_flags() -> Flags:
+    """Return Adam's settings, the same in all stages."""
     return {"weight-decay": 0.1, "adam-beta1": 0.9, "adam-beta2": 0.95, "clip-grad": 1.0}
 
 
@@ -275,6 +271,7 @@ def _l0(stage: str, recipe: Recipe, index: Path, folder: Path) -> Flags:
         "l0-expert-ffn": recipe.model.expert_ffn,
         "l0-data-index": str(index),
         "l0-metrics-file": str(folder / "metrics.jsonl"),
+        "l0-stop-file": str(folder / STOP_FILE),
     }
 
 
@@ -285,26 +282,38 @@ def _job(
     flags: Flags,
     section: str,
     trial: Trial | None,
+    name: str = "",
 ) -> Job:
+    """Sum up a job; `name` tells it from the others that share its section of the recipe."""
     fixed = architecture.megatron_flags()
-    for name in training.flags:
-        if name in OWNED_BY_THE_CHAIN or f"--{name}" in fixed:
+    for flag in training.flags:
+        if flag in OWNED_BY_THE_CHAIN or f"--{flag}" in fixed:
             raise L0MoEError(
-                f"{section}.flags may not set {name!r}, which follows from the model and the rest of the recipe; "
+                f"{section}.flags may not set {flag!r}, which follows from the model and the rest of the recipe; "
                 "remove it."
             )
     parallel = training.parallel
-    extra, processes, nodes = training.flags, parallel.processes, parallel.nodes
+    extra, processes, nodes = _told_apart(training.flags, name), parallel.processes, parallel.nodes
     if trial:
-        extra = {name: value for name, value in extra.items() if name not in NOT_IN_A_TRIAL} | dict(
+        extra = {flag: value for flag, value in extra.items() if flag not in NOT_IN_A_TRIAL} | dict(
             trial.flags
         )
         processes, nodes = trial.layout.processes, 1
-    words = [*_launcher(python, processes, nodes), "-m", PRETRAIN, *fixed, *render(flags | extra)]
-    return Job(command=words, env=_environment(parallel.threads) | (EXACT_FP32 if trial else {}))
+    words = [*launcher(python, processes, nodes), "-m", PRETRAIN, *fixed, *render(flags | extra)]
+    return Job(command=words, env=environment(parallel.threads) | (EXACT_FP32 if trial else {}))
 
 
-def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
+def _told_apart(flags: Mapping[str, Flag], name: str) -> Flags:
+    """Give each job that shares these flags a TensorBoard folder and a W&B name of its own."""
+    own = dict(flags)
+    for flag, separator in (("tensorboard-dir", "/"), ("wandb-exp-name", "-")):
+        if name and flag in own:
+            own[flag] = f"{own[flag]}{separator}{name}"
+    return own
+
+
+def launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
+    """Return the words that start the processes of a job."""
     per_node = ("--nproc-per-node", str(processes // nodes))
     if nodes == 1:
         return (python, "-m", "torch.distributed.run", "--standalone", *per_node)
@@ -313,6 +322,7 @@ def _launcher(python: str, processes: int, nodes: int) -> Sequence[str]:
     return (python, "-m", "torch.distributed.run", "--nnodes", str(nodes), *per_node, *static)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """Return the variables that a job needs."""
     # Megatron wants one hardware queue on a GPU when it overlaps tensor-parallel work; it does nothing elsewhere.
     return {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -7,6 +7,7 @@ rerun waits until the children of a killed command have ended too.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 INHERITED = "L0MOE_LOCK_FDS"
 """Environment variable with the descriptors that hold locks, for nested calls and for stage processes."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP)
+"""What a file system without `flock` answers, such as Lustre mounted without that option."""
 WAIT_SECONDS = 90.0
 """How long to wait for the children of a command that was killed."""
 
@@ -91,7 +94,14 @@ def _wait_for(handle: int, path: Path, shared: bool, wait: float) -> None:
         try:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                logger.warning(
+                    "%s does not offer locks; see to it that one command at a time works there.", path.parent
+                )
+                return
+            if not isinstance(error, BlockingIOError):
+                raise
             owner = _owner(path)
             who = f"process {owner.get('pid')} on {owner.get('host')}"
             if _alive(owner):

@@ -7,6 +7,7 @@ is what such a stage process does around the stage's own function: begin the fol
 import contextlib
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
@@ -25,8 +26,11 @@ from megatron_l0moe.data.manifest import (
     is_done,
     write_json,
 )
+from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch import attempts, jobs, preflight, records
+from megatron_l0moe.launch.construction import construct_job
+from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
@@ -87,7 +91,9 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
                 if spec.restart == "own":
                     drop_work(stage)  # the command may have been killed before it came to that
                 continue
-            _check_inputs(run, spec)
+            if "SLURM_JOB_ID" in os.environ:  # the stages before may have ended on other nodes a moment ago
+                wait_for_inputs(stage)
+            check_inputs(run, spec)
             input_digests(stage)
             begin(stage, spec.restart)
             started = time.monotonic()
@@ -105,14 +111,29 @@ def train_expert(run: Run, stage: Stage) -> None:
     k = int(stage.folder.name)
     job = jobs.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
-    _train(job, stage, run.recipe.expert_steps)
+    _train(run, job, stage, run.recipe.expert_steps)
+
+
+def construct_expert(run: Run, stage: Stage) -> Numbers:
+    """Make one expert from a calibration pass; one that is there already is not made again."""
+    preflight.check_machine(run.recipe, "expert_training")
+    k = int(stage.folder.name)
+    record = stage.folder / "construction.json"  # written after the expert
+    if not record.is_file():
+        method, sequences = run.recipe.expert_training.method, run.recipe.calibration_sequences
+        logger.info(
+            "Expert %d of %d: %s, %d sequences.", k + 1, run.recipe.model.num_experts, method, sequences
+        )
+        _run_job(construct_job(run, _architecture(run), k), stage.folder / "construct.log")
+    numbers: Numbers = json.loads(record.read_text(encoding="utf-8"))
+    return numbers
 
 
 def train_moe(run: Run, stage: Stage) -> None:
     """Run MoE training to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "moe_training")
     logger.info("MoE training: %d steps.", run.recipe.moe_steps)
-    _train(jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
+    _train(run, jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 
 def write_logits(run: Run, stage: Stage) -> Path:
@@ -152,27 +173,46 @@ def _architecture(run: Run) -> Architecture:
     return architecture
 
 
-def _check_inputs(run: Run, spec: StageSpec) -> None:
+def check_inputs(run: Run, spec: StageSpec) -> None:
     """Refuse inputs that were made with other settings, or from inputs that have been made anew since."""
     for name in spec.inputs:
         for stage in stages(run, name):
             is_done(stage)
 
 
-def _train(job: jobs.Job, stage: Stage, steps: int) -> None:
+def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
     """Run a training job to its last step; a job whose last checkpoint is there already is not started again."""
-    tracker = stage.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
 
     def is_trained() -> bool:
-        return tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == str(steps)
+        return attempts.saved_step(stage.folder) == steps
 
     if not is_trained():
-        _run_job(job, stage.folder / "train.log")
+        attempts.check_owner(stage.folder)
+        refuse_failure(stage.folder)
+        forget_stop(stage.folder)
+        record_start(run, job, stage)
+        try:
+            _run_job(job, stage.folder / "train.log")
+        except CommandFailedError as failed:
+            if failure := read_failure(stage.folder):
+                raise L0MoEError(failure.sentence) from failed
+            if (step := stopped_at(stage.folder)) is not None:
+                raise L0MoEError(
+                    f"Training in {stage.folder} was stopped after step {step} of {steps}; run the same command to "
+                    "go on."
+                ) from failed
+            raise
     if not is_trained():
         raise L0MoEError(
             f"Training in {stage.folder} ended without an error before its last step, {steps}; see "
             f"{stage.folder / 'train.log'}, and run the same command to go on."
         )
+
+
+def record_start(run: Run, job: jobs.Job, stage: Stage) -> None:
+    """Write down what a training job is started from."""
+    command = ["env", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
+    records.write_records(run, stage.folder, command, attempt=records.next_attempt(stage.folder))
 
 
 def _run_job(job: jobs.Job, log: Path) -> None:

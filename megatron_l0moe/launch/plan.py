@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_l0moe.conversion.architecture import Architecture, read_config
 from megatron_l0moe.errors import L0MoEError
@@ -168,8 +169,11 @@ def recompute_of(flags: dict[str, bool | int | float | str]) -> Recompute:
     return Recompute()
 
 
-def recipe_keys(candidate: proposals.Candidate) -> dict[str, dict[str, bool | int | str]]:
-    """Return a proposed layout as keys of a recipe's training section: `parallel`, and the `flags` of recomputation."""
+def recipe_keys(candidate: proposals.Candidate) -> dict[str, Any]:
+    """Return a proposed layout as keys of a recipe's training section, or of a section of one of its `layouts`.
+
+    `at_once` where a node takes several jobs, `parallel`, and the `flags` of recomputation if there are any.
+    """
     layout, recompute = candidate.layout, candidate.recompute
     values: dict[str, bool | int | str] = {
         "processes": layout.processes,
@@ -190,7 +194,11 @@ def recipe_keys(candidate: proposals.Candidate) -> dict[str, dict[str, bool | in
         flags["recompute-modules"] = " ".join(recompute.modules)
     always = ("processes", "expert_tensor")  # 1 is not the default of expert_tensor
     kept = {key: value for key, value in values.items() if key in always or value != 1}
-    return {"parallel": kept | {"distributed_optimizer": layout.distributed_optimizer}, "flags": flags}
+    found: dict[str, Any] = {}
+    if (at_once := min(candidate.at_once, GPUS_PER_NODE // layout.processes)) > 1:
+        found["at_once"] = at_once
+    found["parallel"] = kept | {"distributed_optimizer": layout.distributed_optimizer}
+    return found | ({"flags": flags} if flags else {})
 
 
 def _stage(

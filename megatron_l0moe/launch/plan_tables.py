@@ -35,6 +35,12 @@ def show(plan: Plan, console: Console) -> None:
         f"{model.top_k} for each token. GPU: {plan.gpu.name}.",
         soft_wrap=True,
     )
+    if recipe.construction is not None:
+        console.print(
+            f"expert_training.method {recipe.expert_training.method} trains nothing: the numbers of the stage experts "
+            "are those of method l0, an upper bound.",
+            soft_wrap=True,
+        )
     console.print(_parameters(plan))
     if row := _paper_row(plan):
         console.print(f"{disagreement(row) or 'Table 5 agrees with its text'}.", soft_wrap=True)
@@ -42,6 +48,9 @@ def show(plan: Plan, console: Console) -> None:
     for stage in plan.stages:
         if stage.proposals is not None:
             _show_proposals(plan, stage, stage.proposals, console)
+    if lines := layout_block(plan):
+        text = "\n".join(["The fastest layouts as keys of the recipe:", "layouts:", *lines])
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(_storage(plan), _speed(plan))
     console.print(_assumptions(plan), soft_wrap=True)
 
@@ -207,11 +216,6 @@ def _show_proposals(plan: Plan, stage: StagePlan, found: Proposals, console: Con
             f"{one.hours:.1f}",
         )
     console.print(table)
-    if found.fitting:
-        keys = recipe_keys(found.fitting[0])
-        text = f"In the recipe, {stage.section}.parallel: {_inline(keys['parallel'])}"
-        flags = f"flags: {_inline(keys['flags'])}" if keys["flags"] else "no recompute- flags"
-        console.print(f"{text}; {flags}", soft_wrap=True, highlight=False, markup=False)
     for refused in found.refused[:SHOWN_REFUSED]:
         console.print(f"Does not fit: {refusal_text(refused, plan.gpu)}.", soft_wrap=True)
     if len(found.refused) > SHOWN_REFUSED:
@@ -261,13 +265,21 @@ def _assumptions(plan: Plan) -> str:
     )
 
 
-def _inline(values: dict[str, bool | int | str]) -> str:
+def layout_block(plan: Plan) -> list[str]:
+    """Return the fastest proposed layouts as a block of a recipe's `layouts`, in YAML; empty: one stage has none."""
+    lines = [f"  {plan.gpus}:"]
+    for stage in plan.stages:
+        if stage.proposals is None or not stage.proposals.fitting:
+            return []
+        lines.append(f"    {stage.section}: {_inline(recipe_keys(stage.proposals.fitting[0]))}")
+    return lines
+
+
+def _inline(value: Any) -> str:
     """Return a mapping as one line of YAML."""
-    words = (
-        f"{name}: {str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in values.items()
-    )
-    return f"{{ {', '.join(words)} }}"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{name}: {_inline(inner)}' for name, inner in value.items())} }}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _sizes(candidate: Candidate) -> tuple[str, ...]:

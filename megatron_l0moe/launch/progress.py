@@ -84,7 +84,7 @@ class Progress:
         return f"{self._position(spec)}, {so_far} so far, {remaining}"
 
     def _position(self, spec: StageSpec) -> str:
-        if spec.name == "experts":
+        if spec.name == "experts" and self._run.recipe.construction is None:
             runs = estimate.experts(self._run)
             left = [k for k, r in enumerate(runs) if r.done < r.steps] or [len(runs) - 1]
             now = left[: self._run.recipe.expert_training.at_once]

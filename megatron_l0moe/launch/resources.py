@@ -11,6 +11,8 @@ TRAINING: dict[str, Section] = {"experts": "expert_training", "moe": "moe_traini
 """Stages that train, and where the recipe has their layout."""
 DEFAULT_CPUS = 8
 """Of a stage without GPUs."""
+DEFAULT_AT_ONCE = 8
+"""Expert jobs, where neither the cluster nor the recipe says how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,16 @@ def resources(name: str, recipe: Recipe, cluster: Cluster) -> Resources:
             )
         )
     return found
+
+
+def experts_at_once(recipe: Recipe, cluster: Cluster) -> int:
+    """Return how many expert jobs may run at the same time."""
+    if cluster.experts_at_once is not None:
+        return cluster.experts_at_once
+    if recipe.gpus is None:
+        return DEFAULT_AT_ONCE
+    jobs = recipe.gpus // recipe.expert_training.parallel.processes
+    return min(max(jobs, 1), recipe.model.num_experts)
 
 
 def _of_training(name: str, recipe: Recipe, cluster: Cluster) -> Resources:

@@ -16,7 +16,7 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.launch import jobs, sbatch_bash
 from megatron_l0moe.launch.cluster import Cluster, OptionValue
-from megatron_l0moe.launch.resources import TRAINING, Resources, resources
+from megatron_l0moe.launch.resources import TRAINING, Resources, experts_at_once, resources
 from megatron_l0moe.launch.stages import Run, spec_of, stage_command
 
 EXPERT = "@EXPERT@"
@@ -61,7 +61,7 @@ def render(run: Run, architecture: Architecture | None, cluster: Cluster, name: 
         _variables(run, cluster, name, place, need),
         sbatch_bash.FUNCTIONS,
     ]
-    if name in TRAINING:
+    if _trains(run, name):
         assert architecture is not None, "a training job needs the model's sizes"
         blocks += _training(run, architecture, cluster, name, place, need)
     else:
@@ -110,7 +110,7 @@ def _options(run: Run, cluster: Cluster, name: str, place: Place, need: Resource
     if spec_of(name).restart != "clear":
         yield f"--signal=B:USR1@{cluster.signal_lead_seconds}"
     if name == "experts":
-        yield f"--array={array_text(list(range(run.recipe.model.num_experts)), cluster.experts_at_once)}"
+        yield f"--array={array_text(list(range(run.recipe.model.num_experts)), experts_at_once(run.recipe, cluster))}"
     for option, setting in {**cluster.sbatch, **stage.sbatch}.items():
         yield _option(option, setting)
 
@@ -130,6 +130,11 @@ def _header(run: Run, name: str, place: Place) -> str:
             f"#   mkdir -p {shlex.quote(str(place.logs))} && sbatch {shlex.quote(str(place.script(name)))}",
         ]
     )
+
+
+def _trains(run: Run, name: str) -> bool:
+    """Whether a stage's job starts torchrun on all its nodes; experts made without training are one step."""
+    return name in TRAINING and not (name == "experts" and run.recipe.construction is not None)
 
 
 def _environment(cluster: Cluster) -> str:
@@ -153,7 +158,7 @@ def _variables(run: Run, cluster: Cluster, name: str, place: Place, need: Resour
     lines += [
         f"folder={_quote(_folder(run, name))}",
         f"file_wait={cluster.file_wait_seconds} # seconds",
-        *([f"max_requeues={cluster.max_requeues}"] if name in TRAINING else []),
+        *([f"max_requeues={cluster.max_requeues}"] if _trains(run, name) else []),
         f"export L0MOE_SBATCH_FILE={shlex.quote(str(place.script(name)))}",
         "# Slurm's own name of the first node; the task of rank 0 runs there, and so does this script.",
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -162,7 +167,7 @@ def _variables(run: Run, cluster: Cluster, name: str, place: Place, need: Resour
     lines += ["step=(", *(f"  {_quote(word)}" for word in step), *_container(cluster), ")"]
     lines.append(f"command=({_stage_words(run, cluster, name)})")
     lines.append('one_node=("${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head")')
-    if name in TRAINING:
+    if _trains(run, name):
         lines.append(f'all_nodes=("${{step[@]}}" --nodes={need.nodes} --ntasks={need.nodes})')
     return "\n".join(lines)
 

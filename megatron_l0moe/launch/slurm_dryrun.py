@@ -7,7 +7,7 @@ from megatron_l0moe.data.manifest import is_done
 from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.plan import find_architecture
 from megatron_l0moe.launch.preflight import check_sizes
-from megatron_l0moe.launch.resources import TRAINING, Resources, resources
+from megatron_l0moe.launch.resources import TRAINING, Resources, experts_at_once, resources
 from megatron_l0moe.launch.slurm_preflight import check_cluster, check_memory
 from megatron_l0moe.launch.stages import stages
 from megatron_l0moe.launch.submit import Request
@@ -48,7 +48,7 @@ def describe(request: Request, source: str) -> Iterator[str]:
             rows.append((spec.name, "done", *[""] * 7))
             continue
         need = resources(spec.name, run.recipe, cluster)
-        at_once = min(cluster.experts_at_once, len(missing)) if spec.name == "experts" else 1
+        at_once = min(experts_at_once(run.recipe, cluster), len(missing)) if spec.name == "experts" else 1
         rows.append(
             _row(spec.name, need, missing, at_once, waits_for, sbatch.place_of(run).script(spec.name))
         )

@@ -24,6 +24,12 @@ def check_cluster(recipe: Recipe, cluster: Cluster, selected: Sequence[StageSpec
         resources(spec.name, recipe, cluster)
         if section := TRAINING.get(spec.name):
             sizes = dataclasses.replace(recipe.job_sizes(section), has_gpu=cluster.gpus_per_node > 0)
+            nodes = recipe.parallel(section).nodes
+            if spec.name == "experts" and recipe.construction is not None and nodes > 1:
+                raise L0MoEError(
+                    f"expert_training.parallel.nodes is {nodes}, but experts of the method "
+                    f"{recipe.expert_training.method} are made on one node; set it to 1."
+                )
             check_layout(recipe.parallel(section).layout, sizes, layout_names(section))
         if spec.name == "curate" and recipe.data.executor.kind == "slurm" and cluster.container:
             raise L0MoEError(

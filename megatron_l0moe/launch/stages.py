@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from megatron_l0moe.data.manifest import Restart, Stage
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe import Recipe, section_hash
+from megatron_l0moe.recipe_layouts import FREE_FLAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,11 @@ class StageSpec:
     settings: tuple[str, ...]
     """Recipe keys that can change the result; `section` stands for all of its keys.
 
-    Left out on purpose: the parallel layout, curate's executor, the number of threads and how often a checkpoint is
-    saved. They do not change the result, so a run may go on in another layout.
+    Left out on purpose: the parallel layout, flags of recomputation, curate's executor, the number of threads, how
+    often a checkpoint is saved and which are kept. They do not change the result, so a run may go on in another layout.
     """
+    added: tuple[str, ...] = ()
+    """Keys that came later: where one is None, the hash is what it was before there was such a key."""
     restart: Restart = "clear"
     """What an interrupted run of the stage goes on from."""
 
@@ -53,7 +56,7 @@ CHAIN: tuple[StageSpec, ...] = (
     ),
     StageSpec(
         name="experts",
-        does="train one expert a domain: the dense FFN under a learned L0 mask, cut to the wanted width",
+        does="make one expert a domain: the dense FFN, by a learned L0 mask or another method, cut to the wanted width",
         inputs=("convert", "curate"),
         settings=(
             "seed",
@@ -66,6 +69,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.train_weights",
             "expert_training.flags",
         ),
+        added=("construction",),
         restart="resume",
     ),
     StageSpec(
@@ -166,6 +170,7 @@ def config_hash(name: str, recipe: Recipe) -> str:
     """Return the hash of the settings that decide a stage's result: its own and those of the stages before it."""
     spec = spec_of(name)
     own = {path: _setting(recipe, path) for path in spec.settings}
+    own |= {path: value for path in spec.added if (value := _setting(recipe, path)) is not None}
     before = {previous: config_hash(previous, recipe) for previous in spec.inputs}
     return section_hash(name, own, before)
 
@@ -196,4 +201,6 @@ def _setting(recipe: Recipe, path: str) -> Any:
     value: Any = recipe
     for part in path.split("."):
         value = getattr(value, part)
+    if path.endswith(".flags"):
+        return {name: flag for name, flag in value.items() if not name.startswith(FREE_FLAGS)}
     return value.model_dump(exclude={"executor"}) if isinstance(value, BaseModel) else value

@@ -13,7 +13,7 @@ from megatron_l0moe.launch import sbatch, slurm_commands
 from megatron_l0moe.launch.chain_jobs import Part, earlier_jobs, missing_parts
 from megatron_l0moe.launch.cluster import Cluster
 from megatron_l0moe.launch.lock import locked
-from megatron_l0moe.launch.resources import resources
+from megatron_l0moe.launch.resources import experts_at_once, resources
 from megatron_l0moe.launch.slurm_preflight import check_cluster, check_files, check_memory
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, now, read_record, write_record
 from megatron_l0moe.launch.stages import Run, StageSpec
@@ -142,7 +142,9 @@ def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> Submi
     run, name = request.run, part.spec.name
     place, need = sbatch.place_of(run), resources(name, run.recipe, request.cluster)
     array = (
-        sbatch.array_text(list(part.submit), request.cluster.experts_at_once) if name == "experts" else None
+        sbatch.array_text(list(part.submit), experts_at_once(run.recipe, request.cluster))
+        if name == "experts"
+        else None
     )
     options = [f"--array={array}"] if array else []
     if before:

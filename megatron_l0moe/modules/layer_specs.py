@@ -1,4 +1,4 @@
-"""Layer specs: dense layers at the bottom, then L0 layers (expert stage) or MoE layers (moe stage).
+"""Layer specs: dense layers at the bottom, then L0 layers (expert stage), MoE layers (moe) or DSMoE layers (dsmoe).
 
 The only place that builds Megatron specs. The local spec and the Transformer Engine spec yield the same
 checkpoint keys, so a checkpoint made with one loads with the other.
@@ -6,7 +6,7 @@ checkpoint keys, so a checkpoint made with one loads with the other.
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_l0moe.modules.attention import LocalAttention
+from megatron_l0moe.modules.block_gate import BlockGateConfig
+from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
 from megatron_l0moe.modules.experts import PaddedExperts
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.l0_mlp import L0MLP
@@ -26,7 +28,7 @@ from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.rms_norm import RMSNorm, SeparateRMSNorm
 from megatron_l0moe.modules.router import L0Router, RouterConfig
 
-Stage = Literal["dense", "expert", "moe"]
+Stage = Literal["dense", "expert", "moe", "dsmoe"]
 
 # Checkpoint names of the norms that Transformer Engine fuses into the next linear layer.
 ATTENTION_NORM_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -42,6 +44,7 @@ class LayerPlan:
     gate: HardConcreteConfig
     retention: RetentionConfig
     router: RouterConfig
+    blocks: BlockGateConfig = field(default_factory=BlockGateConfig)
 
 
 def block_spec(
@@ -80,7 +83,7 @@ def _layer(
     if plan.stage == "moe":
         parts.mlp = _with_router(parts.mlp, plan)
     else:
-        _place_l0_mlp(parts, plan, index, use_te)
+        _place_gated_mlp(parts, config, plan, index, use_te)
     return spec
 
 
@@ -93,10 +96,12 @@ def _with_router(stock: Any, plan: LayerPlan) -> Any:
     return functools.partial(stock.func, *stock.args, **{**stock.keywords, "submodules": submodules})
 
 
-def _place_l0_mlp(parts: Any, plan: LayerPlan, index: int, use_te: bool) -> None:
+def _place_gated_mlp(
+    parts: Any, config: TransformerConfig, plan: LayerPlan, index: int, use_te: bool
+) -> None:
     submodules: MLPSubmodules = parts.mlp.keywords["submodules"]
     if use_te:
-        # The gate needs the normalised input (router init): take the norm out of fc1, keep its checkpoint name.
+        # The gates need the normalised input: take the norm out of fc1, keep its checkpoint name.
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         backend = TESpecProvider()
@@ -105,6 +110,15 @@ def _place_l0_mlp(parts: Any, plan: LayerPlan, index: int, use_te: bool) -> None
         )
         parts.pre_mlp_layernorm = backend.layer_norm(has_residual=True)
         parts.sharded_state_dict_keys_map = dict(MLP_NORM_KEYS)
+    if plan.stage == "dsmoe":
+        parts.mlp = functools.partial(
+            DSMoEMLP.as_mlp_submodule,
+            submodules=submodules,
+            block_config=plan.blocks,
+            layer=index,
+            gated_layers=config.num_layers - plan.dense_layers,
+        )
+        return
     parts.mlp = functools.partial(
         L0MLP.as_mlp_submodule,
         submodules=submodules,

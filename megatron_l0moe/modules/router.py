@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_l0moe.modules.domain_load import DomainLoad
 from megatron_l0moe.modules.hard_concrete import Float32State
 
 
@@ -100,11 +101,20 @@ class L0Router(TopKRouter):
         super().__init__(config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.router_config = router_config
         self.expert_load = ExpertLoad(config, config.num_moe_experts, self.tp_dp_cp_group)
-        self.last_losses: dict[str, Tensor] = {}
+        self.domain_load = DomainLoad()
+        self.loss_sums: dict[str, Tensor] = {}
+        """Of the running step: each loss without its coefficient, summed over this rank's micro-batches; scalars."""
+
+    def begin_iteration(self) -> None:
+        """Begin a step: its counts and sums start at zero."""
+        self.expert_load.begin_iteration()
+        self.domain_load.counts = None
+        self.loss_sums = {}
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route logits [s, b, K]; returns the gate weights and the map, both [T, K]."""
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        self.domain_load.add(routing_map)
         if not (self.training and torch.is_grad_enabled()):
             return probs, routing_map
         counts = self.expert_load.add(routing_map)
@@ -138,7 +148,8 @@ class L0Router(TopKRouter):
         return attached
 
     def _record(self, name: str, loss: Tensor) -> None:
-        self.last_losses[name] = loss.detach()
+        before = self.loss_sums.get(name)
+        self.loss_sums[name] = loss.detach() if before is None else before + loss.detach()
         if name != "z_loss":  # Megatron records its own z-loss
             get_moe_metrics_tracker().record(
                 name, loss.detach(), self.layer_number, self.config.num_layers, avg_group=self.tp_dp_cp_group

@@ -70,6 +70,21 @@ GPUS = {
     ),
 }
 
+DEVICE_NAMES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
+    "NVIDIA A100-PCIE-40GB": "a100",
+}
+"""What the driver calls the GPUs whose peak is that of an entry of `GPUS`; H100 PCIe, for one, is slower."""
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """Return the GPU with the peak of the device that the driver calls `name`, None for any other."""
+    return GPUS[DEVICE_NAMES[name]] if name in DEVICE_NAMES else None
+
 
 def find_gpu(name: str) -> Gpu:
     """Return a GPU by its short name.

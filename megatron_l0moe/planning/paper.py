@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.planning.parameters import ParameterCounts, speed_bounds
+from megatron_l0moe.planning.parameters import ParameterCounts
 from megatron_l0moe.planning.published import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B
 from megatron_l0moe.planning.stage_model import StageModel, stage_model
 
@@ -103,30 +103,6 @@ def full_active(counts: ParameterCounts) -> int:
 def agrees(count: float, printed: float) -> bool:
     """Whether a count, in billions, is the printed one after rounding or cutting off to one digit."""
     return round(count, 1) == printed or int(count * 10) / 10 == printed
-
-
-def table5_markdown() -> list[str]:
-    """Return the rows of the table in docs/plan.md."""
-    rows = []
-    for row in TABLE5:
-        dense, stated, fitting = (
-            row.dense().counts,
-            row.moe().counts,
-            row.moe(FITTING_DENSE_LAYERS).counts,
-        )
-        cells = [
-            row.name,
-            f"{row.dense_billions:g}",
-            f"{_billions(dense.total)} / {_billions(paper_total(dense))}",
-            f"{row.total_billions:g} / {row.active_billions:g}",
-            f"{_billions(stated.total)} / {_billions(full_active(stated))}",
-            f"{_billions(paper_total(stated))} / {_billions(stated.active)}",
-            f"{_billions(paper_total(fitting))} / {_billions(fitting.active)}",
-            f"{row.speedup:.1f}",
-            f"{speed_bounds(dense, stated).prefill:.2f} / {speed_bounds(dense, fitting).prefill:.2f}",
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return rows
 
 
 def disagreement(row: Table5Row) -> str | None:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.reports.gpu_samples import read_gpu_samples
 
 Json = dict[str, Any]
 STAGES = ("convert", "curate", "experts", "assemble", "moe", "export", "evaluate")
@@ -21,6 +22,7 @@ class ExpertFiles:
     """One domain's expert run."""
 
     metrics: list[Json]
+    """Empty where the expert was made without training."""
     units: dict[int, npt.NDArray[np.int64]]
     """FFN units that were kept, sorted, by MoE layer."""
 
@@ -42,6 +44,8 @@ class RunFiles:
     parity: Json
     benchmarks: Json
     """Empty where the recipe asks for none."""
+    gpu_samples: Json
+    """Power, memory and energy by training stage; empty where no GPU was sampled."""
     manifests: dict[str, Json]
     """By folder inside the run, e.g. `moe` or `experts/003`."""
 
@@ -65,7 +69,11 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         curate=read_json(run / "curate" / "summary.json", "curate"),
         experts=[
             ExpertFiles(
-                metrics=read_metrics(run / folder / "metrics.jsonl", "experts"),
+                metrics=(
+                    read_metrics(run / folder / "metrics.jsonl", "experts")
+                    if recipe.construction is None
+                    else []
+                ),
                 units=read_units(run / folder / "expert.safetensors"),
             )
             for folder in expert_folders
@@ -80,6 +88,7 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
             if recipe.evaluation.benchmarks
             else {}
         ),
+        gpu_samples=read_gpu_samples(run),
         manifests=manifests,
     )
 

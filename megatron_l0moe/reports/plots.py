@@ -49,6 +49,8 @@ def draw(summary: Json) -> dict[str, str]:
         "expert_losses": expert_losses,
         "moe_losses": moe_losses,
     }
+    if not summary["training"]["experts"]:  # made without training
+        del plots["retention"], plots["expert_losses"]
     svgs = {}
     for name, plot in plots.items():
         with mpl.rc_context(STYLE | {"svg.hashsalt": name}):

@@ -1,7 +1,7 @@
 """The summary: every number of a run in one JSON object. The page shows nothing that is not in it.
 
-Measurements of time lie under `speed` and `seconds`, what names the place and date under `provenance`;
-`deterministic_part` is the rest, which two runs of one recipe must share.
+Measurements of time lie under `speed` and `seconds`, of power under `gpu_samples`, what names the place and date under
+`provenance`; `deterministic_part` is the rest, which two runs of one recipe must share.
 """
 
 import itertools
@@ -22,7 +22,7 @@ CURVE_POINTS = 120
 """A curve of a long training is thinned to so many points."""
 LAYER_CURVES = 8
 """Experts whose retention is kept layer by layer."""
-TIME_KEYS = ("speed", "seconds", "provenance")
+TIME_KEYS = ("speed", "seconds", "gpu_samples", "provenance")
 
 
 def build_summary(files: RunFiles) -> Json:
@@ -36,6 +36,7 @@ def build_summary(files: RunFiles) -> Json:
         "benchmarks": files.benchmarks,
         "parameters": _parameters(files),
         "experts": _experts(files),
+        "construction": _construction(files),
         "parity": _parity(files.parity),
         "tokens": _tokens(files),
         "ccm": _ccm(files.ccm),
@@ -47,7 +48,9 @@ def build_summary(files: RunFiles) -> Json:
             "uniform_share": 1.0 / model.num_experts,
         },
         "training": {
-            "experts": [_expert_training(k, expert) for k, expert in enumerate(files.experts)],
+            "experts": [
+                _expert_training(k, expert) for k, expert in enumerate(files.experts) if expert.metrics
+            ],
             "moe": _loss(files.moe_metrics)
             | {
                 name: _curve(files.moe_metrics, name)
@@ -56,6 +59,7 @@ def build_summary(files: RunFiles) -> Json:
             },
         },
         "seconds": _seconds(files),
+        "gpu_samples": files.gpu_samples,
         "provenance": {folder: _provenance(manifest) for folder, manifest in files.manifests.items()},
     }
 
@@ -145,6 +149,20 @@ def _experts(files: RunFiles) -> Json:
     }
 
 
+def _construction(files: RunFiles) -> Json:
+    """Say how the experts were made; without training, the numbers of each calibration pass."""
+    method = files.recipe.expert_training.method
+    if method == "l0":
+        return {"method": method}
+    numbers = [files.manifests[f"experts/{k:03d}"].get("numbers", {}) for k in range(len(files.experts))]
+    return {
+        "method": method,
+        "calibration_tokens": sum(int(row["calibration_tokens"]) for row in numbers),
+        "layers": [row["layers"] for row in numbers],
+        "calibration_loss": [row["calibration_loss"] for row in numbers],
+    }
+
+
 def _parity(parity: Json) -> Json:
     near_ties = parity.get("near_ties", [])
     return {
@@ -157,7 +175,7 @@ def _parity(parity: Json) -> Json:
 
 
 def _tokens(files: RunFiles) -> Json:
-    runs = [int(expert.metrics[-1]["tokens"]) for expert in files.experts]
+    runs = [int(expert.metrics[-1]["tokens"]) for expert in files.experts if expert.metrics]
     moe = int(files.moe_metrics[-1]["tokens"])
     total = sum(runs) + moe
     return {
@@ -243,8 +261,15 @@ def _seconds(files: RunFiles) -> Json:
     def spent(rows: Iterable[Json]) -> float:
         return math.fsum(float(row["seconds"]) for row in rows)
 
+    constructed = [
+        files.manifests[f"experts/{k:03d}"].get("numbers", {}).get("seconds", 0.0)
+        for k in range(len(files.experts))
+    ]
     seconds: Json = {
-        "experts": [spent(expert.metrics) for expert in files.experts],
+        "experts": [
+            spent(expert.metrics) if expert.metrics else constructed[k]
+            for k, expert in enumerate(files.experts)
+        ],
         "moe": spent(files.moe_metrics),
     }
     if "seconds" in files.curate:

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 
 def visible_gpus() -> int:
     """Return the number of GPUs that CUDA would show to a process started here; 0 without NVIDIA's driver."""
-    return len(_visible_names())
+    return len(visible_gpu_names())
 
 
 def gpu_share(place: int, size: int) -> dict[str, str]:
@@ -14,11 +15,12 @@ def gpu_share(place: int, size: int) -> dict[str, str]:
 
     Nothing where there are no GPUs, so that jobs side by side share the CPU.
     """
-    names = _visible_names()[place * size : (place + 1) * size]
+    names = visible_gpu_names()[place * size : (place + 1) * size]
     return {"CUDA_VISIBLE_DEVICES": ",".join(names)} if names else {}
 
 
-def _visible_names() -> list[str]:
+def visible_gpu_names() -> list[str]:
+    """Return the numbers or UUIDs of the GPUs that CUDA would show to a process started here."""
     import pynvml  # the library of the driver is looked for only when it is asked
 
     try:
@@ -38,23 +40,49 @@ def _visible_names() -> list[str]:
     return [name for name in names if name][:count]
 
 
-def energy_meter() -> Callable[[], float] | None:
-    """Return a function that reads the energy the first visible GPU has used, in joules since its driver was loaded.
+def gpu_name() -> str | None:
+    """Return what the driver calls the first visible GPU, such as `NVIDIA H100 80GB HBM3`; None without one.
 
-    None without a GPU, or where the GPU does not tell (before Volta). Not run on a GPU.
+    Not run on a GPU.
     """
-    names = _visible_names()
+    names = visible_gpu_names()
     if not names:
         return None
     import pynvml
 
     pynvml.nvmlInit()
-    by_number = names[0].isdigit()
-    handle = (
-        pynvml.nvmlDeviceGetHandleByIndex(int(names[0]))
-        if by_number
-        else pynvml.nvmlDeviceGetHandleByUUID(names[0])
+    try:
+        name = pynvml.nvmlDeviceGetName(gpu_handle(names[0]))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return name.decode() if isinstance(name, bytes) else str(name)  # bytes in older versions of nvidia-ml-py
+
+
+def gpu_handle(name: str) -> Any:
+    """Return NVML's handle of a GPU by its number or UUID; NVML has to be initialised."""
+    import pynvml
+
+    return (
+        pynvml.nvmlDeviceGetHandleByIndex(int(name))
+        if name.isdigit()
+        else pynvml.nvmlDeviceGetHandleByUUID(name)
     )
+
+
+def energy_meter() -> Callable[[], float] | None:
+    """Return a function that reads the energy the first visible GPU has used, in joules since its driver was loaded.
+
+    None without a GPU, or where the GPU does not tell (before Volta). Not run on a GPU.
+    """
+    names = visible_gpu_names()
+    if not names:
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = gpu_handle(names[0])
 
     def joules() -> float:
         return (

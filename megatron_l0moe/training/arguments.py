@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.modules.block_gate import BlockGateConfig
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan
 from megatron_l0moe.modules.retention import RetentionConfig
@@ -20,26 +21,36 @@ from megatron_l0moe.runtime.platform import platform_flags
 class StageConfig:
     """What this job trains, on which data, and how fast its own parameters learn."""
 
-    l0_stage: Literal["dense", "expert", "moe"] = "dense"
-    """dense: the base model. expert: masks and MLPs of one domain. moe: the merged L0-MoE."""
+    l0_stage: Literal["dense", "expert", "moe", "dsmoe"] = "dense"
+    """dense: the base model. expert: masks and MLPs of one domain. moe: the merged L0-MoE. dsmoe: DSMoE."""
     l0_dense_layers: int = 0
     """Bottom layers that stay dense."""
     l0_data_index: str = ""
     """Prefix of the sample index to train on: PREFIX.ccm.json and its .npy files."""
     l0_metrics_file: str = ""
     """File to which one JSON object is appended after each step; empty for none."""
+    l0_stop_file: str = ""
+    """Save a checkpoint and end, with exit code 75, after the step in which this file is there; how a job ended early
+    is written beside it (`stopped`, `failure.json`). Empty for none."""
+    l0_domain_load_interval: int = 10
+    """Steps from one record of the experts' load by domain to the next; 0 for none."""
+    l0_gpu_sample_seconds: float = 30.0
+    """Seconds from one sample of power, memory and clocks of the GPUs to the next; 0 for none."""
     l0_mask_lr: float = 0.3
     """Learning rate of log_alpha."""
     l0_lambda_lr: float = 0.3
     """Learning rate of the lambdas of eq. 2, for gradient ascent."""
     l0_router_lr: float = 0.0
-    """Learning rate of the routers; 0 means that of the other weights."""
+    """Learning rate of the routers and of DSMoE's gates; 0 means that of the other weights."""
     l0_train_weights: Literal["on", "off"] = "on"
     """off: the expert stage trains the masks only, so that an expert is a list of FFN channels of the dense model."""
 
     def __post_init__(self) -> None:
         if self.l0_dense_layers < 0:
             raise ValueError(f"l0_dense_layers must be at least 0, got {self.l0_dense_layers}")
+        for name in ("l0_domain_load_interval", "l0_gpu_sample_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 ARGUMENT_GROUPS: tuple[tuple[str, type], ...] = (
@@ -47,6 +58,7 @@ ARGUMENT_GROUPS: tuple[tuple[str, type], ...] = (
     ("L0 gates", HardConcreteConfig),
     ("L0 retention", RetentionConfig),
     ("L0 router", RouterConfig),
+    ("L0 blocks of DSMoE", BlockGateConfig),
 )
 
 
@@ -73,7 +85,9 @@ def config_from_args(config: type, args: argparse.Namespace) -> Any:
 def settings_from_args(args: argparse.Namespace) -> Settings:
     """Build and check all of our settings."""
     try:
-        stage, gate, retention, router = (config_from_args(config, args) for _, config in ARGUMENT_GROUPS)
+        stage, gate, retention, router, blocks = (
+            config_from_args(config, args) for _, config in ARGUMENT_GROUPS
+        )
     except ValueError as error:
         raise L0MoEError(f"{error}.") from error
     plan = LayerPlan(
@@ -82,8 +96,11 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         gate=gate,
         retention=retention,
         router=router,
+        blocks=blocks,
     )
     _check(args, stage, retention)
+    if stage.l0_stage == "dsmoe":
+        _check_blocks(args, stage, blocks)
     return Settings(stage, plan)
 
 
@@ -114,6 +131,31 @@ def _check(args: argparse.Namespace, stage: StageConfig, retention: RetentionCon
         _check_steps(args.train_iters, retention)
     if stage.l0_stage == "moe" and args.num_experts is None:
         raise L0MoEError("--l0-stage moe needs --num-experts.")
+
+
+def _check_blocks(args: argparse.Namespace, stage: StageConfig, blocks: BlockGateConfig) -> None:
+    if stage.l0_dense_layers == args.num_layers:
+        raise L0MoEError(
+            f"--l0-dense-layers ({stage.l0_dense_layers}) must be below --num-layers ({args.num_layers}) for "
+            "--l0-stage dsmoe, or no layer has blocks."
+        )
+    if args.ffn_hidden_size % blocks.l0_blocks:
+        divisors = [n for n in range(2, args.ffn_hidden_size + 1) if args.ffn_hidden_size % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - blocks.l0_blocks))
+        raise L0MoEError(
+            f"--l0-blocks ({blocks.l0_blocks}) must divide --ffn-hidden-size ({args.ffn_hidden_size}), since "
+            f"blocks are of equal width; the nearest that does is {nearest}."
+        )
+    if args.num_experts is not None:
+        raise L0MoEError(
+            f"--l0-stage dsmoe cuts the dense layers into blocks and takes no --num-experts "
+            f"({args.num_experts}); remove it."
+        )
+    if args.calculate_per_token_loss:
+        raise L0MoEError(
+            "The dsmoe stage scales its sparsity loss by the number of micro-batches, so it does not take "
+            "--calculate-per-token-loss; remove it."
+        )
 
 
 def _check_steps(steps: int | None, retention: RetentionConfig) -> None:
@@ -150,6 +192,6 @@ def settings_as_dict(settings: Settings) -> dict[str, Any]:
         "stage": settings.plan.stage,
         "dense_layers": settings.plan.dense_layers,
     }
-    for config in (settings.plan.gate, settings.plan.retention, settings.plan.router):
+    for config in (settings.plan.gate, settings.plan.retention, settings.plan.router, settings.plan.blocks):
         values.update({field.name: getattr(config, field.name) for field in fields(config)})
     return values

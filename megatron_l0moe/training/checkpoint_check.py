@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Settings and arguments that shape the model; the same in each stage's initial weights and in its own checkpoints.
 MODEL_SETTINGS = ("dense_layers", "l0_expert_ffn")
+BLOCK_SETTINGS = ("l0_blocks", "l0_block_threshold")
+"""The same of DSMoE's own checkpoints; in others they mean nothing."""
 MODEL_ARGUMENTS = (
     *(
         "num_layers",
@@ -44,7 +46,7 @@ RUN_ARGUMENTS = (
 )
 # Of these, what Megatron's --override-opt-param-scheduler lets a job change.
 SCHEDULE_ARGUMENTS = frozenset({"train_iters", "lr", "min_lr"})
-STAGE_BEFORE = {"dense": "dense", "expert": "dense", "moe": "moe"}
+STAGE_BEFORE = {"dense": "dense", "expert": "dense", "moe": "moe", "dsmoe": "dense"}
 """Stage that the initial weights of a stage are marked with; `assemble` marks its own as `moe`."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -148,7 +150,8 @@ def check_model(reader: CheckpointReader, args: argparse.Namespace, settings: Se
     """
     stored = _stored_settings(reader, settings)
     _check_stage(reader, stored, stage, settings)
-    _compare(reader, stored, settings_as_dict(settings), MODEL_SETTINGS)
+    names = (*MODEL_SETTINGS, *(BLOCK_SETTINGS if stage == "dsmoe" else ()))
+    _compare(reader, stored, settings_as_dict(settings), names)
     _compare(reader, _stored_arguments(reader), vars(args), MODEL_ARGUMENTS)
 
 

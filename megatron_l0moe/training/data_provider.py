@@ -12,8 +12,18 @@ from megatron_l0moe.data.index import check_batching
 from megatron_l0moe.errors import L0MoEError
 
 
-def datasets_provider(args: argparse.Namespace, num_samples: list[int]) -> tuple[Any, None, None]:
+def datasets_provider(
+    args: argparse.Namespace, num_samples: list[int], vp_stage: int | None = None
+) -> tuple[Any, None, None]:
     """Return the train set; perplexity is measured on the exported model, so there are no others.
+
+    Without a train set Megatron trains no step. That is the answer to a job that was killed after its last
+    checkpoint and before its end was noted: the sampler refuses to begin behind the last sample.
+
+    Args:
+        args: Megatron's.
+        num_samples: of train, validation and test set.
+        vp_stage: model chunk, which Megatron demands to name; all chunks read the same samples.
 
     Raises:
         L0MoEError: the index is too short for the steps, or its batches do not fit the job.
@@ -24,6 +34,8 @@ def datasets_provider(args: argparse.Namespace, num_samples: list[int]) -> tuple
             "--l0-data-index is required: the prefix of the sample index made by `l0moe curate`."
         )
     if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None, None, None
+    if args.consumed_train_samples >= num_samples[0]:
         return None, None, None
     dataset = CurriculumDataset(
         Path(prefix),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -23,7 +25,8 @@ from torch import Tensor
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.retention import Phase, schedule_step
 from megatron_l0moe.training.arguments import Settings
-from megatron_l0moe.training.model import gates, routers
+from megatron_l0moe.training.domain_counting import DomainCounter
+from megatron_l0moe.training.model import block_gates, gates, routers
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -31,26 +34,34 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 class ForwardStep:
     """Megatron's `forward_step_func`; remembers, for each model chunk, the iteration that it has begun."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, on_start: Callable[[], None] | None = None) -> None:
+        """Keep the settings; `on_start` is called once, when the first micro-batch begins."""
         self._settings = settings
+        self._on_start = on_start
         self._begun: dict[int, int] = {}
+        self._domains = DomainCounter(settings.stage)
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
         """Return the per-token losses [b, s] and the function that reduces them."""
         args = get_args()
+        if self._on_start:
+            self._on_start()
+            self._on_start = None
         if model.training and self._begun.get(id(model)) != args.curr_iteration:
             begin_iteration(model, self._settings, iteration=args.curr_iteration, total=args.train_iters)
+            self._domains.begin_iteration(model, args.curr_iteration)
             self._begun[id(model)] = args.curr_iteration
         batch = _get_batch(args, data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-        output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            None,
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-        )
+        with self._domains.micro_batch(model):
+            output = model(
+                batch["tokens"],
+                batch["position_ids"],
+                None,
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+            )
         without_gradient = model.training and torch.is_grad_enabled() and not output.requires_grad
         if without_gradient and _trains(model, self._settings):
             raise L0MoEError(
@@ -83,7 +94,20 @@ def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: in
             )
         )
     for router in routers(model):
-        router.expert_load.begin_iteration()
+        router.begin_iteration()
+    for block_gate in block_gates(model):
+        block_gate.begin_iteration()
+        _scale_sparsity_loss(block_gate.config)
+
+
+def _scale_sparsity_loss(config: TransformerConfig) -> None:
+    """Let the sparsity loss weigh in a micro-batch what the language model's loss weighs.
+
+    Megatron's schedule does that for models with experts alone (core/pipeline_parallel/schedules.py:352).
+    """
+    one = torch.ones(1, device=torch.cuda.current_device())
+    loss_scale = one if config.grad_scale_func is None else config.grad_scale_func(one)
+    MoEAuxLossAutoScaler.set_loss_scale(loss_scale / get_num_microbatches())
 
 
 def _get_batch(

@@ -1,4 +1,4 @@
-"""Per-step metrics as JSON lines, for the report and for users who plot themselves; one table of names and units.
+"""Per-step metrics as JSON lines and for Megatron's TensorBoard and W&B; one table of names and units.
 
 | name | meaning |
 |---|---|
@@ -6,13 +6,19 @@
 | lm_loss | nats a token, mean over the global batch |
 | grad_norm | of the weights, before the clip |
 | learning_rate | of the weights |
-| seconds | of the step |
+| seconds | of the step, with what came between it and the step before; of the first one from its first micro-batch on |
+| tokens_per_second | of all processes together |
+| mfu | model FLOPs, as `l0moe plan` counts them, over the GPUs' peak in bf16; null without a GPU of known peak |
 | retention_target, retention | r of eq. 2, and r-hat by layer |
 | lambda1, lambda2 | by layer |
 | frozen | the hard top-k mask is in force |
 | load | fraction of routed tokens by layer and expert, global batch |
-| balance_loss, z_loss | eq. 3, mean over layers, last micro-batch of this rank, without their coefficients |
-"""
+| domain_load | fraction of a domain's routed tokens by domain and expert, mean over layers, global batch; every `--l0-domain-load-interval` steps |
+| own_expert | fraction of a domain's routed tokens that its own expert takes, mean over domains, by layer; in the same steps |
+| balance_loss, z_loss | eq. 3, mean over layers and the global batch, without their coefficients |
+| active_fraction | of DSMoE's blocks that a token uses, by layer, mean over the global batch |
+| sparsity_loss | eq. 17-19 of DSMoE by layer, mean over the global batch, without its coefficient |
+"""  # noqa: E501 - rows of a table
 
 import json
 import time
@@ -22,34 +28,51 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.training import get_args
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
 from megatron_l0moe.data.manifest import write_text
-from megatron_l0moe.training.model import gates, routers
+from megatron_l0moe.training import scalars
+from megatron_l0moe.training.arguments import Settings
+from megatron_l0moe.training.layer_metrics import layer_metrics
+from megatron_l0moe.training.throughput import Throughput
 
 
 class MetricsWriter:
-    """Appends one JSON object after each step; every pipeline stage contributes its layers."""
+    """Makes one record after each step, to which every pipeline stage contributes its layers.
 
-    def __init__(self, path: Path) -> None:
+    The first rank of the last stage appends it to the file. Megatron's writers live on the very last rank, which
+    belongs to that stage too and makes the same record, so nothing is sent between the two.
+    """
+
+    def __init__(self, path: Path | None, settings: Settings) -> None:
+        """Write to `path`, None for Megatron's writers alone."""
         self._path = path
+        self._settings = settings
+        self._throughput: Throughput | None = None
         self._last = time.perf_counter()
         self._has_dropped_records = False
         self.models: list[torch.nn.Module] = []
 
+    def start_clock(self) -> None:
+        """Count the first step's time from here."""
+        self._last = time.perf_counter()
+
     def write(
         self, losses: dict[str, torch.Tensor], learning_rate: float, iteration: int, grad_norm: float
     ) -> None:
-        """Write the step's metrics on the last pipeline stage's first rank."""
+        """Record a step; all ranks have to call this."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        layers = _gather_over_pipeline([_layer_metrics(model) for model in self.models])
-        if not _is_writer():
+        layers = layer_metrics(self.models)
+        tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+        has_file = self._path is not None and _is_writer()
+        if not (has_file or tensorboard or wandb):
             return
-        if not self._has_dropped_records:
-            self._drop_from(iteration)
         args = get_args()
+        self._throughput = self._throughput or Throughput(args, self._settings)
+        tokens = get_current_global_batch_size() * args.seq_length
         record: dict[str, Any] = {
             "iteration": iteration,
             "consumed_samples": args.consumed_train_samples,
@@ -58,19 +81,29 @@ class MetricsWriter:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "learning_rate": learning_rate,
             "seconds": round(seconds, 4),
-            **_merge(layers),
+            **self._throughput.of_step(tokens, seconds),
+            **layers,
         }
+        if has_file:
+            self._append(record)
+        if (tensorboard or wandb) and iteration % args.tensorboard_log_interval == 0:
+            scalars.send(scalars.scalars(record), iteration, tensorboard=tensorboard, wandb=wandb)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        assert self._path is not None
+        if not self._has_dropped_records:
+            self._drop_from(self._path, record["iteration"])
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _drop_from(self, iteration: int) -> None:
+    def _drop_from(self, path: Path, iteration: int) -> None:
         """Remove the records of steps that this run, resumed from an earlier checkpoint, does again."""
         self._has_dropped_records = True
-        if not self._path.exists():
+        if not path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _iteration_of(line) < iteration]
-        write_text(self._path, "".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def install_metrics(writer: MetricsWriter) -> None:
@@ -104,49 +137,6 @@ def install_metrics(writer: MetricsWriter) -> None:
         )
 
     megatron_training.training_log = training_log
-
-
-def _layer_metrics(model: torch.nn.Module) -> dict[str, Any]:
-    metrics: dict[str, Any] = {}
-    for gate in gates(model):
-        layer = str(gate.layer)
-        metrics["retention_target"] = gate.step.retention
-        metrics["frozen"] = gate.is_frozen
-        metrics.setdefault("retention", {})[layer] = gate.expected_retention()
-        if not gate.controller.uses_budget:
-            lambda_1, lambda_2 = gate.controller.lambdas.tolist()
-            metrics.setdefault("lambda1", {})[layer] = lambda_1
-            metrics.setdefault("lambda2", {})[layer] = lambda_2
-    for router in routers(model):
-        layer = str(router.layer_number - 1)
-        counts = router.expert_load.counts
-        metrics.setdefault("load", {})[layer] = (counts / counts.sum().clamp_min(1)).tolist()
-        for name, loss in router.last_losses.items():
-            metrics.setdefault(name, {})[layer] = float(loss)
-    return metrics
-
-
-def _gather_over_pipeline(local: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() == 1:
-        return local
-    gathered: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(gathered, local, group=group)
-    return [metrics for stage in gathered for metrics in stage]
-
-
-def _merge(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for metrics in layers:
-        for name, value in metrics.items():
-            if isinstance(value, dict):
-                merged.setdefault(name, {}).update(value)
-            else:
-                merged[name] = value
-    for name in ("balance_loss", "z_loss"):
-        if name in merged:
-            merged[name] = sum(merged[name].values()) / len(merged[name])
-    return merged
 
 
 def _is_writer() -> bool:

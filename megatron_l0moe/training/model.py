@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_l0moe.modules.dsmoe_mlp import BlockGate
 from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
@@ -57,7 +58,7 @@ def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPT
             if isinstance(module, L0MLP):
                 module.requires_grad_(settings.stage.l0_train_weights == "on")
                 _mark_gate(module.gate)
-            elif isinstance(module, L0Router):
+            elif isinstance(module, L0Router | BlockGate):
                 setattr(module.weight, ROUTER_GROUP, True)
             elif isinstance(module, MoELayer):
                 _mark_experts(module.experts)
@@ -118,3 +119,8 @@ def gates(model: torch.nn.Module) -> Iterator[HardConcreteGate]:
 def routers(model: torch.nn.Module) -> Iterator[L0Router]:
     """Yield the routers that this rank owns, bottom layer first."""
     return (module for module in model.modules() if isinstance(module, L0Router))
+
+
+def block_gates(model: torch.nn.Module) -> Iterator[BlockGate]:
+    """Yield DSMoE's gates that this rank owns, bottom layer first."""
+    return (module for module in model.modules() if isinstance(module, BlockGate))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.runtime import checkpoint_fixes, cpu
+from megatron_l0moe.runtime import checkpoint_fixes, cpu, gpu_sampling
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
         arguments,
         checkpoint_start,
         data_provider,
+        early_end,
         layout_check,
         metrics,
         model,
@@ -43,18 +44,21 @@ def main() -> None:
     config.pre_wrap_hooks.append(functools.partial(checkpoint_start.check, args=args, settings=settings))
     install_settings(settings)
     optimizer.install_group_overrides(settings.stage)
-    if settings.stage.l0_metrics_file:
-        writer = metrics.MetricsWriter(Path(settings.stage.l0_metrics_file))
+    file = settings.stage.l0_metrics_file
+    writer = metrics.MetricsWriter(Path(file) if file else None, settings)
+    if file or args.tensorboard_dir or args.wandb_project:
         config.post_wrap_hooks.append(functools.partial(_remember_models, writer))
         metrics.install_metrics(writer)
     provider = functools.partial(data_provider.datasets_provider, args)
     provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
-    pretrain(
-        pretrain_cfg_container_from_args(args, config),
-        provider,
-        ModelType.encoder_or_decoder,
-        ForwardStep(settings),
-    )
+    folder, seconds = Path(file).parent, settings.stage.l0_gpu_sample_seconds if file else 0.0
+    with early_end.watched(args, settings.stage.l0_stop_file), gpu_sampling.sampled(folder, seconds):
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            provider,
+            ModelType.encoder_or_decoder,
+            ForwardStep(settings, on_start=writer.start_clock),
+        )
 
 
 def _remember_models(writer: Any, models: list[Any]) -> list[Any]:

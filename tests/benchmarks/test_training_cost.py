@@ -41,7 +41,7 @@ def test_it_runs_and_writes_its_report(tmp_path: Path, dtype: str) -> None:
     assert report["shape"]["dtype"] == dtype
     assert {"cpu", "device", "versions"} <= set(report["machine"])
     results = {result["name"]: result for result in report["results"]}
-    assert len(results) == 7
+    assert len(results) == 8
     for name, result in results.items():
         assert name in done.stdout
         spread = result["time"]

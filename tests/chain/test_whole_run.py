@@ -113,6 +113,21 @@ def test_kill_in_the_second_expert_run_changes_nothing(straight, recipe, tmp_pat
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_kill_between_the_last_checkpoint_and_its_note_is_no_failure(straight, recipe, tmp_path):
+    """Megatron writes the checkpoint, then the file that names it; the next command finds no step left to train."""
+    shutil.copytree(straight, tmp_path / "toy")
+    moe = tmp_path / "toy" / "moe"
+    for note in ("DONE", "manifest.json", "checkpoints/latest_checkpointed_iteration.txt"):
+        (moe / note).unlink()
+    last = sorted((moe / "checkpoints").glob("iter_*"))[-1]
+    before = {file: file.stat().st_mtime_ns for file in last.iterdir()}
+    done = toy.run(recipe, tmp_path, "--from", "moe", "--until", "moe")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (moe / "DONE").is_file()
+    assert {file: file.stat().st_mtime_ns for file in last.iterdir()} == before
+    assert (moe / "metrics.jsonl").read_bytes() == (straight / "moe" / "metrics.jsonl").read_bytes()
+
+
 EXPERT_FILE_BYTES = 2_000  # 2 layers x (16 int32 units + a mean of 32 floats), and their names
 
 
@@ -147,6 +162,43 @@ def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path,
     assert (run / "export" / "config.json").is_file() is (until == "export")
     whole = straight / "experts" / "000" / "expert.safetensors"
     assert whole.stat().st_size > 3 * EXPERT_FILE_BYTES  # control: with weights
+
+
+@pytest.mark.parametrize(("method", "until"), [("obs", "report"), ("coactivation", "assemble")])
+def test_experts_without_training_go_through_the_same_chain(straight, recipe, tmp_path, method, until):
+    """From the straight run's data: the same files as L0's, so that what follows does not see the difference."""
+    changed = toy.change_recipe(recipe, tmp_path / "method.yaml", "expert_training", method=method)
+    run = tmp_path / "runs" / "toy"
+    for stage in ("convert", "curate"):
+        shutil.copytree(straight / stage, run / stage)
+    done = toy.run(changed, run.parent, "--until", until)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    dense, moe = (CheckpointReader(run / stage / "megatron") for stage in ("convert", "assemble"))
+    for k in (0, 1):
+        folder = run / "experts" / f"{k:03d}"
+        expert, trained = (
+            ExpertFile(r / "experts" / f"{k:03d}" / "expert.safetensors") for r in (run, straight)
+        )
+        assert (expert.width, expert.layers) == (toy.EXPERT_FFN, trained.layers)
+        numbers = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["numbers"]
+        assert numbers["method"] == method
+        assert numbers["calibration_tokens"] == 640
+        for layer in expert.layers:
+            units = expert.read(layer, "units")
+            fc1 = dense.read(f"decoder.layers.{layer}.mlp.linear_fc1.weight")
+            got = moe.read(f"decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight", k, k + 1)[0]
+            assert torch.equal(got, torch.cat([fc1[units], fc1[toy.FFN + units]]))
+    if until == "report":
+        numbers = summary(run)
+        assert numbers["tokens"]["expert"] == 0
+        assert numbers["construction"]["calibration_tokens"] == 2 * 640
+        assert all(0 < row["1"]["relative_error"] < 1 for row in numbers["construction"]["layers"])
+        assert numbers["perplexity"]["l0moe"]["overall"] > 1
+        page = (run / "report" / "report.html").read_text(encoding="utf-8")
+        assert "Made without training" in page
+        assert "Made without training" not in (straight / "report" / "report.html").read_text(
+            encoding="utf-8"
+        )
 
 
 def _wait_for_lines(file: Path, lines: int, process: subprocess.Popen) -> None:

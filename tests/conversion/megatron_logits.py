@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.safe_globals import register_safe_globals  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from megatron_l0moe.modules.block_gate import BlockGateConfig  # noqa: E402
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig  # noqa: E402
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec  # noqa: E402
 from megatron_l0moe.modules.retention import RetentionConfig  # noqa: E402
@@ -69,6 +70,7 @@ def build(args, settings, parallel=None):
         gate=HardConcreteConfig(),
         retention=RetentionConfig(),
         router=RouterConfig(),
+        blocks=BlockGateConfig(**{key: settings[key] for key in settings if key.startswith("l0_block")}),
     )
     return GPTModel(
         config,

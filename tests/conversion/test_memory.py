@@ -15,7 +15,10 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 MB = 1e6
 # What a process needs beside the tensors: the allocator's holes, and what torch imports when it first writes.
-OTHER = 12 * MB
+OTHER = 12 * MB  # seen: 6 MB
+OTHER_ASSEMBLE = (
+    20 * MB
+)  # seen: 9 to 13 MB beside weights, 7 to 13 MB beside unit lists, differing from run to run
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def test_a_conversion_holds_a_few_blocks_and_not_a_tensor(measured, what):
 
 @pytest.mark.parametrize("kind", ["weights", "units"])
 def test_assemble_holds_one_expert_and_not_the_experts_of_a_layer(measured, kind):
-    bound = 3 * measured["expert"] + 3 * measured["block"] + OTHER
+    bound = 3 * measured["expert"] + 3 * measured["block"] + OTHER_ASSEMBLE
     if kind == "units":
         bound += measured["dense mlp"]
     assert measured[f"assemble, {kind}"] < bound, measured

@@ -112,10 +112,10 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
     """
     import numpy as np
     import torch
+    from curated import describe_shard
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
-    from megatron_l0moe.data.indexed import describe_shard
 
     def build(
         *, clusters: int = 4, order: tuple[int, ...] = (2, 1), rounds: int | dict[int, int] = 6, p: int = 2,

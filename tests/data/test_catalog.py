@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curated import scan_corpus
 
 from megatron_l0moe.data import catalog as catalog_module
-from megatron_l0moe.data.catalog import read_documents, scan_corpus
+from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import FilterSection
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from curated import scan_corpus
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_l0moe.data.catalog import read_documents, scan_corpus
+from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.data.corpus import open_corpus
 from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.errors import L0MoEError

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from megatron_l0moe.data.embedding import find_model, is_bge_m3, load_encoder, pooling_method
+from megatron_l0moe.data.embedding import Encoder, find_model, is_bge_m3, load_encoder, pooling_method
 from megatron_l0moe.errors import L0MoEError
 
 FP32_PADDING_ATOL = 1e-5  # padded batches reduce in another order than one text alone
@@ -27,10 +28,14 @@ def naive(folder: Path, text: str, max_tokens: int, pooling: str) -> np.ndarray:
     return (vector / vector.norm()).numpy()
 
 
+def embed(encoder: Encoder, texts: Iterable[str]) -> np.ndarray:
+    return np.concatenate(list(encoder.embed_chunks(texts, lambda count: None)))
+
+
 @pytest.mark.parametrize(("fixture", "pooling"), [("tiny_encoder", "mean"), ("tiny_bge_m3", "cls")])
 def test_equals_transformers(request: pytest.FixtureRequest, fixture: str, pooling: str) -> None:
     folder = request.getfixturevalue(fixture)
-    vectors = load_encoder(str(folder), max_tokens=12, batch_size=2).embed(TEXTS, len(TEXTS))
+    vectors = embed(load_encoder(str(folder), max_tokens=12, batch_size=2), TEXTS)
     assert vectors.shape == (5, 32)
     assert vectors.dtype == np.float32
     expected = np.stack([naive(folder, text, 12, pooling) for text in TEXTS])
@@ -47,16 +52,16 @@ def test_only_the_head_of_a_text_is_tokenised(tiny_encoder: Path, monkeypatch) -
     monkeypatch.setattr(
         encoder._model, "encode", lambda texts, **k: seen.extend(map(len, texts)) or encode(texts, **k)
     )
-    long, short = encoder.embed(["sail wind " * 100_000, "sail wind " * 50], 2)
+    long, short = embed(encoder, ["sail wind " * 100_000, "sail wind " * 50])
     assert max(seen) == encoder.head_chars == 128
     np.testing.assert_allclose(long, short, atol=FP32_PADDING_ATOL)
 
 
 def test_chunks_do_not_change_vectors(tiny_encoder: Path, monkeypatch) -> None:
     encoder = load_encoder(str(tiny_encoder), max_tokens=12, batch_size=2)
-    whole = encoder.embed(TEXTS, len(TEXTS))
+    whole = embed(encoder, TEXTS)
     monkeypatch.setattr("megatron_l0moe.data.embedding.CHUNK_DOCUMENTS", 2)
-    np.testing.assert_allclose(encoder.embed(iter(TEXTS), len(TEXTS)), whole, atol=FP32_PADDING_ATOL)
+    np.testing.assert_allclose(embed(encoder, iter(TEXTS)), whole, atol=FP32_PADDING_ATOL)
 
 
 def test_more_tokens_than_positions(tiny_encoder: Path, tiny_bge_m3: Path) -> None:

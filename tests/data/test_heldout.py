@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curated import scan_corpus
 
-from megatron_l0moe.data.catalog import Catalog, scan_corpus
+from megatron_l0moe.data.catalog import Catalog
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
 from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.errors import L0MoEError

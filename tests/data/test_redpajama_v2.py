@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from curated import scan_corpus
 from datatrove.io import get_datafolder
 
-from megatron_l0moe.data.catalog import read_documents, scan_corpus
+from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.data.redpajama_v2 import RedPajamaV2Reader, row_of
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import FilterSection, SignalRange

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curated import scan_corpus
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.data.catalog import Catalog, read_documents
 from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
 from megatron_l0moe.data.sampling import (
     OVERSAMPLING,

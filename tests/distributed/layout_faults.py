@@ -9,9 +9,10 @@ from unittest import mock
 
 import torch
 
-from megatron_l0moe.modules import hard_concrete
+from megatron_l0moe.modules import dsmoe_mlp, hard_concrete
+from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
 from megatron_l0moe.training import forward_step
-from megatron_l0moe.training.model import routers
+from megatron_l0moe.training.model import block_gates, routers
 
 
 @contextlib.contextmanager
@@ -67,6 +68,32 @@ def local_load(models: list[Any]) -> Iterator[None]:
     for model in models:
         for router in routers(model):
             router.expert_load.group = SimpleNamespace(size=lambda: 1)
+    yield
+
+
+@contextlib.contextmanager
+def no_tensor_sum(models: list[Any]) -> Iterator[None]:
+    """Give each rank's gates the gradient of its own channels alone."""
+    with mock.patch.object(dsmoe_mlp, "copy_to_shards", lambda value, group: value):
+        yield
+
+
+@contextlib.contextmanager
+def no_loss_share(models: list[Any]) -> Iterator[None]:
+    """Attach the sparsity loss of each part of the sequence as if it were the whole."""
+    for model in models:
+        for gate in block_gates(model):
+            gate.gated_layers /= gate.tp_group.size()
+    yield
+
+
+@contextlib.contextmanager
+def blocks_of_the_first_rank(models: list[Any]) -> Iterator[None]:
+    """Count a rank's channels from 0."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, DSMoEMLP):
+                module._segments = [block - module._segments[0] for block in module._segments]
     yield
 
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_models import transformer_config
 
+from megatron_l0moe.modules.block_gate import BlockGateConfig
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
 from megatron_l0moe.modules.retention import RetentionConfig
@@ -41,6 +42,7 @@ def settings(case: Case) -> Settings:
         gate=HardConcreteConfig(),
         retention=RetentionConfig(l0_expert_ffn=8, l0_retention_control=case.control),  # type: ignore[arg-type]
         router=RouterConfig(),
+        blocks=BlockGateConfig(l0_block_init_std=0.5),  # scores on both sides of the threshold, far from it
     )
     return Settings(StageConfig(l0_stage=case.stage, l0_dense_layers=DENSE), plan)  # type: ignore[arg-type]
 

@@ -31,9 +31,10 @@ CASES = (
     ),
     Case("moe", "moe", "moe", (0, 1)),
     Case("moe_tied", "moe", "moe, tied, QKV bias", (0, 1), tied=True, qkv_bias=True),
+    Case("dsmoe", "dsmoe", "dsmoe", (0,)),
 )
 CASE = {case.name: case for case in CASES}
-BOTH = ("expert", "moe")
+ALL = ("expert", "moe", "dsmoe")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Layout:
     distributed_optimizer: bool = False
     recompute: str | None = None
     micro_batch: int = 1
-    stages: tuple[str, ...] = BOTH
-    """Stages in which this layout means something: there are no experts to spread in the expert stage."""
+    stages: tuple[str, ...] = ALL
+    """Stages in which this layout means something: only the moe stage has experts to spread."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ LAYOUTS = (
     Layout("DP2", 2),
     Layout("DP2, micro-batch of 2", 2, micro_batch=2),
     Layout("DP2 + distributed optimizer", 2, distributed_optimizer=True),
-    Layout("TP2", 2, tensor=2, sequence=False, stages=("expert",)),
+    Layout("TP2", 2, tensor=2, sequence=False, stages=("expert", "dsmoe")),
     Layout("TP2 + SP", 2, tensor=2),
     Layout("TP2 + SP, full recompute", 2, tensor=2, recompute="full"),
     Layout("TP2 + SP, selective recompute", 2, tensor=2, recompute="selective"),
@@ -125,6 +126,11 @@ FAULTS = (
     Fault("no_tensor_scale", "router losses not divided by the TP size", LAYOUT["TP2 + SP"], "moe"),
     Fault("no_sequence_sum", "no all-reduce of norm and router gradients under SP", LAYOUT["TP2 + SP"], "moe"),
     Fault("local_load", "load of the experts counted on each DP rank alone", LAYOUT["DP2"], "moe"),
+    Fault("penalty_for_each_micro_batch", "sparsity loss not divided by the micro-batches", LAYOUT["DP2"], "dsmoe"),
+    Fault("no_tensor_sum", "gradients of the blocks' factors not summed over TP ranks", LAYOUT["TP2"], "dsmoe"),
+    Fault("no_loss_share", "sparsity loss not divided by the TP size", LAYOUT["TP2 + SP"], "dsmoe"),
+    Fault("no_sequence_sum", "no all-reduce of norm and gate gradients under SP", LAYOUT["TP2 + SP"], "dsmoe"),
+    Fault("blocks_of_the_first_rank", "every TP rank takes the first rank's blocks", LAYOUT["TP2 + SP"], "dsmoe"),
     Fault("batched_messages", "VPP with batched messages between stages", LAYOUT[SWAPPED_MESSAGES], "moe"),
     Fault("batched_messages", "VPP with batched messages between stages", LAYOUT[SWAPPED_MESSAGES], "lagrangian"),
 )  # fmt: skip

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_l0moe.endings import STOPPED
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import cpu
 
 
@@ -39,8 +41,12 @@ def _train(job: Callable[[], None]) -> None:
     try:
         job()
     except SystemExit as end:  # Megatron's way to stop at --exit-interval
-        if end.code:
+        if end.code != STOPPED:
             raise
+    except L0MoEError as error:
+        if type(error).__name__ != "NotANumberError":  # a run whose numbers were broken on purpose
+            raise
+        print(error, flush=True)
 
 
 @contextlib.contextmanager
@@ -140,7 +146,48 @@ def _rank_0_decides_the_step() -> Any:
     return _replaced(MegatronOptimizer, "_extract_common_per_param_step", make)
 
 
+def _loss_times(factor: float, step: int) -> Any:
+    """From step `step` on, counted from 1, the loss that the gradient is taken of is multiplied."""
+    from megatron_l0moe.training import forward_step
+
+    def make(loss: Any) -> Any:
+        def _loss(mask: Any, output: Any) -> Any:
+            total, tokens, report = loss(mask, output)
+            return (
+                total * (factor if forward_step.get_args().curr_iteration + 1 >= step else 1.0),
+                tokens,
+                report,
+            )
+
+        return _loss
+
+    return _replaced(forward_step, "_loss", make)
+
+
+def _unseen_nan() -> Any:
+    """From step 4 on the loss in the log alone is NaN."""
+    from megatron_l0moe.training import forward_step
+
+    def make(loss: Any) -> Any:
+        def _loss(mask: Any, output: Any) -> Any:
+            total, tokens, report = loss(mask, output)
+            bad = forward_step.get_args().curr_iteration + 1 >= 4
+            return (
+                total,
+                tokens,
+                {name: value * float("nan") if bad else value for name, value in report.items()},
+            )
+
+        return _loss
+
+    return _replaced(forward_step, "_loss", make)
+
+
 FAULTS = {
+    "nan_loss": lambda: _loss_times(float("nan"), 4),
+    "nan_from_the_start": lambda: _loss_times(float("nan"), 1),
+    "infinite_gradient": lambda: _loss_times(1e38, 4),
+    "unseen_nan": _unseen_nan,
     "rank_0_decides_the_step": _rank_0_decides_the_step,
     "shared_step": _shared_step,
     "data_from_the_start": _data_from_the_start,

@@ -99,7 +99,7 @@ def run(
     return {"argv": [*argv, *more], "broken": broken, "label": f"{folder.name} {' '.join(parallel)}"}
 
 
-def launch(processes: int, plan: list[dict[str, Any]], log: Path) -> None:
+def launch(processes: int, plan: list[dict[str, Any]], log: Path, program: Path = PROGRAM) -> None:
     """Do the runs of a plan in one set of processes; output to a file, which a killed rank's child may hold open."""
     file = log.with_suffix(".json")
     file.write_text(json.dumps(plan), encoding="utf-8")
@@ -113,7 +113,7 @@ def launch(processes: int, plan: list[dict[str, Any]], log: Path) -> None:
     ]
     with log.open("w", encoding="utf-8") as output:
         done = subprocess.run(
-            [*words, str(PROGRAM), str(file)],
+            [*words, str(program), str(file)],
             stdout=output,
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -125,10 +125,10 @@ def launch(processes: int, plan: list[dict[str, Any]], log: Path) -> None:
 
 def write_indexes(folder: Path) -> Path:
     """Write the sample indexes `expert` (one domain) and `moe` (K domains) with samples for all steps."""
+    from curated import describe_shard
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
-    from megatron_l0moe.data.indexed import describe_shard
 
     rng = np.random.default_rng(7)
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,8 +166,9 @@ def stopped(source: Path, iteration: int, target: Path) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    """Return the logged loss of every step, in order."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    """Return the logged loss of every step so far, in order."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     records = [json.loads(line) for line in lines]
     assert [record["iteration"] for record in records] == list(range(1, len(records) + 1))
     return [record["lm_loss"] for record in records]

@@ -25,7 +25,11 @@ from megatron_l0moe.runtime import platform  # noqa: E402
 from megatron_l0moe.training import arguments, layout_check  # noqa: E402
 from megatron_l0moe.training.model import model_config  # noqa: E402
 
-ARGUMENTS = ("world_size", "data_parallel_size", "transformer_impl", "distributed_backend")
+ARGUMENTS = (
+    *("world_size", "data_parallel_size", "transformer_impl", "distributed_backend"),
+    *("train_iters", "global_batch_size", "seq_length", "save_interval", "save_retain_interval"),
+    *("lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_style", "lr_wsd_decay_iters"),
+)
 MODEL = (
     *(
         "num_layers",
@@ -38,6 +42,7 @@ MODEL = (
     *(
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
         "sequence_parallel",
         "context_parallel_size",
     ),

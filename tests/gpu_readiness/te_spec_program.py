@@ -203,7 +203,7 @@ def main() -> None:
     assert HAVE_TE, "the fake package is not on the path"
     found = {}
     with cpu.one_process_group(), tempfile.TemporaryDirectory() as folder:
-        for stage in ("dense", "expert", "moe"):
+        for stage in ("dense", "expert", "moe", "dsmoe"):
             for qkv_bias in (False, True):
                 name = f"{stage}{'_qkv_bias' if qkv_bias else ''}"
                 place = Path(folder) / name

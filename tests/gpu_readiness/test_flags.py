@@ -11,37 +11,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from gpu_readiness.models_7b import CONFIGS, architecture
+from gpu_readiness.models_7b import CONFIGS, EXAMPLES, GPUS, architecture, recipe_on
 
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe import Recipe, load_recipe
+from megatron_l0moe.recipe import load_recipe
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parents[1] / "examples"
-TENSOR = 4  # in every layout: Qwen2 has 4 KV heads
 
 
 class Size(NamedTuple):
-    """A layout of one stage and what must follow from it."""
+    """A recipe's layout of one stage, and what must follow from it; worked by hand."""
 
-    gpus: int
-    pipeline: int
+    world: int
+    """GPUs of a job."""
     data: int
     """Data-parallel size of attention and dense layers."""
     micro_batches: int
     """Of a step on each data-parallel rank: 64 sequences in the expert stage, 2 x 64 in the moe stage."""
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int | None = None
+    """Of each pipeline rank."""
+    expert: int = 1
+    expert_tensor: int = 1
 
 
 SIZES = {
-    "expert": (Size(8, 1, 2, 32), Size(64, 1, 16, 4), Size(512, 2, 64, 1)),
-    "moe": (Size(8, 1, 2, 64), Size(64, 1, 16, 8), Size(512, 2, 64, 2)),
+    ("llama3_8b", "expert", 8): Size(2, 2, 32),
+    ("llama3_8b", "expert", 64): Size(2, 2, 32),
+    ("llama3_8b", "expert", 512): Size(8, 8, 8),
+    ("llama3_8b", "moe", 8): Size(8, 4, 32, tensor=2, expert=8),
+    ("llama3_8b", "moe", 64): Size(64, 8, 16, tensor=2, pipeline=4, chunks=2, expert=8),
+    ("llama3_8b", "moe", 512): Size(512, 128, 1, tensor=4, expert=64, expert_tensor=4),
+    ("mistral_7b", "expert", 8): Size(2, 2, 32),
+    ("mistral_7b", "expert", 64): Size(2, 2, 32),
+    ("mistral_7b", "expert", 512): Size(8, 8, 8),
+    ("mistral_7b", "moe", 8): Size(8, 4, 32, pipeline=2, chunks=4, expert=4),
+    ("mistral_7b", "moe", 64): Size(64, 8, 16, pipeline=8, chunks=4),
+    ("mistral_7b", "moe", 512): Size(512, 128, 1, tensor=4, expert=64, expert_tensor=4),
+    ("qwen2_7b", "expert", 8): Size(4, 4, 16),
+    ("qwen2_7b", "expert", 64): Size(4, 4, 16),
+    ("qwen2_7b", "expert", 512): Size(8, 8, 8),
+    ("qwen2_7b", "moe", 8): Size(8, 4, 32, pipeline=2, chunks=2, expert=4),
+    ("qwen2_7b", "moe", 64): Size(64, 16, 8, tensor=2, pipeline=2, chunks=2, expert=8),
+    ("qwen2_7b", "moe", 512): Size(512, 128, 1, tensor=4, expert=64, expert_tensor=4),
 }
-CASES = [(recipe, stage, size) for recipe in CONFIGS for stage, sizes in SIZES.items() for size in sizes]
-SHIPPED = {"expert": 8, "moe": 64}
-"""The size that the recipes have; the others differ from it in processes, nodes and pipeline only."""
-IDS = [f"{recipe}-{stage}-{size.gpus}" for recipe, stage, size in CASES]
+CASES = [(recipe, stage, gpus) for recipe in CONFIGS for stage in ("expert", "moe") for gpus in GPUS]
+IDS = [f"{recipe}-{stage}-{gpus}" for recipe, stage, gpus in CASES]
 
 ON_GPU = {
     "transformer_impl": "transformer_engine",
@@ -54,12 +72,8 @@ ON_GPU = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "hetereogenous_dist_checkpoint": True,
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
+    "recompute_granularity": None,
     "context_parallel_size": 1,
-    "tensor_model_parallel_size": TENSOR,
-    "sequence_parallel": True,
     "ddp.use_distributed_optimizer": True,
     "ddp.grad_reduce_in_fp32": True,
     "optimizer.use_distributed_optimizer": True,
@@ -68,7 +82,10 @@ ON_GPU = {
     "optimizer.clip_grad": 1.0,
     "optimizer.weight_decay": 0.1,
     "optimizer.adam_beta2": 0.95,
-    "optimizer.lr": 1e-4,
+    "optimizer.lr": 1e-4,  # Table 7, and the next three
+    "seq_length": 4096,
+    "lr_decay_style": "WSD",
+    "lr_wsd_decay_style": "cosine",
     "checkpoint.ckpt_format": "torch_dist",
     "checkpoint.dist_ckpt_optim_fully_reshardable": True,
     "checkpoint.fully_parallel_save": True,
@@ -76,14 +93,23 @@ ON_GPU = {
 OF_STAGE: dict[str, dict[str, Any]] = {
     "expert": {
         "stage": "expert",
+        "global_batch_size": 64,
+        "train_iters": 187_500_000 // (64 * 4096),
+        "lr_warmup_iters": 143,  # 0.2 of 715 steps
+        "lr_wsd_decay_iters": 72,  # 0.1 of them
+        "save_retain_interval": 1000,
         "num_moe_experts": None,
-        "expert_model_parallel_size": 1,
         # open and frozen gates get no gradient, which overlapping would wait for
         "ddp.overlap_grad_reduce": False,
         "ddp.overlap_param_gather": False,
     },
     "moe": {
         "stage": "moe",
+        "global_batch_size": 524_288 // 4096,
+        "train_iters": 20 * 1716,  # 0.9 billion tokens are 1716.6 steps
+        "lr_warmup_iters": 2059,  # 0.06 of 34,320
+        "lr_wsd_decay_iters": 3432,
+        "save_retain_interval": 10_000,
         "num_moe_experts": 64,
         "moe_router_topk": 2,
         "moe_router_pre_softmax": False,
@@ -93,8 +119,6 @@ OF_STAGE: dict[str, dict[str, Any]] = {
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": 8,
-        "expert_tensor_parallel_size": 1,
         "ddp.overlap_grad_reduce": True,
         "ddp.overlap_param_gather": True,
     },
@@ -108,21 +132,9 @@ DENSE_LAYERS = {"llama3_8b": 8, "mistral_7b": 8, "qwen2_7b": 4}
 EXPERT_FFN = {"llama3_8b": 1024, "mistral_7b": 1024, "qwen2_7b": 1280}
 
 
-def recipe_for(name: str, stage: str, size: Size) -> Recipe:
-    """Return a recipe of examples/ with the stage's number of GPUs changed."""
-    recipe = load_recipe(EXAMPLES / f"{name}.yaml")
-    raw = recipe.model_dump()
-    parallel = raw["expert_training" if stage == "expert" else "moe_training"]["parallel"]
-    parallel |= {"processes": size.gpus, "nodes": size.gpus // 8, "pipeline": size.pipeline}
-    changed = Recipe.model_validate(raw)
-    assert (changed == recipe) == (size.gpus == SHIPPED[stage]), "the table and the recipe differ"
-    return changed
-
-
-def flags_of(name: str, stage: str, size: Size) -> list[str]:
+def flags_of(name: str, stage: str, gpus: int) -> list[str]:
     """Return the flags of the training program, as `l0moe` renders them on any machine."""
-    file = EXAMPLES / f"{name}.yaml"
-    run = Run(recipe=recipe_for(name, stage, size), recipe_file=file, runs_dir=Path("runs"))
+    run = Run(recipe=recipe_on(name, gpus), recipe_file=EXAMPLES / f"{name}.yaml", runs_dir=Path("runs"))
     model = architecture(name)
     job = jobs.expert_job(run, model, 0) if stage == "expert" else jobs.moe_job(run, model)
     assert job.env["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
@@ -156,7 +168,7 @@ def resolve(machine: str, tasks: list[tuple[int, list[str]]]) -> list[dict[str, 
 @pytest.fixture(scope="module")
 def resolved() -> dict[str, dict[str, Any]]:
     """All cases on a machine with Transformer Engine, by one process."""
-    tasks = [(size.gpus, flags_of(recipe, stage, size)) for recipe, stage, size in CASES]
+    tasks = [(SIZES[case].world, flags_of(*case)) for case in CASES]
     return dict(zip(IDS, resolve("te", tasks), strict=True))
 
 
@@ -164,15 +176,21 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, An
     return {name: (found[name], value) for name, value in expected.items() if found[name] != value}
 
 
-@pytest.mark.parametrize(("recipe", "stage", "size"), CASES, ids=IDS)
+@pytest.mark.parametrize(("recipe", "stage", "gpus"), CASES, ids=IDS)
 def test_resolved(
-    resolved: dict[str, dict[str, Any]], recipe: str, stage: str, size: Size, request: pytest.FixtureRequest
+    resolved: dict[str, dict[str, Any]], recipe: str, stage: str, gpus: int, request: pytest.FixtureRequest
 ) -> None:
     found = resolved[request.node.callspec.id]
     assert differences(found, ON_GPU | OF_STAGE[stage] | OF_MODEL[recipe]) == {}
+    size = SIZES[recipe, stage, gpus]
     layout = {
-        "world_size": size.gpus,
+        "world_size": size.world,
+        "tensor_model_parallel_size": size.tensor,
+        "sequence_parallel": size.tensor > 1,
         "pipeline_model_parallel_size": size.pipeline,
+        "virtual_pipeline_model_parallel_size": size.chunks,
+        "expert_model_parallel_size": size.expert,
+        "expert_tensor_parallel_size": size.expert_tensor,
         "data_parallel_size": size.data,
         "micro_batches": size.micro_batches,
     }
@@ -218,8 +236,7 @@ def test_a_difference_would_be_seen(resolved: dict[str, dict[str, Any]]) -> None
 )
 def test_other_machines(machine: str, expected: dict[str, Any]) -> None:
     """The same command on a machine without Transformer Engine, and without a GPU."""
-    size = SIZES["moe"][0]
-    (found,) = resolve(machine, [(size.gpus, flags_of("llama3_8b", "moe", size))])
+    (found,) = resolve(machine, [(8, flags_of("llama3_8b", "moe", 8))])
     without_te = {
         "apply_rope_fusion": False,
         "moe_grouped_gemm": False,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_readiness.models_7b import CONFIGS, architecture
+from gpu_readiness.models_7b import CONFIGS, EXAMPLES, architecture
+from gpu_readiness.models_7b import GPUS as SIZES
 from gpu_readiness.test_flags import differences, resolve
 
 from megatron_l0moe.launch import jobs
@@ -16,9 +17,6 @@ from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.hardware import GPUS
 from megatron_l0moe.planning.proposals import Candidate
 from megatron_l0moe.recipe import Recipe, Section, load_recipe
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SIZES = (8, 64, 512)
 
 
 def proposals(name: str) -> list[tuple[Section, Candidate]]:
@@ -37,8 +35,7 @@ def flags_of(name: str, section: Section, candidate: Candidate) -> list[str]:
     """Return the flags of the training program with a proposed layout."""
     raw = load_recipe(EXAMPLES / f"{name}.yaml").model_dump()
     keys = recipe_keys(candidate)
-    flags = {key: value for key, value in raw[section]["flags"].items() if "recompute" not in key}
-    raw[section] |= {"parallel": keys["parallel"], "flags": flags | keys["flags"]}
+    raw[section] |= keys | {"flags": raw[section]["flags"] | keys.get("flags", {})}
     run = Run(recipe=Recipe.model_validate(raw), recipe_file=EXAMPLES / f"{name}.yaml", runs_dir=Path("runs"))
     model = architecture(name)
     job = jobs.moe_job(run, model) if section == "moe_training" else jobs.expert_job(run, model, 0)

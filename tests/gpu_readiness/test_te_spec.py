@@ -17,7 +17,7 @@ import pytest
 HERE = Path(__file__).parent
 TESTS = HERE.parent
 FP32_ATOL = 1e-6  # other order of sums in attention and norm; entries are of size 0.01 to 1
-CASES = ("dense", "dense_qkv_bias", "expert", "expert_qkv_bias", "moe", "moe_qkv_bias")
+CASES = tuple(f"{stage}{bias}" for stage in ("dense", "expert", "moe", "dsmoe") for bias in ("", "_qkv_bias"))
 
 ATTENTION = {
     "input_layernorm": "IdentityOp",
@@ -37,6 +37,7 @@ GATED_LAYER = {
     "mlp.linear_fc1": "TEColumnParallelLinear",
     "mlp.linear_fc2": "TERowParallelLinear",
 }
+BLOCKS_LAYER = {**GATED_LAYER, "mlp": "DSMoEMLP"}
 MOE_LAYER = {
     "pre_mlp_layernorm": "RMSNorm",
     "mlp": "MoELayer",
@@ -45,13 +46,13 @@ MOE_LAYER = {
     "mlp.experts.linear_fc1": "TEColumnParallelGroupedLinear",
     "mlp.experts.linear_fc2": "TERowParallelGroupedLinear",
 }
-TOP_LAYER = {"dense": DENSE_LAYER, "expert": GATED_LAYER, "moe": MOE_LAYER}
+TOP_LAYER = {"dense": DENSE_LAYER, "expert": GATED_LAYER, "moe": MOE_LAYER, "dsmoe": BLOCKS_LAYER}
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What the program saw, by case; one process for all of them."""
-    path = os.pathsep.join([str(HERE / "fakes"), str(TESTS)])
+    path = os.pathsep.join([str(HERE / "fakes"), str(TESTS.parent), str(TESTS)])
     done = subprocess.run(
         [sys.executable, str(HERE / "te_spec_program.py")],
         capture_output=True,
@@ -72,7 +73,7 @@ def test_classes(found: dict[str, Any], case: str) -> None:
     for number, layer in enumerate((DENSE_LAYER, top, top)):
         expected |= {f"{number}.{slot}": name for slot, name in (ATTENTION | layer).items()}
     assert found[case]["slots"] == expected
-    gated = 1 if top is GATED_LAYER else 0
+    gated = 1 if top in (GATED_LAYER, BLOCKS_LAYER) else 0
     hooks = {"0": 0} if top is MOE_LAYER else {"0": 0, "1": gated, "2": gated}
     assert found[case]["fc2_hooks"] == hooks
 

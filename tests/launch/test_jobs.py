@@ -1,5 +1,6 @@
 """The commands of the training jobs, word by word. After a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE."""
 
+import dataclasses
 import os
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs
+from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import parse_layout
 
@@ -164,3 +166,36 @@ def test_masks_only_is_a_key_of_the_recipe_and_no_flag(tmp_path: Path) -> None:
     run = golden_run(tmp_path, expert_training__flags={"l0-train-weights": "off"})
     with pytest.raises(L0MoEError, match="may not set 'l0-train-weights'"):
         jobs.expert_job(run, toy_architecture(), 0, python="python")
+
+
+def test_experts_do_not_share_a_tensorboard_folder(tmp_path: Path) -> None:
+    flags = {"tensorboard-dir": "boards/x", "wandb-project": "p", "wandb-exp-name": "x", "bf16": True}
+    run = make_run(tmp_path, expert_training__flags=flags, moe_training__flags=flags)
+    expert, moe = jobs.expert_job(run, toy_architecture(), 3), jobs.moe_job(run, toy_architecture())
+    assert value(expert, "--tensorboard-dir") == "boards/x/expert_003"
+    assert value(expert, "--wandb-exp-name") == "x-expert_003"
+    assert value(expert, "--wandb-project") == "p"
+    assert value(moe, "--tensorboard-dir") == "boards/x"
+    assert value(moe, "--wandb-exp-name") == "x"
+
+
+def test_dense_job(tmp_path: Path) -> None:
+    training = DenseTraining(
+        folder=Path("runs/base"),
+        index=Path("runs/tokens/stream"),
+        start=None,
+        steps=100,
+        seq_length=128,
+        micro_batch_size=2,
+        global_batch_size=8,
+        learning_rate=1e-3,
+        warmup_share=0.02,
+        seed=7,
+        save_interval=50,
+        flags={"bf16": True, "lr-wsd-decay-iters": 30},
+    )
+    job = dense_job(training, toy_architecture(), python="python")
+    check_golden("dense_job.txt", job)
+    assert "--pretrained-checkpoint" not in job.command
+    start = dataclasses.replace(training, start=Path("converted"))
+    assert value(dense_job(start, toy_architecture()), "--pretrained-checkpoint") == "converted"

@@ -1,5 +1,6 @@
 """One command at a time, and no stale locks."""
 
+import errno
 import subprocess
 import sys
 import time
@@ -93,3 +94,15 @@ def test_experts_side_by_side(tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("megatron_l0moe.launch.lock.fcntl.flock", flock)
+    with locked(tmp_path) as handles:
+        assert len(handles) == 1
+    assert "does not offer locks" in caplog.text

@@ -29,11 +29,11 @@ def plan(*words: str | Path) -> tuple[int, str]:
 
 
 def changed(tmp_path: Path, section: str, **values: object) -> Path:
-    """Return the Llama recipe with other keys in a section."""
+    """Return the Llama recipe with other keys in a section of its layouts on 64 GPUs."""
     raw = yaml.safe_load(LLAMA.read_text(encoding="utf-8"))
-    raw[section] |= values
-    raw[section]["learning_rate"] = 1e-4  # PyYAML alone reads 1e-4 as text
-    raw["moe_training" if section == "expert_training" else "expert_training"]["learning_rate"] = 1e-4
+    raw["layouts"][64][section] |= values
+    for name in ("expert_training", "moe_training"):
+        raw[name]["learning_rate"] = 1e-4  # PyYAML alone reads 1e-4 as text
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return file
@@ -79,9 +79,9 @@ def test_a_layout_that_does_not_fit(tmp_path: Path) -> None:
     code, text = plan(recipe)
     assert code == EXIT_USER_ERROR
     last = text.strip().splitlines()[-1]
-    assert last.startswith("moe_training.parallel: tp4,sp,dp2, recomputation full needs ")
+    assert last.startswith("moe_training.parallel: tp4,sp,dp2, recomputation none needs ")
     assert "more than the 72.8 that an H100 SXM 80 GB has" in last
-    assert "the nearest that fits is tp4,sp,dp2,distopt, recomputation full (" in last
+    assert "the nearest that fits is tp4,sp,dp2,distopt, recomputation none (" in last
     assert "too much" in text
 
 

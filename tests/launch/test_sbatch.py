@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_readiness.models_7b import recipe_on
 from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.cluster import Cluster, load_cluster
 from megatron_l0moe.launch.plan import find_architecture
+from megatron_l0moe.launch.resources import experts_at_once
 from megatron_l0moe.launch.sbatch import array_text, place_of, render
 from megatron_l0moe.launch.slurm_dryrun import show
 from megatron_l0moe.launch.slurm_preflight import check_memory
@@ -25,16 +27,6 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 CLUSTERS = ROOT / "slurm" / "clusters"
 LLAMA = Path("examples/llama3_8b.yaml")
-NODES_64 = {
-    "processes": 512,
-    "nodes": 64,
-    "tensor": 4,
-    "pipeline": 2,
-    "expert": 8,
-    "expert_tensor": 1,
-    "distributed_optimizer": True,
-}
-"""MoE training of Llama-3-8B on 64 nodes of 8 GPUs."""
 
 
 def llama(**moe: Any) -> Run:
@@ -59,7 +51,8 @@ def check_golden(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["experts", "moe", "evaluate"])
 def test_64_nodes(name: str) -> None:
-    run = llama(parallel=NODES_64, sequences_per_domain=8)
+    """The example as it is, with `gpus: 512`; read by eye, number by number."""
+    run = Run(recipe=recipe_on("llama3_8b", 512), recipe_file=LLAMA, runs_dir=Path("runs"))
     check_golden(f"llama3_64_nodes_{name}.sbatch", text_of(run, load_cluster(CLUSTERS / "plain.yaml"), name))
 
 
@@ -76,6 +69,22 @@ def test_cpu_cluster(tmp_path: Path, name: str) -> None:
     run = Run(recipe=made.recipe, recipe_file=Path("toy.yaml"), runs_dir=Path("runs"))
     cluster = load_cluster(CLUSTERS / "small_cpu.yaml")
     check_golden(f"cpu_{name}.sbatch", render(run, toy_architecture(), cluster, name, place_of(run)))
+
+
+def test_experts_that_are_made_without_training_are_one_step(tmp_path: Path) -> None:
+    made = {method: make_run(tmp_path, expert_training__method=method) for method in ("l0", "obs")}
+    cluster = load_cluster(CLUSTERS / "small_cpu.yaml")
+    texts = {
+        method: render(run, toy_architecture(), cluster, "experts", place_of(run))
+        for method, run in made.items()
+    }
+    assert "#SBATCH --array=" in texts["obs"]
+    assert '--index "$SLURM_ARRAY_TASK_ID"' in texts["obs"]
+    for word in ("--phase prepare", "torch.distributed.run"):
+        assert word in texts["l0"]
+        assert word not in texts["obs"]
+    done = subprocess.run(["bash", "-n"], input=texts["obs"], text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("cluster", sorted(CLUSTERS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -146,20 +155,16 @@ def test_scripts_for_use_by_hand_are_what_the_code_renders() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "changes"),
-    [
-        ("plain", {"parallel": NODES_64, "sequences_per_domain": 8}),
-        ("pyxis_infiniband", {}),
-        ("small_cpu", {}),
-    ],
+    ("cluster", "gpus"),
+    [("plain", 512), ("pyxis_infiniband", 64), ("small_cpu", 8)],
+    ids=lambda value: str(value),
 )
-def test_dry_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, changes: dict[str, Any]
-) -> None:
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, gpus: int) -> None:
+    """The one of 64 nodes was read by eye, number by number."""
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
     request = Request(
-        run=llama(**changes),
+        run=Run(recipe=recipe_on("llama3_8b", gpus), recipe_file=LLAMA, runs_dir=Path("runs")),
         selected=selection(None, None),
         cluster=load_cluster(CLUSTERS / f"{cluster}.yaml"),
         cluster_file=Path(f"slurm/clusters/{cluster}.yaml"),
@@ -180,3 +185,17 @@ def test_a_layout_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in str(caught.value)
     check_memory(recipe, cluster.model_copy(update={"gpu": None}), selection("moe", "moe"))
     check_memory(recipe, cluster, selection("export", None))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said", "expected"), [(64, None, 32), (512, None, 64), (8, None, 4), (64, 5, 5), (None, None, 8)]
+)
+def test_experts_at_once(gpus: int | None, said: int | None, expected: int) -> None:
+    """Two GPUs for each expert on 8 and 64 GPUs, eight on 512; 64 experts."""
+    recipe = recipe_on("llama3_8b", gpus or 64)
+    if gpus is None:
+        recipe = recipe.model_copy(update={"gpus": None})
+    cluster = Cluster(gpus_per_node=8, cpus_per_node=96, experts_at_once=said)
+    assert experts_at_once(recipe, cluster) == expected
+    run = Run(recipe=recipe, recipe_file=LLAMA, runs_dir=Path("runs"))
+    assert f"#SBATCH --array=0-63%{expected}\n" in text_of(run, cluster, "experts")

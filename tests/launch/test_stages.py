@@ -77,7 +77,7 @@ def test_stage_declares_every_setting_that_its_code_reads(folder: str, stage: st
     pending = [stage]
     while pending:
         spec = spec_of(pending.pop())
-        declared |= set(spec.settings)
+        declared |= {*spec.settings, *spec.added}
         pending += spec.inputs
     for file in sorted((PACKAGE / folder).glob("*.py")):
         for path in recipe_reads(ast.parse(file.read_text(encoding="utf-8"))):

@@ -4,14 +4,18 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
+from gpu_readiness.models_7b import GPUS as GPU_COUNTS
+from gpu_readiness.models_7b import recipe_on, recipe_text
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.plan import make_plan, recipe_keys
+from megatron_l0moe.launch.plan_tables import layout_block
 from megatron_l0moe.launch.preflight import check_sizes
 from megatron_l0moe.planning import cost
 from megatron_l0moe.planning.activations import Workload
 from megatron_l0moe.planning.flops import Recompute
-from megatron_l0moe.planning.hardware import GIB, GPUS, find_gpu
+from megatron_l0moe.planning.hardware import GIB, GPUS, GPUS_PER_NODE, find_gpu
 from megatron_l0moe.planning.layout_rules import problem
 from megatron_l0moe.planning.layouts import parse_layout
 from megatron_l0moe.planning.memory import peak_memory
@@ -48,13 +52,40 @@ def test_proposals_obey_the_rules_and_fit(name: str, gpus: int) -> None:
             raw = recipe.model_dump()
             section = raw[stage.section]
             keys = recipe_keys(one)
-            flags = {key: value for key, value in section["flags"].items() if "recompute" not in key}
-            raw[stage.section] = section | {"parallel": keys["parallel"], "flags": flags | keys["flags"]}
+            raw[stage.section] = section | keys | {"flags": section["flags"] | keys.get("flags", {})}
             changed = Recipe.model_validate(raw)
             check_sizes(changed, plan.dense.architecture)
             assert changed.parallel(stage.section).layout == one.layout
             mine = next(s for s in make_plan(changed, gpu=H100).stages if s.section == stage.section)
             assert (mine.excess, mine.mine.memory) == (0.0, one.memory)
+
+
+@pytest.mark.parametrize("gpus", GPU_COUNTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_recipes_have_the_fastest(name: str, gpus: int) -> None:
+    """The recipe says, word by word, what plan prints; plan of it says that it fits; and it is what a job gets."""
+    plan = make_plan(recipe_on(name, gpus), gpu=H100, gpus=gpus)
+    block = layout_block(plan)
+    assert "\n".join([*block, ""]) in recipe_text(name, gpus)
+    assert plan.problem() is None
+    for stage in plan.stages:
+        assert stage.excess == 0.0
+        assert stage.proposals is not None
+        fastest = stage.proposals.fitting[0]
+        assert (stage.mine.layout, stage.mine.recompute) == (fastest.layout, fastest.recompute)
+        assert stage.mine.layout.processes <= gpus
+    experts, moe = (stage.mine.hours for stage in plan.stages)
+    cost = f"{(experts + moe) * gpus:,.0f} | {sum(stage.gpu_hours for stage in plan.stages):,.0f}"
+    row = f"| {name} | {gpus} | {experts:.1f} | {moe:.1f} | {cost} |"
+    assert row in (EXAMPLES.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+    at_once = plan.recipe.expert_training.at_once
+    assert at_once * plan.recipe.expert_training.parallel.processes == GPUS_PER_NODE
+
+
+def test_every_layout_of_a_recipe_is_one_of_these() -> None:
+    for name in NAMES:
+        raw = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert tuple(raw["layouts"]) == GPU_COUNTS
 
 
 def _cell(one: Candidate) -> str:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.recipe_sections import BenchmarkSection
 from megatron_l0moe.reports.collect import collect
 from megatron_l0moe.reports.page import escape, lookup, render, show
@@ -194,3 +195,36 @@ def test_show(value, form, text):
 
 def test_pointer_with_slash_and_tilde():
     assert lookup({"a/b~c": [1, 2]}, f"/{escape('a/b~c')}/1") == 2
+
+
+def test_experts_made_without_training(made_up_run):
+    """No curves of trainings that there were not, no training tokens, and the method's own numbers."""
+    recipe, run = made_up_run
+    raw = recipe.model_dump()
+    raw["expert_training"]["method"] = "obs"
+    constructed = Recipe.model_validate(raw)
+    for k in range(recipe.model.num_experts):
+        folder = run / "experts" / f"{k:03d}"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        layers = {"2": {"relative_error": 0.25}}
+        manifest["numbers"] = {
+            "calibration_tokens": 640,
+            "calibration_loss": 2.0,
+            "layers": layers,
+            "seconds": 3.5,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "metrics.jsonl").unlink()
+    summary = build_summary(collect(constructed, run))
+    assert summary["tokens"]["expert"] == 0
+    assert summary["construction"]["calibration_tokens"] == 640 * recipe.model.num_experts
+    assert summary["construction"]["layers"][0] == layers
+    assert summary["seconds"]["experts"] == [3.5] * recipe.model.num_experts
+    plots = draw(summary)
+    assert {"retention", "expert_losses"}.isdisjoint(plots)
+    text = render(summary, plots)
+    assert "Made without training, by the method" in text
+    assert "learned L0 masks" not in text
+    assert len(summary_lines(summary)) == 5
+    with pytest.raises(L0MoEError, match=r"metrics\.jsonl is missing"):  # control: of method l0
+        collect(recipe, run)

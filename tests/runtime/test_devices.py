@@ -82,3 +82,25 @@ def test_energy_in_joules_of_the_first_visible_gpu(driver, monkeypatch):
 def test_no_energy_without_a_gpu(driver):
     driver(None)
     assert devices.energy_meter() is None
+
+
+def test_name_of_the_first_visible_gpu(driver, monkeypatch):
+    driver(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    fake = sys.modules["pynvml"]
+    fake.nvmlDeviceGetHandleByIndex = lambda index: index
+    fake.nvmlDeviceGetName = lambda handle: f"GPU {handle}".encode()
+    assert devices.gpu_name() == "GPU 1"
+    fake.nvmlDeviceGetName = lambda handle: "NVIDIA H200"
+    assert devices.gpu_name() == "NVIDIA H200"
+
+    def refuse(handle: int) -> str:
+        raise fake.NVMLError
+
+    fake.nvmlDeviceGetName = refuse
+    assert devices.gpu_name() is None
+
+
+def test_no_name_without_a_gpu(driver):
+    driver(None)
+    assert devices.gpu_name() is None

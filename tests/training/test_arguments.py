@@ -71,14 +71,31 @@ def test_flags_reach_the_configs(parser):
         (("--l0-stage", "expert", "--l0-expert-ffn", "65"), r"--l0-expert-ffn \(65\) must lie between 1"),
         (("--l0-dense-layers", "5"), r"--l0-dense-layers \(5\) must be at most --num-layers \(4\)"),
         (("--l0-stage", "moe"), "--l0-stage moe needs --num-experts"),
+        (("--l0-domain-load-interval", "-1"), "l0_domain_load_interval must be at least 0, got -1"),
         (("--l0-stretch-low", "0.1"), "l0_stretch_low must be below 0"),
         (("--l0-stage", "expert", "--l0-expert-ffn", "8", "--fp16"), "neither --fp16 nor"),
+        (
+            ("--l0-stage", "dsmoe", "--l0-blocks", "7"),
+            r"--l0-blocks \(7\) must divide .* \(64\), .* nearest .* is 8",
+        ),
+        (("--l0-stage", "dsmoe", "--l0-blocks", "1"), "l0_blocks must be at least 2, got 1"),
+        (("--l0-stage", "dsmoe", "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
+        (("--l0-stage", "dsmoe", "--calculate-per-token-loss"), "does not take --calculate-per-token-loss"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(parser, words, message):
     with pytest.raises(L0MoEError, match=message) as caught:
         arguments.settings_from_args(parse(parser, *words))
     assert str(caught.value).count("\n") == 0
+
+
+def test_blocks_are_cut_out_of_dense_layers_only(parser):
+    args = parse(parser, "--l0-stage", "dsmoe")
+    stored = arguments.settings_as_dict(arguments.settings_from_args(args))
+    assert (stored["stage"], stored["l0_blocks"], stored["l0_block_threshold"]) == ("dsmoe", 8, 0.5)
+    args.num_experts = 4
+    with pytest.raises(L0MoEError, match=r"takes no --num-experts \(4\)"):
+        arguments.settings_from_args(args)
 
 
 def test_masks_only_needs_a_freeze(parser):

@@ -25,9 +25,10 @@ def write_keys(folder: Path, keys: set[str]) -> argparse.Namespace:
     return argparse.Namespace(pretrained_checkpoint=str(folder))
 
 
-def test_dense_weights_start_the_expert_stage(tmp_path):
+@pytest.mark.parametrize("stage", ["expert", "dsmoe"])
+def test_dense_weights_start_the_stage(tmp_path, stage):
     args = write_keys(tmp_path, checkpoint_start.model_keys(models.build("dense")))
-    checkpoint_start.check_keys([models.build("expert")], args)
+    checkpoint_start.check_keys([models.build(stage)], args)
 
 
 def test_a_missing_weight_is_named(tmp_path):

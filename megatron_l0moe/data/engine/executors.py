@@ -3,29 +3,15 @@
 import contextlib
 import logging
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import multiprocess
 from datatrove.executor.local import LocalPipelineExecutor
 
 from megatron_l0moe.data.engine.step import UnitStep
-from megatron_l0moe.data.engine.watch import completion_file, task_states
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import ExecutorSection
 from megatron_l0moe.runtime.devices import visible_gpus
-
-logger = logging.getLogger(__name__)
-
-POLL_SECONDS = 10.0
-"""Between two looks at what a Slurm array has done."""
-SAY_SECONDS = 60.0
-PATIENCE_POLLS = 3
-"""Looks after the end of a Slurm job: a shared file system may show its last files late."""
 
 
 def execute(step: UnitStep, section: ExecutorSection, tasks: int, *, takes_gpu: bool) -> None:
@@ -42,7 +28,9 @@ def execute(step: UnitStep, section: ExecutorSection, tasks: int, *, takes_gpu: 
     elif section.kind == "ray":
         _run_ray(step, section, tasks, takes_gpu=takes_gpu)
     else:
-        _run_slurm(step, section, tasks, takes_gpu=takes_gpu)
+        from megatron_l0moe.data.engine.slurm_array import run_array
+
+        run_array(step, section, tasks, logs=_logs(step), takes_gpu=takes_gpu)
 
 
 @contextlib.contextmanager
@@ -119,80 +107,6 @@ def _run_ray(step: UnitStep, section: ExecutorSection, tasks: int, *, takes_gpu:
         mem_per_cpu_gb=section.mem_per_cpu_gb,
         gpus_per_task=section.gpus_per_task if takes_gpu else 0,
     ).run()
-
-
-def _run_slurm(step: UnitStep, section: ExecutorSection, tasks: int, *, takes_gpu: bool) -> None:
-    """Submit a job array, or find the one that an earlier driver submitted, and wait for it."""
-    from datatrove.executor.slurm import SlurmPipelineExecutor
-
-    assert section.slurm, "the recipe was checked"
-    note = step.folder / "slurm_job"
-    job = note.read_text(encoding="utf-8").strip() if note.is_file() else ""
-    if not (job and _is_queued(job)):
-        executor = SlurmPipelineExecutor(
-            [step],
-            tasks=tasks,
-            time=section.slurm.time,
-            partition=section.slurm.partition,
-            cpus_per_task=section.cpus_per_task,
-            mem_per_cpu_gb=section.mem_per_cpu_gb,
-            gpus_per_task=section.gpus_per_task if takes_gpu else 0,
-            workers=section.workers,
-            job_name=f"l0moe-{step.name}",
-            qos=section.slurm.qos,
-            env_command=section.slurm.environment or f'export PATH="{Path(sys.executable).parent}:$PATH"',
-            sbatch_args=dict(section.slurm.sbatch),
-            logging_dir=_logs(step),
-        )
-        try:
-            executor.run()
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise L0MoEError(
-                f"sbatch could not submit the tasks of {step.name} ({error}); correct data.executor, or start curate "
-                "where Slurm's commands are."
-            ) from error
-        job = str(executor.job_id)
-        write_text(note, job)
-    _wait(step, job, tasks)
-
-
-def _wait(step: UnitStep, job: str, tasks: int) -> None:
-    """Wait until every task of a job array has its completion marker.
-
-    Raises:
-        L0MoEError: the job is gone and some are not done.
-    """
-    said, gone = -SAY_SECONDS, 0
-    while missing := [rank for rank in range(tasks) if not completion_file(step.folder, rank).exists()]:
-        if any((step.folder / "errors").glob("[0-9]*.json")):
-            subprocess.run(["scancel", job], check=False, capture_output=True)
-            return  # the caller tells what it was
-        gone = 0 if _is_queued(job) else gone + 1
-        if gone > PATIENCE_POLLS:
-            raise L0MoEError(
-                f"Slurm job {job} ended with {len(missing)} of {tasks} task(s) of {step.name} not done (the first is "
-                f"task {missing[0]}); see {_logs(step)}/slurm_logs, and run the same command to go on."
-            )
-        if time.monotonic() - said >= SAY_SECONDS:
-            said = time.monotonic()
-            logger.info(
-                "waiting for Slurm job %s: %d of %d tasks of %s done, %d started",
-                *(job, tasks - len(missing), tasks, step.name, len(task_states(step.folder))),
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def _is_queued(job: str) -> bool:
-    """Say whether Slurm still knows a job as waiting or running; a Slurm that does not answer is given time."""
-    try:
-        answer = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return False
-    if answer.returncode:
-        return "invalid job id" not in answer.stderr.lower()
-    return bool(answer.stdout.strip())
 
 
 def _check_resources(section: ExecutorSection, have: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from data.engine import worlds
 
 from megatron_l0moe.data.curate import curate
-from megatron_l0moe.data.engine import executors, watch
+from megatron_l0moe.data.engine import executors, slurm_array, watch
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import ExecutorSection
 
@@ -52,14 +52,12 @@ done
 echo "$*" >> "$FAKE_SLURM/submitted"
 job=$(wc -l < "$FAKE_SLURM/submitted")
 cp "$script" "$FAKE_SLURM/$job.sh"
-if ! grep -q merge_stats "$FAKE_SLURM/$job.sh"; then
-  last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
-  touch "$FAKE_SLURM/$job.queued"
-  export SLURM_JOB_ID=$job SLURM_NODELIST=n1
-  ( for i in $(seq 0 "$last"); do
-      SLURM_ARRAY_TASK_ID=$i bash "$FAKE_SLURM/$job.sh" >> "$FAKE_SLURM/$job.log" 2>&1
-    done; rm "$FAKE_SLURM/$job.queued" ) > /dev/null 2>&1 &
-fi
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+touch "$FAKE_SLURM/$job.queued"
+export SLURM_JOB_ID=$job SLURM_NODELIST=n1
+( for i in $(seq 0 "$last"); do
+    SLURM_ARRAY_TASK_ID=$i bash "$FAKE_SLURM/$job.sh" >> "$FAKE_SLURM/$job.log" 2>&1
+  done; rm "$FAKE_SLURM/$job.queued" ) > /dev/null 2>&1 &
 echo "Submitted batch job $job"
 """
 SQUEUE = '#!/bin/bash\n[ -e "$FAKE_SLURM/${!#}.queued" ] && echo "${!#} RUNNING"\nexit 0\n'
@@ -83,7 +81,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (commands / name).chmod(0o755)
     monkeypatch.setenv("FAKE_SLURM", str(state))
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    monkeypatch.setattr(executors, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(slurm_array, "POLL_SECONDS", 0.2)
     return state
 
 
@@ -98,9 +96,7 @@ def test_slurm(expected, recipe_with, tmp_path: Path, slurm: Path, caplog) -> No
     caplog.set_level("INFO")
     curate(recipe_with(executor=SLURM), tmp_path / "out")
     assert worlds.checksums(tmp_path / "out") == expected
-    scripts = {
-        f.stem: f.read_text().splitlines() for f in slurm.glob("*.sh") if "merge_stats" not in f.read_text()
-    }
+    scripts = {f.stem: f.read_text().splitlines() for f in slurm.glob("*.sh")}
     assert len(scripts) == 3
     scan = next(lines for lines in scripts.values() if "#SBATCH --job-name=l0moe-scan" in lines)
     wanted = {
@@ -136,7 +132,7 @@ def test_a_driver_that_comes_back_waits_for_the_job_that_runs(
     with pytest.raises(L0MoEError, match="Slurm job 1 ended"):
         curate(recipe_with(executor=section), out)
     assert (slurm / "submitted").read_text() == submitted
-    with pytest.raises(L0MoEError, match="Slurm job 3 ended"):  # 2 is datatrove's merging of its counts
+    with pytest.raises(L0MoEError, match="Slurm job 2 ended"):
         curate(recipe_with(executor=section), out)
 
 

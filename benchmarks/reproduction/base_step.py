@@ -1,0 +1,123 @@
+"""Steps `tokens` and `base`: a plain shuffled stream over all domains, and the dense base trained on it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from settings import Place, TrainingSettings
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.conversion.export import export_dense
+from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.data.heldout import hold_out, write_heldout
+from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
+from megatron_l0moe.data.indexed import CorpusTokenizer, describe_shard, write_documents
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
+from megatron_l0moe.launch.run import run_command
+
+STREAM = "stream"
+
+
+def make_tokens(place: Place, out: Path) -> dict[str, object]:
+    """Write the base's index `stream` and heldout.jsonl."""
+    data, base = place.settings.data, place.settings.base
+    tokenizer = CorpusTokenizer.load(place.root / "tokenizer")
+    held = scan_corpus(place.root / "corpus" / "heldout")
+    split = hold_out(
+        held,
+        tokenizer,
+        tokens_per_domain=data.heldout_tokens_per_domain,
+        seq_length=data.seq_length,
+        seed=base.seed,
+    )
+    # the cluster column: no clustering is known to the base, so it is the source domain
+    write_heldout(out / "heldout.jsonl", split.sequences, [s.domain for s in split.sequences], held.domains)
+    catalog = scan_corpus(place.root / "corpus" / "train")
+    samples = base.steps * base.global_batch_size
+    numbers = write_stream(catalog, tokenizer, out, samples, data.seq_length, seed=base.seed)
+    return {**numbers, "heldout_sequences": len(split.sequences)}
+
+
+def write_stream(
+    catalog: Catalog, tokenizer: CorpusTokenizer, out: Path, samples: int, seq_length: int, *, seed: int
+) -> dict[str, object]:
+    """Write an index of one domain: all documents in a random order, again in another one as often as needed."""
+    limit = int(catalog.column("chars").max()) + 1  # a token has at least one byte: nothing is cut by tokens
+    everything = np.arange(len(catalog))
+    texts = ((i, document.text, 4 * limit) for i, document in read_documents(catalog, everything))
+    written = write_documents(out / "shard", texts, tokenizer, lambda count: None)
+    lengths = np.array([length for _, length in written], dtype=np.int64)
+    epochs = math.ceil((samples * seq_length + 1) / int(lengths.sum()))
+    order = np.concatenate(
+        [np.random.default_rng((seed, e)).permutation(len(lengths)) for e in range(epochs)]
+    )
+    docs = np.zeros(len(order), dtype=DOC)
+    docs["doc"] = order
+    write_index(
+        out / STREAM,
+        [
+            IterationBlock(
+                0, [describe_shard(out / "shard", out)], [ClusterBlock(0, docs, lengths[order])], samples
+            )
+        ],
+        kind="expert",  # an index of one stream of sequences, as an expert run reads
+        d_ds=[],
+        num_domains=1,
+        iterations=1,
+        seq_length=seq_length,
+        sequences_per_domain=1,
+        rotate=False,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+    )
+    used = samples * seq_length
+    return {"corpus_tokens": int(lengths.sum()), "tokens": used, "epochs": used / int(lengths.sum())}
+
+
+def train_and_export(
+    folder: Path,
+    model: Path,
+    index: Path,
+    training: TrainingSettings,
+    seq_length: int,
+    *,
+    start: Path | None = None,
+) -> dict[str, object]:
+    """Train a dense model with Megatron's loop, from its last checkpoint if it has one, and write folder/hf.
+
+    Args:
+        folder: takes checkpoints/, metrics.jsonl, train.log, hf/.
+        model: Hugging Face folder of config and tokenizer.
+        index: prefix of a sample index.
+        training: steps, batches, rates.
+        seq_length: of the index.
+        start: Megatron checkpoint to begin with; None: random weights.
+    """
+    job = dense_job(
+        DenseTraining(
+            folder=folder,
+            index=index,
+            start=start,
+            seq_length=seq_length,
+            **training.model_dump(),
+        ),
+        Architecture.from_hf(model),
+    )
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    if not _is_at(tracker, training.steps):
+        run_command(job.command, log=folder / "train.log", env=job.env)
+    if not _is_at(tracker, training.steps):
+        raise L0MoEError(
+            f"Training in {folder} ended before step {training.steps}; run the same command to go on."
+        )
+    if (folder / "hf" / "config.json").is_file():  # written last
+        return {}
+    for file in (folder / "hf").glob("*"):
+        file.unlink()
+    return export_dense(folder / "checkpoints", model, folder / "hf")
+
+
+def _is_at(tracker: Path, steps: int) -> bool:
+    return tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == str(steps)

@@ -1,0 +1,171 @@
+"""Step `methods`: every run of the table, from the same base, and its held-out perplexity."""
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from base_step import STREAM, train_and_export
+from joined_index import join
+from runs_table import Case, RunsTable, chain_run
+from settings import Place
+from steps import do
+from tokenizer_step import llama_config
+
+from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_dense
+from megatron_l0moe.data.manifest import MARKER, Stage, is_done, write_json, write_text
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.run import run_command
+from megatron_l0moe.launch.stages import Run, stages
+from megatron_l0moe.planning.parameters import count_parameters
+from megatron_l0moe.recipe import section_hash
+
+logger = logging.getLogger(__name__)
+
+CONVERTED = "converted"
+"""Written when the conversion is whole."""
+
+
+def run_case(place: Place, table: RunsTable, case: Case) -> None:
+    """Do one run of the table, as far as it is not done."""
+    run = chain_run(place, table, case)
+    if case.settings.kind == "l0moe":
+        _chain(place, run, until="export")
+        measure(place, case.name, run.stage_folder("export"), tokens_of(run))
+        return
+    _chain(place, run, until="curate")
+    model = place.root / "base"
+    if case.settings.kind == "dense-small":
+        model = pretrained_small(place, run)
+    _further(place, table, case, run, model)
+
+
+def tokens_of(run: Run) -> int:
+    """Return the tokens that an L0-MoE run learns from: K expert runs, then MoE training."""
+    recipe = run.recipe
+    expert = recipe.model.num_experts * recipe.expert_steps * recipe.expert_training.global_batch_size
+    return (expert + recipe.moe_steps * recipe.moe_global_batch_size) * recipe.data.seq_length
+
+
+def mean_active_ffn(run: Run, place: Place) -> int:
+    """Return the units that serve a token in a layer of the L0-MoE, as a mean over the layers.
+
+    Raises:
+        L0MoEError: it is no whole number, so no dense model of one width has it.
+    """
+    model, base = run.recipe.model, place.settings.model
+    units = (
+        model.dense_layers * base.ffn + (base.layers - model.dense_layers) * model.top_k * model.expert_ffn
+    )
+    if units % base.layers:
+        raise L0MoEError(
+            f"The L0-MoE's {units} active units do not spread evenly over {base.layers} layers, so no dense-small has "
+            "them; change model.dense_layers or model.expert_ffn."
+        )
+    return units // base.layers
+
+
+def pretrained_small(place: Place, run: Run) -> Path:
+    """Pretrain a dense model of the L0-MoE's active width exactly as the base was; return its folder."""
+    width = mean_active_ffn(run, place)
+    model = place.settings.model.model_copy(update={"ffn": width})
+    base = place.settings.base
+    asked = section_hash(model, base.model_dump(exclude={"save_interval"}))
+    inputs = (place.root / "tokenizer", place.root / "tokens")
+    stage = Stage("dense-small", place.root / "methods" / f"dense-small-{width}", asked, inputs)
+
+    def work(out: Path) -> dict[str, object]:
+        untrained = out / "untrained"
+        shutil.copytree(place.root / "tokenizer", untrained, dirs_exist_ok=True)
+        config = json.loads((untrained / "config.json").read_text(encoding="utf-8"))
+        seq_length = place.settings.data.seq_length
+        changed = llama_config(model, config["vocab_size"], seq_length, config["eos_token_id"])
+        write_json(untrained / "config.json", changed)
+        return train_and_export(out, untrained, place.root / "tokens" / STREAM, base, seq_length)
+
+    do(stage, "resume", work)
+    return stage.folder
+
+
+def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) -> None:
+    """Train a dense model on the sequences of an L0-MoE run."""
+    seq_length = run.recipe.data.seq_length
+    sequences = tokens_of(run) // seq_length
+    # a last batch that would not be full is left out
+    training = table.dense.training(sequences // table.dense.global_batch_size, case.seed)
+    asked = section_hash(case.settings.kind, training.model_dump(exclude={"save_interval"}))
+    stage = Stage(case.name, run.folder / "dense", asked, (model, run.stage_folder("curate")))
+
+    def work(out: Path) -> dict[str, object]:
+        start = out / "start"
+        if not (start / CONVERTED).is_file():
+            shutil.rmtree(start, ignore_errors=True)
+            convert_dense(model / "hf", start)
+            write_text(start / CONVERTED, "")
+        found = join(run.stage_folder("curate"), run.recipe.model.num_experts, out / "stream")
+        assert found == sequences, f"{found} sequences in the index, {sequences} expected"
+        return train_and_export(
+            out, model / "hf", out / "stream", training, seq_length, start=start / MEGATRON_FOLDER
+        )
+
+    do(stage, "resume", work)
+    used = training.steps * training.global_batch_size * seq_length
+    measure(place, case.name, stage.folder / "hf", used)
+
+
+def _chain(place: Place, run: Run, *, until: str) -> None:
+    """Run the chain in a process of its own; what another run curated with the same settings is taken over."""
+    _take_over_curate(place, run)
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_l0moe",
+        "run",
+        str(run.recipe_file),
+        "--runs-dir",
+        str(run.runs_dir),
+    ]
+    first = ["--from", "curate"] if until == "curate" else []  # the yardsticks need the data alone
+    logger.info("%s: the chain until %s ...", run.recipe.name, until)
+    run_command([*words, *first, "--until", until], log=run.runs_dir / f"{run.recipe.name}.log")
+
+
+def _take_over_curate(place: Place, run: Run) -> None:
+    (own,) = stages(run, "curate")
+    if is_done(own):
+        return
+    for marker in sorted((place.root / "methods").glob(f"*/curate/{MARKER}")):
+        if marker.read_text(encoding="utf-8").strip() == own.config_hash:
+            logger.info("%s: data of %s", run.recipe.name, marker.parent.parent.name)
+            partial = own.folder.with_name(".curate")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(own.folder, ignore_errors=True)
+            shutil.copytree(marker.parent, partial, copy_function=os.link)
+            partial.rename(own.folder)
+            return
+
+
+def measure(place: Place, name: str, model: Path, tokens: int) -> None:
+    """Write results/NAME.json: perplexity on the common held-out sequences, parameters, tokens."""
+    from megatron_l0moe.evaluation.hardware import describe_machine
+    from megatron_l0moe.evaluation.perplexity import perplexity
+
+    heldout = place.root / "tokens"
+
+    def work(out: Path) -> dict[str, object]:
+        table = perplexity(model, heldout / "heldout.jsonl", batch=16)
+        counts = count_parameters(json.loads((model / "config.json").read_text(encoding="utf-8")))
+        result = {
+            "perplexity": table.to_json(),
+            "tokens": tokens,
+            "parameters": counts.total,
+            "active_parameters": counts.active,
+            "machine": describe_machine(device="cpu", threads=1),
+        }
+        write_json(out / "result.json", result)
+        return {}
+
+    made = model.parent if model.name == "hf" else model  # the folder that has a manifest
+    do(Stage(name, place.root / "results" / name, section_hash(tokens), (made, heldout)), "clear", work)

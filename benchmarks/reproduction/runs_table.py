@@ -1,0 +1,105 @@
+"""What runs.yaml holds: rows of methods and their seeds, each a change of one common recipe."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+from settings import Place, TrainingSettings, parse
+
+from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe_sections import Flags, RecipePart
+
+Kind = Literal["l0moe", "dense-further", "dense-small"]
+
+
+class Row(RecipePart):
+    """One method."""
+
+    kind: Kind = "l0moe"
+    """dense-further: the base, trained on. dense-small: a dense model of the L0-MoE's active width."""
+    seeds: list[int] | None = Field(default=None, min_length=1)
+    recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Changes of the common recipe, section by section; of a yardstick, of the L0-MoE that it is compared with."""
+
+
+class DenseSettings(RecipePart):
+    """Training of the yardsticks; their steps follow from the L0-MoE's tokens."""
+
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    warmup_share: float = Field(ge=0, lt=1)
+    save_interval: int = Field(ge=1)
+    flags: Flags = Field(default_factory=dict)
+
+    def training(self, steps: int, seed: int) -> TrainingSettings:
+        """Return the settings of one run."""
+        return TrainingSettings(**self.model_dump(), steps=steps, seed=seed)
+
+
+class RunsTable(RecipePart):
+    """All rows."""
+
+    seeds: list[int] = Field(min_length=1)
+    recipe: dict[str, dict[str, Any]]
+    dense: DenseSettings
+    rows: dict[str, Row]
+
+    def cases(self, only: list[str] | None = None) -> list["Case"]:
+        """Return the runs of all rows, or of those named, one seed of every row before the next seed.
+
+        Raises:
+            L0MoEError: a name is no row.
+        """
+        for name in only or []:
+            if name not in self.rows:
+                raise L0MoEError(f"runs.yaml has no row {name!r}; its rows are {', '.join(self.rows)}.")
+        names = only or list(self.rows)
+        cases = [
+            Case(name, seed, self.rows[name])
+            for name in names
+            for seed in self.rows[name].seeds or self.seeds
+        ]
+        return sorted(cases, key=lambda case: (case.seed, names.index(case.row)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    row: str
+    seed: int
+    settings: Row
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its result."""
+        return f"{self.row}-{self.seed}"
+
+
+def load_table(file: Path) -> RunsTable:
+    """Read runs.yaml."""
+    return parse(RunsTable, file)
+
+
+def chain_run(place: Place, table: RunsTable, case: Case) -> Run:
+    """Return the chain's run of a case, its recipe written to methods/NAME.yaml.
+
+    Raises:
+        L0MoEError: the recipe is not valid.
+    """
+    recipe = copy.deepcopy(table.recipe)
+    for section, changes in case.settings.recipe.items():
+        recipe.setdefault(section, {}).update(changes)
+    recipe["model"]["path"] = str(place.base_model)
+    recipe["data"]["corpus"] = str(place.root / "corpus" / "train")
+    folder = place.root / "methods"
+    file = folder / f"{case.name}.yaml"
+    write_text(file, yaml.safe_dump({"name": case.name, "seed": case.seed, **recipe}, sort_keys=False))
+    return Run(recipe=load_recipe(file), recipe_file=file, runs_dir=folder)

@@ -1,0 +1,133 @@
+"""What settings.yaml holds, and where each step writes. Strict: an unknown key stops the program."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megatron_l0moe.data.manifest import Stage
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.recipe_sections import Flags, RecipePart
+
+
+class CorpusSettings(RecipePart):
+    """The split of the corpus, before any token is made."""
+
+    seed: int = 1
+    heldout_chars: int = Field(ge=1)
+    """Text of each domain that nothing is ever trained on, the tokenizer included."""
+    document_chars: int = Field(ge=100)
+    """Longer training documents are cut at line ends: clusters are made of documents."""
+
+
+class TokenizerSettings(RecipePart):
+    """Byte-level BPE."""
+
+    vocab_size: int = Field(ge=257)
+    chars_per_domain: int = Field(ge=1)
+    """Text of each domain that the merges are counted in."""
+
+
+class ModelSettings(RecipePart):
+    """The dense base, a Llama with tied embeddings."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+
+
+class TrainingSettings(RecipePart):
+    """One dense training run."""
+
+    steps: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    warmup_share: float = Field(ge=0, lt=1)
+    save_interval: int = Field(ge=1)
+    seed: int = 1
+    flags: Flags = Field(default_factory=dict)
+
+
+class DataSettings(RecipePart):
+    """Sequences, the same for every model."""
+
+    seq_length: int = Field(ge=8)
+    heldout_tokens_per_domain: int = Field(ge=1)
+
+
+class Settings(RecipePart):
+    """Everything but the table of runs."""
+
+    corpus: CorpusSettings
+    tokenizer: TokenizerSettings
+    model: ModelSettings
+    data: DataSettings
+    base: TrainingSettings
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder that everything is written to, with the settings that its steps must have been done with."""
+
+    root: Path
+    settings: Settings
+    source: Path
+    """Folder of the corpus as it was given."""
+
+    @property
+    def base_model(self) -> Path:
+        """Hugging Face folder of the trained base."""
+        return self.root / "base" / "hf"
+
+    def corpus(self) -> Stage:
+        """train/ and heldout/, a shard a domain."""
+        files = sorted((file.name, file.stat().st_size) for file in self.source.glob("*.jsonl*"))
+        if not files:
+            raise L0MoEError(
+                f"{self.source} holds no *.jsonl shards; give --corpus the folder of a corpus, see README.md."
+            )
+        return Stage("corpus", self.root / "corpus", section_hash(self.settings.corpus, files))
+
+    def tokenizer(self) -> Stage:
+        """The untrained model's folder: config.json and the tokenizer."""
+        asked = section_hash(self.settings.tokenizer, self.settings.model, self.settings.data.seq_length)
+        return Stage("tokenizer", self.root / "tokenizer", asked, (self.root / "corpus",))
+
+    def tokens(self) -> Stage:
+        """The base's sample index, and the held-out sequences on which every model is measured."""
+        base = self.settings.base
+        asked = section_hash(self.settings.data, base.steps * base.global_batch_size, base.seed)
+        return Stage("tokens", self.root / "tokens", asked, (self.root / "corpus", self.root / "tokenizer"))
+
+    def base(self) -> Stage:
+        """The base's training, and its export."""
+        asked = section_hash(self.settings.base.model_dump(exclude={"save_interval"}))
+        return Stage("base", self.root / "base", asked, (self.root / "tokens", self.root / "tokenizer"))
+
+
+def load_settings(file: Path) -> Settings:
+    """Read settings.yaml.
+
+    Raises:
+        L0MoEError: names the key that is wrong.
+    """
+    return parse(Settings, file)
+
+
+def parse[Part: RecipePart](kind: type[Part], file: Path) -> Part:
+    """Read a YAML file into a strict model."""
+    if not file.is_file():
+        raise L0MoEError(f"{file} does not exist.")
+    raw: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise L0MoEError(f"{file}: {where}: {first['msg']}.") from error

@@ -1,0 +1,108 @@
+"""Power, memory, utilisation, clocks and temperature of a node's GPUs over time, read from NVIDIA's driver.
+
+One thread of a node's first process appends to FOLDER/gpu/HOST.jsonl, one object for each GPU and sample:
+
+| name | meaning |
+|---|---|
+| time | seconds since 1970, UTC |
+| gpu | number or UUID, as in CUDA_VISIBLE_DEVICES |
+| power | watts |
+| memory | bytes in use, of all processes |
+| utilization | percent of the last second or less in which a kernel ran |
+| sm_clock, memory_clock | MHz |
+| temperature | degrees Celsius |
+
+A number that the driver does not give is null. Whatever fails here is logged once and never ends training. Not run on
+a GPU.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_l0moe.runtime.devices import gpu_handle, visible_gpu_names
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+"""How long training waits at its end for a sample that is being taken."""
+
+
+@contextlib.contextmanager
+def sampled(folder: Path, seconds: float) -> Iterator[None]:
+    """Sample while the block runs, in the first process of each node that has GPUs; elsewhere do nothing.
+
+    Args:
+        folder: of the training stage.
+        seconds: from one sample to the next; 0 for none.
+    """
+    thread = None
+    stop = threading.Event()
+    if seconds and os.environ.get("LOCAL_RANK", "0") == "0":
+        thread = threading.Thread(
+            target=_sample_until, args=(stop, folder / "gpu", seconds), name="gpu-sampling", daemon=True
+        )
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if thread:
+            thread.join(STOP_SECONDS)
+
+
+def _sample_until(stop: threading.Event, folder: Path, seconds: float) -> None:
+    """Sample now and then until `stop` is set; the last sample is taken at the end."""
+    try:
+        names = visible_gpu_names()
+        if not names:
+            return
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            handles = {name: gpu_handle(name) for name in names}
+            silent: set[str] = set()
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"{socket.gethostname()}.jsonl").open("a", encoding="utf-8") as file:
+                stopping = False
+                while True:
+                    for name, handle in handles.items():
+                        file.write(json.dumps(_sample(pynvml, name, handle, silent)) + "\n")
+                    file.flush()
+                    if stopping:
+                        return
+                    stopping = stop.wait(seconds)
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception as error:  # a driver that fails, a full disk: training goes on
+        logger.warning("The GPUs are not sampled any more (%s: %s).", type(error).__name__, error)
+
+
+def _sample(nvml: Any, name: str, handle: Any, silent: set[str]) -> dict[str, float | str | None]:
+    """Return one sample of one GPU; a sensor that cannot be read is null, and is named the first time."""
+    readers: dict[str, Callable[[], float]] = {
+        "power": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000.0,  # the driver counts milliwatts
+        "memory": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+        "utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "sm_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "memory_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+        "temperature": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+    }
+    sample: dict[str, float | str | None] = {"time": round(time.time(), 3), "gpu": name}
+    for key, read in readers.items():
+        try:
+            sample[key] = read()
+        except nvml.NVMLError as error:
+            sample[key] = None
+            if key not in silent:
+                silent.add(key)
+                logger.warning("GPU %s does not tell its %s (%s).", name, key, error)
+    return sample

@@ -1,0 +1,42 @@
+"""What the steps of curate do by units, in one call: a scanned corpus, a described shard of tokens."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_l0moe.data.catalog import Catalog, merge_scans, scan_shards
+from megatron_l0moe.data.corpus import Format, open_corpus
+from megatron_l0moe.data.index import Shard
+from megatron_l0moe.data.manifest import sha256_file
+from megatron_l0moe.recipe_sections import FilterSection
+
+
+def scan_corpus(
+    location: str | Path,
+    *,
+    form: Format = "auto",
+    filters: FilterSection | None = None,
+    max_quarantined: float = 0.0,
+    quarantine_file: Path | None = None,
+) -> Catalog:
+    """Scan a whole corpus in this process."""
+    settings = filters or FilterSection()
+    corpus = open_corpus(str(location), form)
+    part = scan_shards(corpus, range(len(corpus.shards)), settings, lambda count: None)
+    return merge_scans(
+        corpus, [part], settings, max_quarantined=max_quarantined, quarantine_file=quarantine_file
+    )
+
+
+def describe_shard(prefix: Path, folder: Path) -> Shard:
+    """Return the checksums and sizes of a shard, with its path relative to ``folder``."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(prefix))
+    return Shard(
+        path=prefix.relative_to(folder).as_posix(),
+        bin_sha256=sha256_file(Path(f"{prefix}.bin")),
+        idx_sha256=sha256_file(Path(f"{prefix}.idx")),
+        documents=len(dataset),
+        tokens=int(dataset.sequence_lengths.sum(dtype=np.int64)),
+    )
