@@ -94,6 +94,7 @@ def run(
         elif dry_run:
             typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
         else:
+            slurm_command.refuse_if_queued(this)
             pipeline.run_chain(this, first=first, last=last)
 
 

@@ -70,6 +70,14 @@ def cancel(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
         typer.echo(f"Cancelled: {', '.join(ended)}." if ended else f"No job of {folder} waits or runs.")
 
 
+def refuse_if_queued(run: "Run") -> None:
+    """Refuse to do a run here whose jobs are queued on a cluster."""
+    if (run.folder / "slurm" / "jobs.json").is_file():
+        from megatron_l0moe.launch import submit
+
+        submit.refuse_if_queued(run)
+
+
 def status(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
     """Show where each stage and each expert of a run is, and why something failed."""
     with one_sentence(runs_dir):

@@ -153,7 +153,7 @@ def begin(stage: Stage, restart: Restart) -> None:
         stage.folder.mkdir(parents=True, exist_ok=True)
         return
     started = stage.folder / STARTED
-    identity = _identity(stage)
+    check_started(stage)
     if not started.is_file():
         if stage.folder.is_dir() and any(stage.folder.iterdir()):
             raise L0MoEError(
@@ -161,8 +161,17 @@ def begin(stage: Stage, restart: Restart) -> None:
                 "them away, or remove the folder."
             )
         stage.folder.mkdir(parents=True, exist_ok=True)
-        write_text(started, identity + "\n")
-    elif started.read_text(encoding="utf-8").strip() != identity:
+        write_text(started, _identity(stage) + "\n")
+
+
+def check_started(stage: Stage) -> None:
+    """Check that unfinished work of a stage that can be resumed is this recipe's; its inputs must be finished.
+
+    Raises:
+        L0MoEError: it was started with other settings or inputs.
+    """
+    started = stage.folder / STARTED
+    if started.is_file() and started.read_text(encoding="utf-8").strip() != _identity(stage):
         raise L0MoEError(
             f"{stage.folder} holds unfinished work that was started with other settings or other inputs than this "
             f"recipe gives the stage {stage.name}; give the recipe another name, or remove {stage.folder}."

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_l0moe.data.manifest import is_done
+from megatron_l0moe.data.manifest import MARKER, check_started, is_done
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.slurm_commands import JobState
 from megatron_l0moe.launch.slurm_record import Record
@@ -70,7 +70,12 @@ def alive_tasks(record: Record, name: str, known: Mapping[str, JobState]) -> dic
 
 
 def _part(run: Run, spec: StageSpec, record: Record, known: Mapping[str, JobState]) -> Part:
-    missing = [k for k, stage in enumerate(stages(run, spec.name)) if not is_done(stage)]
+    wanted = stages(run, spec.name)
+    missing = [k for k, stage in enumerate(wanted) if not is_done(stage)]
+    if spec.restart == "resume":
+        for k in missing:
+            if all((folder / MARKER).is_file() for folder in wanted[k].inputs):
+                check_started(wanted[k])
     alive = alive_tasks(record, spec.name, known)
     return Part(
         spec=spec,

@@ -13,6 +13,7 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.layout_flags import layout_flags
+from megatron_l0moe.launch.owned_flags import NOT_IN_A_TRIAL, OWNED_BY_THE_CHAIN
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import Recipe
@@ -31,35 +32,6 @@ BALANCE_COEFFICIENT = 0.01
 """alpha of eq. 7."""
 Z_COEFFICIENT = 0.003
 """alpha * lambda of eq. 7 and eq. 3: 0.01 * 0.3."""
-OWNED_BY_THE_CHAIN = frozenset(
-    {
-        *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
-        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file", "l0-stop-file"),
-        "l0-train-weights",  # expert_training.train_weights
-        *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
-        *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
-        *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),
-        *("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage"),
-        *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
-        *("pipeline-model-parallel-layout", "no-overlap-p2p-communication"),
-        *("tokenizer-type", "vocab-size", "ckpt-format", "micro-batch-size", "train-samples", "finetune"),
-        # the exported layouts know softmax after top-k only
-        *("moe-router-pre-softmax", "moe-router-score-function", "moe-router-topk-scaling-factor"),
-        # end a job before its last step, with exit code 0
-        *("exit-interval", "exit-duration-in-mins", "exit-signal-handler"),
-    }
-)
-"""Flags that follow from the rest of the recipe or from the run folder, so `flags:` may not set them."""
-NOT_IN_A_TRIAL = frozenset(
-    {
-        *("bf16", "fp16", "fp8-format", "fp8-recipe"),  # their rounding would hide what a trial looks for
-        *("lr-warmup-iters", "lr-decay-iters", "lr-wsd-decay-iters"),  # count the steps of the whole stage
-        *("use-distributed-optimizer", "dist-ckpt-optim-fully-reshardable", "overlap-param-gather"),
-        "moe-token-dispatcher-type",
-        *("tensorboard-dir", "wandb-project", "wandb-exp-name"),
-    }
-)
-"""Flags of a recipe that a trial leaves out: precision, the stage's length, what a layout decides, what is written."""
 EXACT_FP32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 """For jobs whose fp32 numbers are compared: Transformer Engine multiplies fp32 matrices in TF32, which has 10 bits."""
 

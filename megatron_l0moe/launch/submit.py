@@ -57,6 +57,25 @@ def submit_chain(request: Request, say: Say) -> None:
         _submit(request, parts, before, record, say)
 
 
+def refuse_if_queued(run: Run) -> None:
+    """Refuse to work on a run here while jobs of it wait or run on a cluster.
+
+    Raises:
+        L0MoEError: they do.
+    """
+    record = read_record(run.folder)
+    try:
+        known = slurm_commands.states(dict.fromkeys(job.job for job in record.jobs))
+    except slurm_commands.SlurmUnreachableError as error:
+        logger.warning("Whether jobs of this run are queued is not known: %s", error)
+        return
+    if alive := [state.job for state in known.values() if state.alive]:
+        raise L0MoEError(
+            f"The run {run.recipe.name} is queued on Slurm ({_short(alive)}); wait for it, add --launcher slurm, or "
+            f"end its jobs with `l0moe cancel {run.folder}` first."
+        )
+
+
 def cancel_run(run_folder: Path) -> list[str]:
     """End all jobs of a run that still wait or run; returns them.
 

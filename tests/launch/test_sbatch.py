@@ -1,5 +1,6 @@
 """The batch scripts, word by word. After a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE."""
 
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -16,7 +17,10 @@ from megatron_l0moe.launch.cluster import Cluster, load_cluster
 from megatron_l0moe.launch.plan import find_architecture
 from megatron_l0moe.launch.resources import experts_at_once
 from megatron_l0moe.launch.sbatch import array_text, place_of, render
-from megatron_l0moe.launch.stages import STAGE_NAMES, Run
+from megatron_l0moe.launch.slurm_dryrun import show
+from megatron_l0moe.launch.slurm_preflight import check_memory
+from megatron_l0moe.launch.stages import STAGE_NAMES, Run, selection
+from megatron_l0moe.launch.submit import Request
 from megatron_l0moe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +138,53 @@ def test_words_for_the_shell_are_quoted() -> None:
     text = text_of(llama(), cluster, "moe")
     assert shlex.quote("([0]*8+[1]*24)") in text
     assert '--container-mounts="$PWD:$PWD,/shared/models:/shared/models,' in text
+
+
+def test_scripts_for_use_by_hand_are_what_the_code_renders() -> None:
+    """After a wanted change: python tools/render_slurm.py."""
+    spec = importlib.util.spec_from_file_location("render_slurm", ROOT / "tools" / "render_slurm.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    rendered = tool.texts()
+    kept = {str(file.relative_to(ROOT)): file for file in (ROOT / "slurm" / "llama3_8b").iterdir()}
+    assert kept.keys() == rendered.keys()
+    for name, text in rendered.items():
+        assert kept[name].read_text(encoding="utf-8") == text, name
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpus"),
+    [("plain", 512), ("pyxis_infiniband", 64), ("small_cpu", 8)],
+    ids=lambda value: str(value),
+)
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, gpus: int) -> None:
+    """The one of 64 nodes was read by eye, number by number."""
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    request = Request(
+        run=Run(recipe=recipe_on("llama3_8b", gpus), recipe_file=LLAMA, runs_dir=Path("runs")),
+        selected=selection(None, None),
+        cluster=load_cluster(CLUSTERS / f"{cluster}.yaml"),
+        cluster_file=Path(f"slurm/clusters/{cluster}.yaml"),
+    )
+    show(request, said.append)
+    check_golden(f"dry_run_{cluster}.txt", "\n".join(said) + "\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layout_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how much, and what would fit; and not where the cluster file does not name its GPU."""
+    monkeypatch.chdir(tmp_path)
+    parallel = {"processes": 8, "expert": 8, "expert_tensor": 1}
+    recipe = llama(parallel=parallel).recipe
+    cluster = load_cluster(CLUSTERS / "plain.yaml")
+    with pytest.raises(L0MoEError, match=r"^moe_training\.parallel: .*GiB") as caught:
+        check_memory(recipe, cluster, selection("moe", "moe"))
+    assert "\n" not in str(caught.value)
+    check_memory(recipe, cluster.model_copy(update={"gpu": None}), selection("moe", "moe"))
+    check_memory(recipe, cluster, selection("export", None))
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,8 @@ def test_reason_is_of_the_last_start(tmp_path: Path) -> None:
     file = tmp_path / "x.log"
     file.write_text(LOG)
     assert reason(file) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    file.write_text(f"{LOG}10:04:00 | moe: job 105 on n1, start 3\nno disk here\n")
+    assert reason(file) == "no disk here"
     sentence = "The corpus is too small; add text."
     file.write_text(
         f"{LOG}11:00:00 | curate: job 102 on n1, start 3\nValueError: handled\n{sentence}\n"

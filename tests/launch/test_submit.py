@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from fake_slurm import FakeSlurm, make_fake_slurm
 from toy_recipe import make_run, write_model
+from typer.testing import CliRunner
 
+from megatron_l0moe import cli
 from megatron_l0moe.data.manifest import begin, finish
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.cluster import Cluster
@@ -209,3 +211,50 @@ def test_cancel(run: Run, slurm: FakeSlurm) -> None:
     assert cancel_run(run.folder) == [str(number) for number in range(102, 109)]
     assert slurm.calls("scancel") == ["108 107 106 105 104 103 102"]
     assert cancel_run(run.folder) == []
+
+
+def test_unfinished_work_of_another_recipe(run: Run, slurm: FakeSlurm) -> None:
+    complete(run, "convert")
+    complete(run, "curate")
+    begin(stages(run, "experts")[2], "resume")
+    training = run.recipe.expert_training.model_copy(update={"learning_rate": 0.5})
+    recipe = run.recipe.model_copy(update={"expert_training": training})
+    other = Run(recipe=recipe, recipe_file=run.recipe_file, runs_dir=run.runs_dir)
+    with pytest.raises(L0MoEError, match=r"experts/002 holds unfinished work that was started with other"):
+        submit(other)
+    assert not slurm.calls("sbatch")
+    submit(run)
+
+
+def test_no_run_on_this_machine_beside_queued_jobs(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    command = ["run", str(run.recipe_file), "--runs-dir", str(run.runs_dir)]
+    refused = CliRunner().invoke(cli.app, command)
+    assert refused.exit_code == 2
+    assert "The run toy is queued on Slurm (jobs 101, 102" in refused.stderr
+    cancel_run(run.folder)
+    assert "queued on Slurm" not in CliRunner().invoke(cli.app, [*command, "--until", "convert"]).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--launcher", "slrum"], "There is no launcher 'slrum' (did you mean 'slurm'?)"),
+        (["--launcher", "slurm"], "--launcher slurm needs --cluster FILE"),
+        (["--cluster", "x.yaml"], "--cluster x.yaml means nothing without --launcher slurm"),
+        (["--launcher", "slurm", "--cluster", "x.yaml"], "Cluster file x.yaml does not exist"),
+    ],
+)
+def test_options(run: Run, words: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(cli.app, ["run", str(run.recipe_file), *words])
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+
+
+def test_no_such_run(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    for command in ("status", "cancel"):
+        done = CliRunner().invoke(cli.app, [command, "toi", "--runs-dir", str(run.runs_dir)])
+        assert done.exit_code == 2
+        assert "There is no run 'toi'" in done.stderr
+        assert "(did you mean 'toy'?)" in done.stderr
