@@ -39,13 +39,17 @@ wait_for() {
 
 # Run a command in the background and wait until it is really gone: `wait` returns early when a signal comes.
 run() {
-  local pid code=1
+  local pid code last
   "$@" &
   pid=$!
-  while kill -0 "$pid" 2> /dev/null; do
+  while true; do
     wait "$pid"
     code=$?
+    kill -0 "$pid" 2> /dev/null || break
   done
+  wait "$pid" 2> /dev/null # a signal may have come just before its end; 127: its code is known already
+  last=$?
+  if [ "$last" -ne 127 ]; then code=$last; fi
   return "$code"
 }
 

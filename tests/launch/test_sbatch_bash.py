@@ -11,6 +11,7 @@ from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.launch.cluster import Cluster
 from megatron_l0moe.launch.sbatch import place_of, render
+from megatron_l0moe.launch.sbatch_bash import FUNCTIONS
 
 SRUN = """#!/bin/bash
 case "$*" in
@@ -136,3 +137,14 @@ def test_a_late_file_is_waited_for_and_then_named(script: Path) -> None:
 def test_a_stage_that_is_done_is_left_alone(script: Path) -> None:
     (script.parent / "runs" / "toy" / "moe" / "DONE").touch()
     assert outcome(script)[:2] == (0, [])
+
+
+def test_the_exit_code_of_a_command_that_ends_at_once_is_its_own() -> None:
+    """The shell may have taken note of its end before the first look; code 1 then came of a command that did well."""
+    function = FUNCTIONS[FUNCTIONS.index("run() {") : FUNCTIONS.index('say "job')]
+    program = f"""set -uo pipefail
+{function}
+for i in {{1..200}}; do run true || echo wrong; run bash -c "exit 7"; [ $? = 7 ] || echo wrong; done
+"""
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
