@@ -52,7 +52,9 @@ def test_no_document_lies_on_both_sides_of_the_split(tmp_path: Path) -> None:
     (source / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     wanted = reproduction_settings.CorpusSettings(heldout_chars=300, document_chars=100)
     corpus_step.split_corpus(source, tmp_path / "out", wanted)
-    from megatron_l0moe.data.catalog import read_documents, scan_corpus
+    from scanned import scan_corpus
+
+    from megatron_l0moe.data.catalog import read_documents
 
     found: dict[str, list[str]] = {}
     for side in ("train", "heldout"):
