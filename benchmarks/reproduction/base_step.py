@@ -4,14 +4,16 @@ import math
 from pathlib import Path
 
 import numpy as np
+from scanned import scan_corpus
 from settings import Place, TrainingSettings
 
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.data.catalog import Catalog, read_documents
 from megatron_l0moe.data.heldout import hold_out, write_heldout
-from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
-from megatron_l0moe.data.indexed import CorpusTokenizer, describe_shard, write_documents
+from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
+from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
+from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.launch.run import run_command
@@ -54,13 +56,11 @@ def write_stream(
     )
     docs = np.zeros(len(order), dtype=DOC)
     docs["doc"] = order
+    digests = [sha256_file(out / name) for name in ("shard.bin", "shard.idx")]
+    shard = Shard("shard", *digests, documents=len(lengths), tokens=int(lengths.sum()))
     write_index(
         out / STREAM,
-        [
-            IterationBlock(
-                0, [describe_shard(out / "shard", out)], [ClusterBlock(0, docs, lengths[order])], samples
-            )
-        ],
+        [IterationBlock(0, [shard], [ClusterBlock(0, docs, lengths[order])], samples)],
         kind="expert",  # an index of one stream of sequences, as an expert run reads
         d_ds=[],
         num_domains=1,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
+from scanned import scan_corpus
 from settings import CorpusSettings
 
-from megatron_l0moe.data.catalog import Catalog, read_documents, scan_corpus
+from megatron_l0moe.data.catalog import Catalog, read_documents
 from megatron_l0moe.errors import L0MoEError
 
 HELDOUT_SHARE = 4

@@ -43,9 +43,13 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
 
 
 def tokens_of(run: Run) -> int:
-    """Return the tokens that an L0-MoE run learns from: K expert runs, then MoE training."""
+    """Return the tokens that an L0-MoE run learns from: K expert runs or calibration passes, then MoE training."""
     recipe = run.recipe
-    expert = recipe.model.num_experts * recipe.expert_steps * recipe.expert_training.global_batch_size
+    if recipe.expert_training.method == "l0":
+        sequences = recipe.expert_steps * recipe.expert_training.global_batch_size
+    else:
+        sequences = recipe.calibration_sequences
+    expert = recipe.model.num_experts * sequences
     return (expert + recipe.moe_steps * recipe.moe_global_batch_size) * recipe.data.seq_length
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from scanned import scan_corpus
 from settings import DataSettings, ModelSettings, TokenizerSettings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.data.catalog import read_documents, scan_corpus
+from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.data.manifest import write_json
 
 EOD = "<|endoftext|>"

@@ -52,7 +52,9 @@ def test_no_document_lies_on_both_sides_of_the_split(tmp_path: Path) -> None:
     (source / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     wanted = reproduction_settings.CorpusSettings(heldout_chars=300, document_chars=100)
     corpus_step.split_corpus(source, tmp_path / "out", wanted)
-    from megatron_l0moe.data.catalog import read_documents, scan_corpus
+    from scanned import scan_corpus
+
+    from megatron_l0moe.data.catalog import read_documents
 
     found: dict[str, list[str]] = {}
     for side in ("train", "heldout"):
@@ -74,7 +76,10 @@ def test_every_row_is_a_valid_recipe_of_the_same_tokens(tmp_path: Path) -> None:
     tokens = {row: methods_step.tokens_of(run) for row, run in runs.items()}
     # 8 experts x 400 steps x 4 sequences, 4 sets x 100 steps x 32 sequences; 256 tokens each
     assert tokens["l0moe"] == (8 * 400 * 4 + 4 * 100 * 32) * 256
-    assert set(tokens.values()) == {tokens["l0moe"]}
+    trained = {row for row, run in runs.items() if run.recipe.expert_training.method == "l0"}
+    assert {tokens[row] for row in trained} == {tokens["l0moe"]}
+    # 131072 tokens of calibration for each expert
+    assert {tokens[row] for row in runs.keys() - trained} == {8 * 131072 + 400 * 32 * 256}
     assert methods_step.mean_active_ffn(runs["dense-small"], here) == (2 * 768 + 4 * 2 * 96) // 6
     narrow = table.rows["l0moe"].model_copy(update={"recipe": {"model": {"expert_ffn": 97}}})
     uneven = runs_table.chain_run(here, table, runs_table.Case("uneven", 1, narrow))
