@@ -6,6 +6,10 @@ import pytest
 from slurm.cluster import Cluster
 from slurm.machines import check_namespaces
 from slurm.packages import Programs, UnavailableError, fetch
+from slurm.world import SlurmRun, make_world
+
+CHAIN_SECONDS = 900.0
+"""Patience for the whole chain, which takes some two minutes on two free cores."""
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,13 @@ def cluster(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A running cluster of three nodes."""
     with Cluster(tmp_path_factory.mktemp("slurm"), programs) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SlurmRun:
+    """The whole chain, done undisturbed as jobs; what is disturbed is compared with it."""
+    run = make_world(cluster, tmp_path_factory.mktemp("chain"))
+    run.submit()
+    record = run.wait("report", timeout=CHAIN_SECONDS)
+    assert record["JobState"] == "COMPLETED", run.logs()
+    return run

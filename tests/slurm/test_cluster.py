@@ -86,30 +86,6 @@ def test_two_nodes_sum_over_gloo(cluster: Cluster, tmp_path: Path) -> None:
     assert {"rank 0 on n1: 3.0", "rank 1 on n2: 3.0"} <= set(cluster.log(job).splitlines())
 
 
-def test_a_node_crashes_and_another_loses_its_network(cluster: Cluster) -> None:
-    """Slurm runs the job of the crashed one again by itself, and no process of it is left."""
-    script = 'if [ -z "$SLURM_RESTART_COUNT" ]; then sleep 600; fi'
-    job = cluster.submit("--nodelist=n3", "--requeue", script=script)
-    cluster.wait_for_job(job, "RUNNING")
-    pids = [process.pid for process in cluster.machines["n3"].processes()]
-    assert len(pids) > 2
-    cluster.crash_node("n3")
-    assert not [pid for pid in pids if alive(pid)]
-    cluster.cut_network("n2")
-    try:
-        for node in ("n2", "n3"):
-            cluster.wait_for_node(node, "down*")
-        assert cluster.machines["n2"].running
-        assert cluster.node_state("n1") == "idle"
-    finally:
-        cluster.restore_network("n2")
-        cluster.start_node("n3")
-    (record,) = cluster.wait_for_job(job)
-    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
-    for node in ("n2", "n3"):
-        cluster.wait_for_node(node, "idle")
-
-
 def test_the_controller_is_killed_and_started(cluster: Cluster) -> None:
     job = cluster.submit(script="sleep 12")
     cluster.wait_for_job(job, "RUNNING")

@@ -18,6 +18,7 @@ from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 EXPERTS = 2
 EXPERT_STEPS, MOE_STEPS = 10, 60
 MOE_SAVE_INTERVAL, EXPERT_SAVE_INTERVAL = 20, 4
+PATIENCE = 600.0  # seconds; a training job takes some 20 s on two free cores, and minutes on busy ones
 TWO_NODES = {"processes": 2, "nodes": 2}
 CLUSTER: dict[str, Any] = {
     "partition": "batch",
@@ -69,7 +70,7 @@ class SlurmRun:
         files = sorted((self.folder / "slurm" / "logs").glob("*.log"))
         return "\n".join(f"== {file}\n{file.read_text(errors='replace')[-3000:]}" for file in files)
 
-    def wait(self, stage: str, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait(self, stage: str, *states: str, timeout: float = PATIENCE) -> dict[str, str]:
         """Wait until the job of a stage is in one of the states, or has ended; returns what Slurm says of it."""
         try:
             return self.cluster.wait_for_job(self.jobs()[stage], *states, timeout=timeout)[0]
@@ -80,7 +81,10 @@ class SlurmRun:
         """Wait until a training job has finished a step."""
         done = folder / "metrics.jsonl"
         self.cluster.wait_until(
-            lambda: done.is_file() and len(done.read_bytes().splitlines()) >= step, 180, self.logs, every=0.03
+            lambda: done.is_file() and len(done.read_bytes().splitlines()) >= step,
+            PATIENCE,
+            self.logs,
+            every=0.03,
         )
 
     def workers(self, folder: Path) -> list[psutil.Process]:
