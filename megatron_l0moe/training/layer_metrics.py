@@ -11,8 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
+from megatron_l0moe.modules.mom_masks import MaskGate
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.model import block_gates, gates, routers
+from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 Metrics = dict[str, Any]
 DIGITS = 5
@@ -24,7 +25,7 @@ def layer_metrics(chunks: Sequence[torch.nn.Module]) -> Metrics:
     local = [
         metrics
         for chunk in chunks
-        for metrics in (_of_gates(chunk), _of_routers(chunk), _of_block_gates(chunk))
+        for metrics in (_of_gates(chunk), _of_routers(chunk), _of_block_gates(chunk), _of_mask_routers(chunk))
     ]
     return _merged(_gather_over_pipeline(local))
 
@@ -36,6 +37,8 @@ def _of_gates(chunk: torch.nn.Module) -> Metrics:
         metrics["retention_target"] = gate.step.retention
         metrics["frozen"] = gate.is_frozen
         metrics.setdefault("retention", {})[layer] = gate.expected_retention()
+        if isinstance(gate, MaskGate):
+            metrics.setdefault("load", {})[layer] = gate.mask_load.tolist()
         if not gate.controller.uses_budget:
             lambda_1, lambda_2 = gate.controller.lambdas.tolist()
             metrics.setdefault("lambda1", {})[layer] = lambda_1
@@ -73,6 +76,18 @@ def _of_block_gates(chunk: torch.nn.Module) -> Metrics:
         active, loss, tokens = sums.tolist()
         metrics.setdefault("active_fraction", {})[str(gate.layer)] = active / max(tokens, 1.0)
         metrics.setdefault("sparsity_loss", {})[str(gate.layer)] = loss / max(tokens, 1.0)
+    return metrics
+
+
+def _of_mask_routers(chunk: torch.nn.Module) -> Metrics:
+    metrics: Metrics = {}
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    for router in mask_routers(chunk):
+        sums = router.sums.to(device=torch.cuda.current_device(), copy=True)
+        if group.size() > 1:
+            torch.distributed.all_reduce(sums, group=group)
+        loss, micro_batches = sums.tolist()
+        metrics.setdefault("balance_loss", {})[str(router.layer)] = loss / max(micro_batches, 1.0)
     return metrics
 
 
