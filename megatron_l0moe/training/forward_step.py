@@ -95,9 +95,12 @@ def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: in
         )
     for router in routers(model):
         router.begin_iteration()
-    for module in (*block_gates(model), *mask_routers(model)):
-        module.begin_iteration()
-        _scale_losses(module.config)
+    for block_gate in block_gates(model):
+        block_gate.begin_iteration()
+        _scale_losses(block_gate.config)
+    for mask_router in mask_routers(model):
+        mask_router.begin_iteration()
+        _scale_losses(mask_router.config)
 
 
 def _scale_losses(config: TransformerConfig) -> None:
