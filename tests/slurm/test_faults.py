@@ -25,7 +25,7 @@ from slurm.world import (
     weights,
 )
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.faults]
 
 BEFORE_MOE = ("convert", "curate", "experts", "assemble")
 HELD_STEP = MOE_SAVE_INTERVAL + 3
