@@ -83,6 +83,7 @@ class MaskGate(Float32State):
         )
         tokens = pg_collection.tp_dp_cp if config.sequence_parallel else pg_collection.dp_cp
         self.set_load = ExpertLoad(config, math.comb(masks, k), tokens)
+        self.is_first = self.tp_group.rank() == tokens.rank() == 0  # of the ranks that hold this layer
         # on the device once, since a copy in every forward pass would wait for it
         self.sets, self.places = mask_sets(masks, k).to(device), set_places(masks, k).to(device)
         self.register_buffer("hard_mask", torch.ones(masks, local_width, device=device))
@@ -181,7 +182,7 @@ class MaskGate(Float32State):
             )
         masks = hard_masks(full, self.sets, self.set_load.load, self.mask_config.l0_masks_target)
         is_empty = ~masks.bool().any(dim=1)
-        if is_empty.any():
+        if self.is_first and is_empty.any():
             logger.warning(
                 "Masks %s of layer %d keep no channel: a token that chooses no other mask skips the layer's FFN.",
                 is_empty.nonzero().flatten().tolist(),
