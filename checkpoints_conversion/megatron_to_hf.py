@@ -1,4 +1,4 @@
-"""Export a Megatron checkpoint, dense, L0-MoE or DSMoE, as a Hugging Face checkpoint.
+"""Export a Megatron checkpoint, dense, L0-MoE, DSMoE or Mixture-of-Masks, as a Hugging Face checkpoint.
 
 Example: python checkpoints_conversion/megatron_to_hf.py runs/quickstart/moe/checkpoints \
     --base models/smollm2-135m-instruct --out exported --dense-layers 6 --top-k 2 --target all
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from megatron_l0moe.conversion.export import export_dense, export_dsmoe, export_moe
+from megatron_l0moe.conversion.export import export_dense, export_dsmoe, export_moe, export_mom
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, summary_facts
 from megatron_l0moe.conversion.targets import Target
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument(
         "--dense-layers",
         type=int,
-        help="bottom dense layers of an L0-MoE; absent: a dense model or a DSMoE",
+        help="bottom dense layers of an L0-MoE; absent: any other model",
     )
     parser.add_argument("--top-k", type=int, default=2, help="experts that serve one token")
     parser.add_argument(
@@ -41,7 +41,10 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if CheckpointReader(arguments.source).settings.get("stage") == "dsmoe":
+        stage = CheckpointReader(arguments.source).settings.get("stage")
+        if stage == "mom":
+            result = export_mom(arguments.source, arguments.base, arguments.out, card=_facts(arguments))
+        elif stage == "dsmoe":
             result = export_dsmoe(arguments.source, arguments.base, arguments.out, card=_facts(arguments))
         elif arguments.dense_layers is None:
             result = export_dense(arguments.source, arguments.base, arguments.out)

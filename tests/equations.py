@@ -91,3 +91,36 @@ def block_gates(logits: list[float], threshold: float) -> BlockGates:
     if not any(is_open):
         is_open[scores.index(max(scores))] = True
     return BlockGates(scores, is_open)
+
+
+@dataclass(frozen=True)
+class MaskMixture:
+    """Mixture-of-Masks of one token, in our reading: the weight of each mask and the factor of each channel."""
+
+    chosen: list[int]
+    weights: list[float]
+    factors: list[float]
+
+
+def mix_masks(logits: list[float], masks: list[list[float]], k: int) -> MaskMixture:
+    """Softmax over the k highest logits, then sum_e p_e z_e channel by channel."""
+    chosen = sorted(sorted(range(len(logits)), key=lambda e: -logits[e])[:k])
+    total = sum(math.exp(logits[e]) for e in chosen)
+    weights = [math.exp(logits[e]) / total if e in chosen else 0.0 for e in range(len(logits))]
+    factors = [
+        sum(weights[e] * masks[e][channel] for e in range(len(masks))) for channel in range(len(masks[0]))
+    ]
+    return MaskMixture(chosen, weights, factors)
+
+
+def activated_fraction(open_probability: list[list[float]], choices: list[list[int]]) -> float:
+    """Mean over tokens and channels of the probability that one of a token's masks is open there."""
+    channels = len(open_probability[0])
+    total = 0.0
+    for chosen in choices:
+        for channel in range(channels):
+            closed = 1.0
+            for mask in chosen:
+                closed *= 1.0 - open_probability[mask][channel]
+            total += 1.0 - closed
+    return total / (len(choices) * channels)

@@ -31,8 +31,9 @@ from megatron_l0moe.conversion.dsmoe_layout import (
 from megatron_l0moe.conversion.families import MoEShape, dense_rules, is_training_state
 from megatron_l0moe.conversion.mapping import Rule, check_names, check_shape, hf_shapes, megatron_shapes
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_card
+from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_card, mom_card
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
+from megatron_l0moe.conversion.mom_layout import MaskShape, mom_config, mom_rules
 from megatron_l0moe.conversion.safetensors_files import (
     MAX_SHARD_BYTES,
     SafetensorsWriter,
@@ -163,6 +164,42 @@ def export_dsmoe(
         dsmoe_card(config, hf_base, card or CardFacts()),
         code=modelling_text(architecture),
     )
+
+
+def export_mom(
+    megatron: Path,
+    hf_base: Path,
+    out: Path,
+    *,
+    card: CardFacts | None = None,
+    width_multiple: int = 16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, object]:
+    """Write a frozen Mixture-of-Masks as Ernie4.5-MoE: what all masks keep is a shared expert, the rest routed ones.
+
+    Args:
+        megatron: folder with `latest_checkpointed_iteration.txt`.
+        hf_base: the dense Hugging Face checkpoint that the run began with.
+        out: folder without a checkpoint.
+        card: what the model card says beside the model's sizes.
+        width_multiple: what the experts' common width is rounded up to, for kernels and tensor parallelism.
+        max_shard_bytes: size at which a new safetensors file is begun.
+
+    Returns:
+        Numbers for the manifest, with the common width and the units of each layer before they were filled up.
+
+    Raises:
+        L0MoEError: a checkpoint of another stage or shape, masks that are not frozen, NaN weights.
+    """
+    architecture = Architecture.from_hf(hf_base)
+    source = _Source(megatron, architecture)
+    shape = MaskShape.from_checkpoint(source.reader, architecture, multiple=width_multiple)
+    config = mom_config(architecture, shape, source.dtype_name)
+    rules = mom_rules(architecture, shape)
+    text = mom_card(config, shape.counts, hf_base, card or CardFacts())
+    result = _export(source, rules, config, hf_base, out, max_shard_bytes, text)
+    widths = {"expert_ffn": shape.widths.expert, "num_shared_experts": shape.widths.num_shared}
+    return {**result, "num_experts": shape.masks, **widths, "units": shape.counts}
 
 
 class _Source:

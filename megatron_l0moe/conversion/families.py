@@ -38,17 +38,23 @@ def ernie_moe_rules(architecture: Architecture, moe: MoEShape) -> list[Rule]:
     Of a model with biases on q, k and v it is the form that only SGLang takes: biases on q, k, v and, zero, on o.
     """
     a = architecture
+    rules = ernie_layers(a, moe.dense_layers)
+    for layer in range(moe.dense_layers, a.num_layers):
+        correction = f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"
+        rules += [*_experts(a, moe, layer), Zeros(hf=correction, shape=(1, moe.num_experts))]
+    return rules
+
+
+def ernie_layers(architecture: Architecture, dense_layers: int) -> list[Rule]:
+    """Table of what surrounds the experts of an Ernie4.5-MoE: ends, attention, dense MLPs."""
+    a = architecture
     rules = _ends(a)
     for layer in range(a.num_layers):
-        hf = f"model.layers.{layer}"
         rules += _attention(a, layer, interleaved_rope=True)
         if a.qkv_bias:
-            rules.append(Zeros(hf=f"{hf}.self_attn.o_proj.bias", shape=(a.hidden_size,)))
-        if layer < moe.dense_layers:
+            rules.append(Zeros(hf=f"model.layers.{layer}.self_attn.o_proj.bias", shape=(a.hidden_size,)))
+        if layer < dense_layers:
             rules += _dense_mlp(a, layer)
-            continue
-        correction = f"{hf}.mlp.moe_statics.e_score_correction_bias"
-        rules += [*_experts(a, moe, layer), Zeros(hf=correction, shape=(1, moe.num_experts))]
     return rules
 
 
@@ -99,8 +105,10 @@ def extra_states(architecture: Architecture, moe: MoEShape | None) -> dict[str, 
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a Megatron tensor is a counter of MoE training that no model needs (`modules/router.py`)."""
-    return ".mlp.router.expert_load." in name
+    """Whether a Megatron tensor is of training alone: counters of routers, and what a frozen mask does not need."""
+    if ".mlp.masks." in name:  # modules/mom_masks.py
+        return not name.endswith(".hard_mask")
+    return ".mlp.router.expert_load." in name  # modules/router.py
 
 
 def ignored_hf_names(architecture: Architecture) -> set[str]:

@@ -1,4 +1,4 @@
-"""The model card of an exported L0-MoE or DSMoE, README.md: origin, sizes, what was measured, licence."""
+"""The model card of an export other than a dense one, README.md: origin, sizes, what was measured, licence."""
 
 import dataclasses
 import json
@@ -140,6 +140,45 @@ def dsmoe_card(config: Mapping[str, Any], hf_base: Path, facts: CardFacts) -> st
         "```python\nAutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)\n```\n",
         "It is for inference, skips blocks that no token at hand uses, and is not for tensor parallelism. vLLM and "
         "SGLang do not know it.\n",
+        *_facts(facts),
+        "## Licence\n",
+        _licence_text(hf_base, base),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def mom_card(
+    config: Mapping[str, Any], counts: Mapping[int, Mapping[str, Any]], hf_base: Path, facts: CardFacts
+) -> str:
+    """Return the text of README.md of an exported Mixture-of-Masks.
+
+    Args:
+        config: config.json of the export.
+        counts: by layer, numbers of `shared` and `inactive` units, and of `routed` ones by mask.
+        hf_base: the dense model.
+        facts: the rest.
+    """
+    base = facts.base_name or hf_base.resolve().name
+    width, shared = config["moe_intermediate_size"], config["moe_num_shared_experts"]
+    rows = [
+        (
+            str(layer),
+            f"{units['shared']} in all masks, {min(units['routed'])} to {max(units['routed'])} more in each mask, "
+            f"{units['inactive']} in none",
+        )
+        for layer, units in counts.items()
+    ]
+    parts = [
+        _front_matter(_base_licence(hf_base), base),
+        f"# {base} as Mixture-of-Masks\n",
+        f"A mixture of experts made from `{base}`: {config['num_experts']} masks over each dense layer's "
+        f"{config['intermediate_size']} units were trained with it (our reading of the abstract of ACL 2025 long 768), "
+        f"and a token uses {config['num_experts_per_tok']} of them. Units that all masks keep are a shared expert, the "
+        "others routed ones.\n",
+        _table(("layer", "units"), rows),
+        f"The layout has one width for all experts: {width} channels, and a shared expert of {shared} times that; "
+        "narrower ones are filled with zeros, which change nothing but cost time.\n",
+        _engines(config),
         *_facts(facts),
         "## Licence\n",
         _licence_text(hf_base, base),

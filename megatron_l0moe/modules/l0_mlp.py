@@ -15,7 +15,7 @@ from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcret
 from megatron_l0moe.modules.retention import RetentionConfig
 
 
-class _AttachPenalty(torch.autograd.Function):
+class AttachPenalty(torch.autograd.Function):
     """Pass ``output`` through and give ``penalty`` the gradient ``scale``.
 
     The penalty depends on parameters only, so it is added once for each micro-batch on the rank that owns the layer,
@@ -24,11 +24,13 @@ class _AttachPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, penalty: Tensor, scale: float) -> Tensor:
+        """Return `output`; `scale` is that of the penalty's gradient."""
         ctx.scale = scale
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of output and penalty."""
         (gradient,) = gradients
         return gradient, torch.full((), ctx.scale, dtype=torch.float32, device=gradient.device), None
 
@@ -104,7 +106,7 @@ class L0MLP(MLP):
         penalty = self.gate.penalty(self._z) if self.training and torch.is_grad_enabled() else None
         self._z = None
         if penalty is not None:
-            output = _AttachPenalty.apply(output, penalty, self.gate.step.penalty_scale)
+            output = AttachPenalty.apply(output, penalty, self.gate.step.penalty_scale)
         return output, bias
 
     def _apply_gate(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

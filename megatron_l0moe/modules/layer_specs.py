@@ -1,4 +1,4 @@
-"""Layer specs: dense layers at the bottom, then L0 layers (expert stage), MoE layers (moe) or DSMoE layers (dsmoe).
+"""Layer specs: dense layers at the bottom, then those of the stage: L0, MoE, DSMoE or Mixture-of-Masks.
 
 The only place that builds Megatron specs. The local spec and the Transformer Engine spec yield the same
 checkpoint keys, so a checkpoint made with one loads with the other.
@@ -24,11 +24,13 @@ from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
 from megatron_l0moe.modules.experts import PaddedExperts
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.l0_mlp import L0MLP
+from megatron_l0moe.modules.mask_gate import MaskConfig
+from megatron_l0moe.modules.mom_mlp import MoMMLP
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.rms_norm import RMSNorm, SeparateRMSNorm
 from megatron_l0moe.modules.router import L0Router, RouterConfig
 
-Stage = Literal["dense", "expert", "moe", "dsmoe"]
+Stage = Literal["dense", "expert", "moe", "dsmoe", "mom"]
 
 # Checkpoint names of the norms that Transformer Engine fuses into the next linear layer.
 ATTENTION_NORM_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -45,6 +47,7 @@ class LayerPlan:
     retention: RetentionConfig
     router: RouterConfig
     blocks: BlockGateConfig = field(default_factory=BlockGateConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
 
 
 def block_spec(
@@ -117,6 +120,16 @@ def _place_gated_mlp(
             block_config=plan.blocks,
             layer=index,
             gated_layers=config.num_layers - plan.dense_layers,
+        )
+        return
+    if plan.stage == "mom":
+        parts.mlp = functools.partial(
+            MoMMLP.as_mlp_submodule,
+            submodules=submodules,
+            mask_config=plan.masks,
+            gate_config=plan.gate,
+            retention_config=plan.retention,
+            layer=index,
         )
         return
     parts.mlp = functools.partial(

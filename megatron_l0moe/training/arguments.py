@@ -13,6 +13,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.block_gate import BlockGateConfig
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan
+from megatron_l0moe.modules.mask_gate import MaskConfig
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
 from megatron_l0moe.runtime.platform import platform_flags
@@ -22,8 +23,9 @@ from megatron_l0moe.runtime.platform import platform_flags
 class StageConfig:
     """What this job trains, on which data, and how fast its own parameters learn."""
 
-    l0_stage: Literal["dense", "expert", "moe", "dsmoe"] = "dense"
-    """dense: the base model. expert: masks and MLPs of one domain. moe: the merged L0-MoE. dsmoe: DSMoE."""
+    l0_stage: Literal["dense", "expert", "moe", "dsmoe", "mom"] = "dense"
+    """dense: the base model. expert: masks and MLPs of one domain. moe: the merged L0-MoE. dsmoe: DSMoE. mom:
+    Mixture-of-Masks."""
     l0_dense_layers: int = 0
     """Bottom layers that stay dense."""
     l0_data_index: str = ""
@@ -42,7 +44,7 @@ class StageConfig:
     l0_lambda_lr: float = 0.3
     """Learning rate of the lambdas of eq. 2, for gradient ascent."""
     l0_router_lr: float = 0.0
-    """Learning rate of the routers and of DSMoE's gates; 0 means that of the other weights."""
+    """Learning rate of the routers, MoM's too, and of DSMoE's gates; 0 means that of the other weights."""
     l0_train_weights: Literal["on", "off"] = "on"
     """off: the expert stage trains the masks only, so that an expert is a list of FFN channels of the dense model."""
 
@@ -60,6 +62,7 @@ ARGUMENT_GROUPS: tuple[tuple[str, type], ...] = (
     ("L0 retention", RetentionConfig),
     ("L0 router", RouterConfig),
     ("L0 blocks of DSMoE", BlockGateConfig),
+    ("L0 masks of MoM", MaskConfig),
 )
 
 
@@ -109,7 +112,7 @@ def config_from_args(config: type, args: argparse.Namespace) -> Any:
 def settings_from_args(args: argparse.Namespace) -> Settings:
     """Build and check all of our settings."""
     try:
-        stage, gate, retention, router, blocks = (
+        stage, gate, retention, router, blocks, masks = (
             config_from_args(config, args) for _, config in ARGUMENT_GROUPS
         )
     except ValueError as error:
@@ -121,10 +124,13 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         retention=retention,
         router=router,
         blocks=blocks,
+        masks=masks,
     )
     _check(args, stage, retention)
     if stage.l0_stage == "dsmoe":
         _check_blocks(args, stage, blocks)
+    if stage.l0_stage == "mom":
+        _check_masks(args, stage, plan)
     return Settings(stage, plan)
 
 
@@ -182,6 +188,51 @@ def _check_blocks(args: argparse.Namespace, stage: StageConfig, blocks: BlockGat
         )
 
 
+def _check_masks(args: argparse.Namespace, stage: StageConfig, plan: LayerPlan) -> None:
+    retention = plan.retention
+    if stage.l0_dense_layers == args.num_layers:
+        raise L0MoEError(
+            f"--l0-dense-layers ({stage.l0_dense_layers}) must be below --num-layers ({args.num_layers}) for "
+            "--l0-stage mom, or no layer has masks."
+        )
+    if args.num_experts is not None:
+        raise L0MoEError(
+            f"--l0-stage mom masks the dense layers and takes no --num-experts ({args.num_experts}); remove it and "
+            "give --l0-masks."
+        )
+    if args.fp16 or args.calculate_per_token_loss:
+        raise L0MoEError(
+            "The mom stage scales its penalty by the number of micro-batches, so it takes neither --fp16 nor "
+            "--calculate-per-token-loss; use --bf16."
+        )
+    if args.overlap_grad_reduce:
+        raise L0MoEError(
+            "--overlap-grad-reduce needs a gradient for every parameter in every step, which open and frozen masks do "
+            "not have; remove it."
+        )
+    if retention.l0_retention_control == "budget":
+        raise L0MoEError(
+            "--l0-retention-control budget shifts the gates of one mask and cannot hold the activated fraction of "
+            "several; --l0-stage mom takes lagrangian."
+        )
+    if stage.l0_train_weights == "off":
+        raise L0MoEError(
+            "--l0-train-weights off is for the expert stage, and --l0-stage mom trains weights and masks together; "
+            "remove it."
+        )
+    if retention.l0_freeze_fraction == 0:
+        raise L0MoEError(
+            "--l0-stage mom needs --l0-freeze-fraction above 0, because an export has no place for masks between 0 "
+            "and 1."
+        )
+    if plan.masks.l0_masks_target * args.ffn_hidden_size < 1:
+        raise L0MoEError(
+            f"--l0-masks-target ({plan.masks.l0_masks_target}) must be at least one channel of --ffn-hidden-size "
+            f"({args.ffn_hidden_size}), that is 1 / {args.ffn_hidden_size}."
+        )
+    _check_steps(args.train_iters, retention)
+
+
 def _check_steps(steps: int | None, retention: RetentionConfig) -> None:
     if steps is None:
         return
@@ -216,6 +267,7 @@ def settings_as_dict(settings: Settings) -> dict[str, Any]:
         "stage": settings.plan.stage,
         "dense_layers": settings.plan.dense_layers,
     }
-    for config in (settings.plan.gate, settings.plan.retention, settings.plan.router, settings.plan.blocks):
+    plan = settings.plan
+    for config in (plan.gate, plan.retention, plan.router, plan.blocks, plan.masks):
         values.update({field.name: getattr(config, field.name) for field in fields(config)})
     return values

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MODEL_SETTINGS = ("dense_layers", "l0_expert_ffn")
 BLOCK_SETTINGS = ("l0_blocks", "l0_block_threshold")
 """The same of DSMoE's own checkpoints; in others they mean nothing."""
+MASK_SETTINGS = ("l0_masks", "l0_masks_top_k", "l0_masks_target")
+"""And of MoM's."""
 MODEL_ARGUMENTS = (
     *(
         "num_layers",
@@ -46,7 +48,7 @@ RUN_ARGUMENTS = (
 )
 # Of these, what Megatron's --override-opt-param-scheduler lets a job change.
 SCHEDULE_ARGUMENTS = frozenset({"train_iters", "lr", "min_lr"})
-STAGE_BEFORE = {"dense": "dense", "expert": "dense", "moe": "moe", "dsmoe": "dense"}
+STAGE_BEFORE = {"dense": "dense", "expert": "dense", "moe": "moe", "dsmoe": "dense", "mom": "dense"}
 """Stage that the initial weights of a stage are marked with; `assemble` marks its own as `moe`."""
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
@@ -150,7 +152,7 @@ def check_model(reader: CheckpointReader, args: argparse.Namespace, settings: Se
     """
     stored = _stored_settings(reader, settings)
     _check_stage(reader, stored, stage, settings)
-    names = (*MODEL_SETTINGS, *(BLOCK_SETTINGS if stage == "dsmoe" else ()))
+    names = (*MODEL_SETTINGS, *{"dsmoe": BLOCK_SETTINGS, "mom": MASK_SETTINGS}.get(stage, ()))
     _compare(reader, stored, settings_as_dict(settings), names)
     _compare(reader, _stored_arguments(reader), vars(args), MODEL_ARGUMENTS)
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Start = Literal["own", "initial", "nothing"]
 # State that a stage adds to the weights it starts from; Megatron's empty `_extra_state` objects carry nothing.
-ADDED_STATE = re.compile(r"\.mlp\.gate\.|\.mlp\.block_gate\.|\.router\.expert_load\.|_extra_state")
+ADDED_STATE = re.compile(r"\.mlp\.(gate|block_gate|masks|mask_router)\.|\.router\.expert_load\.|_extra_state")
 
 
 def check(models: list[Any], args: argparse.Namespace, settings: Settings) -> list[Any]:

@@ -26,7 +26,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.retention import Phase, schedule_step
 from megatron_l0moe.training.arguments import Settings
 from megatron_l0moe.training.domain_counting import DomainCounter
-from megatron_l0moe.training.model import block_gates, gates, routers
+from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -97,11 +97,14 @@ def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: in
         router.begin_iteration()
     for block_gate in block_gates(model):
         block_gate.begin_iteration()
-        _scale_sparsity_loss(block_gate.config)
+        _scale_losses(block_gate.config)
+    for mask_router in mask_routers(model):
+        mask_router.begin_iteration()
+        _scale_losses(mask_router.config)
 
 
-def _scale_sparsity_loss(config: TransformerConfig) -> None:
-    """Let the sparsity loss weigh in a micro-batch what the language model's loss weighs.
+def _scale_losses(config: TransformerConfig) -> None:
+    """Let DSMoE's sparsity loss and MoM's balance loss weigh in a micro-batch what the language model's loss weighs.
 
     Megatron's schedule does that for models with experts alone (core/pipeline_parallel/schedules.py:352).
     """

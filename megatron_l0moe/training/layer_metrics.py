@@ -11,8 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
+from megatron_l0moe.modules.mom_masks import MaskGate
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.model import block_gates, gates, routers
+from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 Metrics = dict[str, Any]
 DIGITS = 5
@@ -24,7 +25,7 @@ def layer_metrics(chunks: Sequence[torch.nn.Module]) -> Metrics:
     local = [
         metrics
         for chunk in chunks
-        for metrics in (_of_gates(chunk), _of_routers(chunk), _of_block_gates(chunk))
+        for metrics in (_of_gates(chunk), _of_routers(chunk), _of_block_gates(chunk), _of_mask_routers(chunk))
     ]
     return _merged(_gather_over_pipeline(local))
 
@@ -36,6 +37,8 @@ def _of_gates(chunk: torch.nn.Module) -> Metrics:
         metrics["retention_target"] = gate.step.retention
         metrics["frozen"] = gate.is_frozen
         metrics.setdefault("retention", {})[layer] = gate.expected_retention()
+        if isinstance(gate, MaskGate):
+            metrics.setdefault("load", {})[layer] = gate.mask_load.tolist()
         if not gate.controller.uses_budget:
             lambda_1, lambda_2 = gate.controller.lambdas.tolist()
             metrics.setdefault("lambda1", {})[layer] = lambda_1
@@ -74,6 +77,16 @@ def _of_block_gates(chunk: torch.nn.Module) -> Metrics:
         metrics["active_fraction"][str(gate.layer)] = active / max(tokens, 1.0)
         metrics["sparsity_loss"][str(gate.layer)] = loss / max(tokens, 1.0)
     return metrics
+
+
+def _of_mask_routers(chunk: torch.nn.Module) -> Metrics:
+    found = list(mask_routers(chunk))
+    if not found:
+        return {}
+    sums = torch.stack([router.sums for router in found]).to(device=torch.cuda.current_device())
+    _summed(sums, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    means = [loss / max(micro_batches, 1.0) for loss, micro_batches in sums.tolist()]
+    return {"balance_loss": dict(zip([str(router.layer) for router in found], means, strict=True))}
 
 
 def _mean_losses(found: list[L0Router]) -> dict[str, list[float]]:

@@ -9,10 +9,10 @@
 | seconds | of the step, with what came between it and the step before; of the first one from its first micro-batch on |
 | tokens_per_second | of all processes together |
 | mfu | model FLOPs, as `l0moe plan` counts them, over the GPUs' peak in bf16; null without a GPU of known peak |
-| retention_target, retention | r of eq. 2, and r-hat by layer |
+| retention_target, retention | r of eq. 2, and r-hat by layer; of MoM the activated fraction |
 | lambda1, lambda2 | by layer |
 | frozen | the hard top-k mask is in force |
-| load | fraction of routed tokens by layer and expert, global batch |
+| load | fraction of routed tokens by layer and expert, global batch; of MoM by layer and mask, global batch before |
 | domain_load | fraction of a domain's routed tokens by domain and expert, mean over layers, global batch; every `--l0-domain-load-interval` steps |
 | own_expert | fraction of a domain's routed tokens that its own expert takes, mean over domains, by layer; in the same steps |
 | balance_loss, z_loss | eq. 3, mean over layers and the global batch, without their coefficients |

@@ -16,6 +16,8 @@ from megatron_l0moe.modules.dsmoe_mlp import BlockGate
 from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
+from megatron_l0moe.modules.mom_masks import MaskGate
+from megatron_l0moe.modules.mom_mlp import MaskRouter
 from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.training.arguments import Settings
 
@@ -58,7 +60,9 @@ def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPT
             if isinstance(module, L0MLP):
                 module.requires_grad_(settings.stage.l0_train_weights == "on")
                 _mark_gate(module.gate)
-            elif isinstance(module, L0Router | BlockGate):
+            elif isinstance(module, MaskGate):
+                _mark_gate(module)
+            elif isinstance(module, L0Router | BlockGate | MaskRouter):
                 setattr(module.weight, ROUTER_GROUP, True)
             elif isinstance(module, MoELayer):
                 _mark_experts(module.experts)
@@ -92,7 +96,7 @@ def _let_gradients_start_at_the_embedding(model: GPTModel) -> None:
         )
 
 
-def _mark_gate(gate: HardConcreteGate) -> None:
+def _mark_gate(gate: HardConcreteGate | MaskGate) -> None:
     gate.requires_grad_(True)
     _mark(gate.log_alpha, MASK_GROUP)
     if not gate.controller.uses_budget:
@@ -111,9 +115,9 @@ def register_grad_norm_groups() -> None:
     megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS = known + missing
 
 
-def gates(model: torch.nn.Module) -> Iterator[HardConcreteGate]:
-    """Yield the gates that this rank owns, bottom layer first."""
-    return (module for module in model.modules() if isinstance(module, HardConcreteGate))
+def gates(model: torch.nn.Module) -> Iterator[HardConcreteGate | MaskGate]:
+    """Yield what follows the schedule of r and is owned by this rank, bottom layer first: L0's gates or MoM's masks."""
+    return (module for module in model.modules() if isinstance(module, HardConcreteGate | MaskGate))
 
 
 def routers(model: torch.nn.Module) -> Iterator[L0Router]:
@@ -124,3 +128,8 @@ def routers(model: torch.nn.Module) -> Iterator[L0Router]:
 def block_gates(model: torch.nn.Module) -> Iterator[BlockGate]:
     """Yield DSMoE's gates that this rank owns, bottom layer first."""
     return (module for module in model.modules() if isinstance(module, BlockGate))
+
+
+def mask_routers(model: torch.nn.Module) -> Iterator[MaskRouter]:
+    """Yield the routers of Mixture-of-Masks that this rank owns, bottom layer first."""
+    return (module for module in model.modules() if isinstance(module, MaskRouter))

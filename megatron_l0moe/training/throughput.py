@@ -20,7 +20,7 @@ class Throughput:
         self._peak: float | None = None
         name = gpu_name()
         gpu = gpu_of_device(name) if name else None
-        if settings.plan.stage in ("dense", "dsmoe"):
+        if settings.plan.stage in ("dense", "dsmoe", "mom"):
             logger.warning(
                 "MFU is not recorded: the FLOPs of the stage %s are not counted.", settings.plan.stage
             )

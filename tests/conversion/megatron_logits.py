@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from megatron_l0moe.modules.block_gate import BlockGateConfig  # noqa: E402
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig  # noqa: E402
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec  # noqa: E402
+from megatron_l0moe.modules.mask_gate import MaskConfig  # noqa: E402
 from megatron_l0moe.modules.retention import RetentionConfig  # noqa: E402
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
 
@@ -71,6 +72,7 @@ def build(args, settings, parallel=None):
         retention=RetentionConfig(),
         router=RouterConfig(),
         blocks=BlockGateConfig(**{key: settings[key] for key in settings if key.startswith("l0_block")}),
+        masks=MaskConfig(**{key: settings[key] for key in settings if key.startswith("l0_masks")}),
     )
     return GPTModel(
         config,

@@ -1,6 +1,7 @@
 """Faults on purpose: each breaks one thing that keeps the layouts equal, for the time of a `with` block."""
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -9,10 +10,11 @@ from unittest import mock
 
 import torch
 
-from megatron_l0moe.modules import dsmoe_mlp, hard_concrete
+from megatron_l0moe.modules import dsmoe_mlp, hard_concrete, mom_mlp
 from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
+from megatron_l0moe.modules.mom_masks import MaskGate
 from megatron_l0moe.training import forward_step
-from megatron_l0moe.training.model import block_gates, routers
+from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 
 @contextlib.contextmanager
@@ -68,20 +70,31 @@ def local_load(models: list[Any]) -> Iterator[None]:
     for model in models:
         for router in routers(model):
             router.expert_load.group = SimpleNamespace(size=lambda: 1)
+        for gate in gates(model):
+            if isinstance(gate, MaskGate):
+                gate.set_load.group = SimpleNamespace(size=lambda: 1)
     yield
 
 
 @contextlib.contextmanager
 def no_tensor_sum(models: list[Any]) -> Iterator[None]:
     """Give each rank's gates the gradient of its own channels alone."""
-    with mock.patch.object(dsmoe_mlp, "copy_to_shards", lambda value, group: value):
+    with (
+        mock.patch.object(dsmoe_mlp, "copy_to_shards", lambda value, group: value),
+        mock.patch.object(mom_mlp, "copy_to_shards", lambda value, group: value),
+    ):
         yield
 
 
 @contextlib.contextmanager
 def no_loss_share(models: list[Any]) -> Iterator[None]:
-    """Attach the sparsity loss of each part of the sequence as if it were the whole."""
+    """Attach the loss of each part of the sequence as if it were the whole."""
     for model in models:
+        for router in mask_routers(model):
+            config, size = router.mask_config, router.tp_group.size()
+            router.mask_config = dataclasses.replace(
+                config, l0_masks_balance_coeff=config.l0_masks_balance_coeff * size
+            )
         for gate in block_gates(model):
             gate.gated_layers /= gate.tp_group.size()
     yield
@@ -95,6 +108,13 @@ def blocks_of_the_first_rank(models: list[Any]) -> Iterator[None]:
             if isinstance(module, DSMoEMLP):
                 module._segments = module._segments - module._segments[0]
     yield
+
+
+@contextlib.contextmanager
+def masks_of_the_first_rank(models: list[Any]) -> Iterator[None]:
+    """Cut every rank's part of noise and hard masks from the first channel on."""
+    with mock.patch.object(MaskGate, "_shard", lambda self, full: full[:, : self.local_width]):
+        yield
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from megatron_models import transformer_config
 from megatron_l0moe.modules.block_gate import BlockGateConfig
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
+from megatron_l0moe.modules.mask_gate import MaskConfig
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
 from megatron_l0moe.training.arguments import Settings, StageConfig
@@ -43,6 +44,8 @@ def settings(case: Case) -> Settings:
         retention=RetentionConfig(l0_expert_ffn=8, l0_retention_control=case.control),  # type: ignore[arg-type]
         router=RouterConfig(),
         blocks=BlockGateConfig(l0_block_init_std=0.5),  # scores on both sides of the threshold, far from it
+        # choices that a rounding does not change, and a loss as large as the language model's
+        masks=MaskConfig(l0_masks=4, l0_masks_init_std=0.5, l0_masks_balance_coeff=0.1),
     )
     return Settings(StageConfig(l0_stage=case.stage, l0_dense_layers=DENSE), plan)  # type: ignore[arg-type]
 

@@ -22,8 +22,8 @@ class Case:
     qkv_bias: bool = False
 
 
-# expert: of 20 steps one with open gates, one with sampled gates, one with the hard mask. moe: the balance loss of a
-# step sees the load of the step before.
+# expert and mom: of 20 steps one with open gates, one with sampled gates, one with the hard mask. moe: the balance loss
+# of a step sees the load of the step before.
 CASES = (
     Case("lagrangian", "expert", "expert, lagrangian", (2, 9, 19)),
     Case(
@@ -32,9 +32,10 @@ CASES = (
     Case("moe", "moe", "moe", (0, 1)),
     Case("moe_tied", "moe", "moe, tied, QKV bias", (0, 1), tied=True, qkv_bias=True),
     Case("dsmoe", "dsmoe", "dsmoe", (0,)),
+    Case("mom", "mom", "mom", (2, 9, 19)),
 )
 CASE = {case.name: case for case in CASES}
-ALL = ("expert", "moe", "dsmoe")
+ALL = ("expert", "moe", "dsmoe", "mom")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ LAYOUTS = (
     Layout("DP2", 2),
     Layout("DP2, micro-batch of 2", 2, micro_batch=2),
     Layout("DP2 + distributed optimizer", 2, distributed_optimizer=True),
-    Layout("TP2", 2, tensor=2, sequence=False, stages=("expert", "dsmoe")),
+    Layout("TP2", 2, tensor=2, sequence=False, stages=("expert", "dsmoe", "mom")),
     Layout("TP2 + SP", 2, tensor=2),
     Layout("TP2 + SP, full recompute", 2, tensor=2, recompute="full"),
     Layout("TP2 + SP, selective recompute", 2, tensor=2, recompute="selective"),
@@ -131,6 +132,13 @@ FAULTS = (
     Fault("no_loss_share", "sparsity loss not divided by the TP size", LAYOUT["TP2 + SP"], "dsmoe"),
     Fault("no_sequence_sum", "no all-reduce of norm and gate gradients under SP", LAYOUT["TP2 + SP"], "dsmoe"),
     Fault("blocks_of_the_first_rank", "every TP rank takes the first rank's blocks", LAYOUT["TP2 + SP"], "dsmoe"),
+    Fault("noise_by_rank", "gate noise keyed by the rank", LAYOUT["DP2"], "mom"),
+    Fault("penalty_for_each_micro_batch", "penalty and balance not divided by the micro-batches", LAYOUT["DP2"], "mom"),
+    Fault("local_load", "choices of masks counted on each DP rank alone", LAYOUT["DP2"], "mom"),
+    Fault("no_tensor_sum", "gradients of the masks' weights not summed over TP ranks", LAYOUT["TP2"], "mom"),
+    Fault("no_sequence_sum", "no all-reduce of norm and router gradients under SP", LAYOUT["TP2 + SP"], "mom"),
+    Fault("masks_of_the_first_rank", "every TP rank takes the first rank's noise", LAYOUT["TP2 + SP"], "mom"),
+    Fault("no_loss_share", "balance loss not divided by the TP size", LAYOUT["TP2 + SP"], "mom"),
     Fault("batched_messages", "VPP with batched messages between stages", LAYOUT[SWAPPED_MESSAGES], "moe"),
     Fault("batched_messages", "VPP with batched messages between stages", LAYOUT[SWAPPED_MESSAGES], "lagrangian"),
 )  # fmt: skip

@@ -28,6 +28,7 @@ from megatron.core.parallel_state import get_data_parallel_group  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron_models import DENSE, LAYERS, SEQUENCE, VOCAB, plan, transformer_config  # noqa: E402
 
+from megatron_l0moe.modules.hard_concrete import HardConcreteGate  # noqa: E402
 from megatron_l0moe.modules.layer_specs import block_spec  # noqa: E402
 from megatron_l0moe.modules.retention import GateStep, Phase  # noqa: E402
 from megatron_l0moe.training.model import gates  # noqa: E402
@@ -157,7 +158,11 @@ def step(model: GPTModel, phase: Phase) -> dict[str, torch.Tensor]:
     found = {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
     }
-    found |= {f"gate{gate.layer}.input_mean": gate.input_mean for gate in gates(model)}
+    found |= {
+        f"gate{gate.layer}.input_mean": gate.input_mean
+        for gate in gates(model)
+        if isinstance(gate, HardConcreteGate)
+    }
     return {"loss": loss.detach(), **found}
 
 
@@ -181,7 +186,7 @@ def case(stage: str, qkv_bias: bool, folder: Path) -> dict[str, Any]:
     dist_checkpointing.save(state_of(local), str(folder))
     loaded = dist_checkpointing.load(state_of(te), str(folder), strict=StrictHandling.LOG_UNEXPECTED)
     te.load_state_dict(loaded, strict=False)
-    phases = (Phase.OPEN, Phase.LEARN, Phase.FROZEN) if stage == "expert" else (Phase.LEARN,)
+    phases = (Phase.OPEN, Phase.LEARN, Phase.FROZEN) if stage in ("expert", "mom") else (Phase.LEARN,)
     differences = {phase.name: largest_difference(step(local, phase), step(te, phase)) for phase in phases}
     return {
         "slots": slots(te),
@@ -203,7 +208,7 @@ def main() -> None:
     assert HAVE_TE, "the fake package is not on the path"
     found = {}
     with cpu.one_process_group(), tempfile.TemporaryDirectory() as folder:
-        for stage in ("dense", "expert", "moe", "dsmoe"):
+        for stage in ("dense", "expert", "moe", "dsmoe", "mom"):
             for qkv_bias in (False, True):
                 name = f"{stage}{'_qkv_bias' if qkv_bias else ''}"
                 place = Path(folder) / name

@@ -17,7 +17,9 @@ import pytest
 HERE = Path(__file__).parent
 TESTS = HERE.parent
 FP32_ATOL = 1e-6  # other order of sums in attention and norm; entries are of size 0.01 to 1
-CASES = tuple(f"{stage}{bias}" for stage in ("dense", "expert", "moe", "dsmoe") for bias in ("", "_qkv_bias"))
+CASES = tuple(
+    f"{stage}{bias}" for stage in ("dense", "expert", "moe", "dsmoe", "mom") for bias in ("", "_qkv_bias")
+)
 
 ATTENTION = {
     "input_layernorm": "IdentityOp",
@@ -38,6 +40,7 @@ GATED_LAYER = {
     "mlp.linear_fc2": "TERowParallelLinear",
 }
 BLOCKS_LAYER = {**GATED_LAYER, "mlp": "DSMoEMLP"}
+MASKS_LAYER = {**GATED_LAYER, "mlp": "MoMMLP"}
 MOE_LAYER = {
     "pre_mlp_layernorm": "RMSNorm",
     "mlp": "MoELayer",
@@ -46,7 +49,13 @@ MOE_LAYER = {
     "mlp.experts.linear_fc1": "TEColumnParallelGroupedLinear",
     "mlp.experts.linear_fc2": "TERowParallelGroupedLinear",
 }
-TOP_LAYER = {"dense": DENSE_LAYER, "expert": GATED_LAYER, "moe": MOE_LAYER, "dsmoe": BLOCKS_LAYER}
+TOP_LAYER = {
+    "dense": DENSE_LAYER,
+    "expert": GATED_LAYER,
+    "moe": MOE_LAYER,
+    "dsmoe": BLOCKS_LAYER,
+    "mom": MASKS_LAYER,
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def test_classes(found: dict[str, Any], case: str) -> None:
     for number, layer in enumerate((DENSE_LAYER, top, top)):
         expected |= {f"{number}.{slot}": name for slot, name in (ATTENTION | layer).items()}
     assert found[case]["slots"] == expected
-    gated = 1 if top in (GATED_LAYER, BLOCKS_LAYER) else 0
+    gated = 1 if top in (GATED_LAYER, BLOCKS_LAYER, MASKS_LAYER) else 0
     hooks = {"0": 0} if top is MOE_LAYER else {"0": 0, "1": gated, "2": gated}
     assert found[case]["fc2_hooks"] == hooks
 

@@ -81,6 +81,18 @@ def test_flags_reach_the_configs(parser):
         (("--l0-stage", "dsmoe", "--l0-blocks", "1"), "l0_blocks must be at least 2, got 1"),
         (("--l0-stage", "dsmoe", "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
         (("--l0-stage", "dsmoe", "--calculate-per-token-loss"), "does not take --calculate-per-token-loss"),
+        (("--l0-stage", "mom", "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
+        (("--l0-stage", "mom", "--l0-masks-top-k", "1"), "l0_masks_top_k must be at least 2 and below"),
+        (("--l0-stage", "mom", "--fp16"), "neither --fp16 nor"),
+        (("--l0-stage", "mom", "--overlap-grad-reduce"), "--overlap-grad-reduce needs a gradient"),
+        (("--l0-stage", "mom", "--l0-retention-control", "budget"), "--l0-stage mom takes lagrangian"),
+        (
+            ("--l0-stage", "mom", "--l0-train-weights", "off"),
+            "--l0-train-weights off is for the expert stage",
+        ),
+        (("--l0-stage", "mom", "--l0-freeze-fraction", "0"), "needs --l0-freeze-fraction above 0"),
+        (("--l0-stage", "mom", "--l0-masks-target", "0.01"), "at least one channel of .*, that is 1 / 64"),
+        (("--l0-stage", "mom", "--train-iters", "4"), "leaves no step between open gates and the freeze"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(parser, words, message):
@@ -93,6 +105,16 @@ def test_blocks_are_cut_out_of_dense_layers_only(parser):
     args = parse(parser, "--l0-stage", "dsmoe")
     stored = arguments.settings_as_dict(arguments.settings_from_args(args))
     assert (stored["stage"], stored["l0_blocks"], stored["l0_block_threshold"]) == ("dsmoe", 8, 0.5)
+    args.num_experts = 4
+    with pytest.raises(L0MoEError, match=r"takes no --num-experts \(4\)"):
+        arguments.settings_from_args(args)
+
+
+def test_masks_are_laid_over_dense_layers_only(parser):
+    args = parse(parser, "--l0-stage", "mom", "--l0-masks", "6")
+    stored = arguments.settings_as_dict(arguments.settings_from_args(args))
+    names = ("stage", "l0_masks", "l0_masks_top_k", "l0_masks_target")
+    assert [stored[name] for name in names] == ["mom", 6, 2, 0.5]
     args.num_experts = 4
     with pytest.raises(L0MoEError, match=r"takes no --num-experts \(4\)"):
         arguments.settings_from_args(args)

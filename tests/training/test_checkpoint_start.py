@@ -25,7 +25,7 @@ def write_keys(folder: Path, keys: set[str]) -> argparse.Namespace:
     return argparse.Namespace(pretrained_checkpoint=str(folder))
 
 
-@pytest.mark.parametrize("stage", ["expert", "dsmoe"])
+@pytest.mark.parametrize("stage", ["expert", "dsmoe", "mom"])
 def test_dense_weights_start_the_stage(tmp_path, stage):
     args = write_keys(tmp_path, checkpoint_start.model_keys(models.build("dense")))
     checkpoint_start.check_keys([models.build(stage)], args)

@@ -1,0 +1,134 @@
+"""A frozen Mixture-of-Masks as Ernie4.5-MoE in transformers, against Megatron: logits, files, refusals."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, STD, VOCAB, save_model
+from transformers import AutoModelForCausalLM
+
+from megatron_l0moe.conversion.architecture import Architecture
+from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
+from megatron_l0moe.conversion.convert import convert_dense
+from megatron_l0moe.conversion.export import export_dense, export_mom
+from megatron_l0moe.conversion.families import extra_states
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.errors import L0MoEError
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = {"llama": "llama3.1", "llama_tied": "llama-tied", "mistral": "mistral-v0.2"}
+DENSE_LAYERS, MASKS, TOP_K = 1, 4, 2
+SETTINGS = {"stage": "mom", "dense_layers": DENSE_LAYERS, "l0_masks": MASKS, "l0_masks_top_k": TOP_K}
+# two float32 programs that sum in other orders, logits of size 1 (relative to the largest)
+FP32_RELATIVE_TOLERANCE = 1e-5
+IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def make_mom(folder: Path, name: str, *, keep: float = 0.7, frozen: int = 1) -> Path:
+    """Write folder/hf, folder/convert and folder/mom: the dense weights with random masks and routers."""
+    convert_dense(save_model(folder / "hf", name), folder / "convert")
+    reader = CheckpointReader(folder / "convert/megatron")
+    generator = torch.Generator().manual_seed(1)
+    sets = math.comb(MASKS, TOP_K)
+    with CheckpointWriter(folder / "mom", {**reader.common, "l0moe": SETTINGS}) as writer:
+        for tensor in reader.model_names():
+            writer.write(tensor, reader.read(tensor))
+        for layer in range(DENSE_LAYERS, LAYERS):
+            mlp = f"decoder.layers.{layer}.mlp"
+            kept = torch.rand(MASKS, FFN, generator=generator) < keep
+            writer.write(f"{mlp}.masks.hard_mask", kept.float())
+            writer.write(f"{mlp}.masks.log_alpha", torch.randn(MASKS, FFN, generator=generator))
+            writer.write(f"{mlp}.masks.frozen", torch.tensor([frozen]))
+            writer.write(f"{mlp}.masks.controller.lambdas", torch.randn(2, generator=generator))
+            writer.write(f"{mlp}.masks.set_load.counts", torch.zeros(sets))
+            writer.write(f"{mlp}.masks.set_load.load", torch.full((sets,), 1 / sets))
+            router = 2 * STD * torch.randn(MASKS, HIDDEN, generator=generator)
+            writer.write(f"{mlp}.mask_router.weight", router)
+        for state, shards in extra_states(Architecture.from_hf(folder / "hf"), None).items():
+            writer.write_empty_state(state, shards)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for family, name in FAMILIES.items():
+        place = folders[family] = make_mom(tmp_path_factory.mktemp(family), name)
+        numbers = export_mom(place / "mom", place / "hf", place / "export", width_multiple=4)
+        (place / "numbers.json").write_text(json.dumps(numbers))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def megatron_logits(exported, tmp_path_factory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("logits")
+    jobs = [
+        {"name": family, "checkpoint": str(place / "mom/release"), "ids": IDS.tolist()}
+        for family, place in exported.items()
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    program = Path(__file__).with_name("megatron_logits.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder / "jobs.json"), str(folder / "out.pt")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "out.pt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_stock_transformers_computes_megatrons_logits(exported, megatron_logits, family):
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        exported[family] / "export", output_loading_info=True
+    )
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
+    expected = megatron_logits[family]
+    tolerance = FP32_RELATIVE_TOLERANCE * expected.abs().max()
+    assert (model(IDS).logits - expected).abs().max() < tolerance
+    model.model.layers[-1].mlp.shared_experts.down_proj.weight.zero_()  # control
+    assert (model(IDS).logits - expected).abs().max() > 100 * tolerance
+
+
+def test_widths_and_files(exported):
+    place = exported["llama"]
+    config = json.loads((place / "export/config.json").read_text())
+    numbers = json.loads((place / "numbers.json").read_text())
+    width, shared = config["moe_intermediate_size"], config["moe_num_shared_experts"]
+    assert (numbers["expert_ffn"], numbers["num_shared_experts"]) == (width, shared)
+    assert width % 4 == 0
+    assert shared >= 1
+    assert numbers["units"].keys() == {"1", "2"}
+    for units in numbers["units"].values():
+        assert max(units["routed"]) <= width
+        assert units["shared"] <= shared * width
+        assert min(units["routed"]) < width  # control: some expert is filled with zeros
+    card = (place / "export/README.md").read_text()
+    assert "as Mixture-of-Masks" in card
+    assert f"{numbers['units']['1']['shared']} in all masks" in card
+
+
+def test_what_cannot_be_exported_is_refused(exported, tmp_path):
+    place = exported["llama"]
+    with pytest.raises(L0MoEError, match="is of the stage 'dense' and has no masks"):
+        export_mom(place / "convert/megatron", place / "hf", tmp_path / "out")
+    with pytest.raises(L0MoEError, match=r"holds the tensor decoder\.layers\.1\.mlp\.mask"):
+        export_dense(place / "mom", place / "hf", tmp_path / "out")
+    soft = make_mom(tmp_path / "soft", "llama-tied", frozen=0)
+    with pytest.raises(L0MoEError, match="are not frozen"):
+        export_mom(soft / "mom", soft / "hf", tmp_path / "out")
+    empty = make_mom(tmp_path / "empty", "llama-tied", keep=0.0)
+    with pytest.raises(L0MoEError, match="No mask keeps a unit in any layer"):
+        export_mom(empty / "mom", empty / "hf", tmp_path / "out")
+    biases = make_mom(tmp_path / "qwen", "qwen2")
+    with pytest.raises(L0MoEError, match="has biases on q, k and v"):
+        export_mom(biases / "mom", biases / "hf", tmp_path / "out")
