@@ -8,6 +8,12 @@ import pytest
 SBATCH = """#!/bin/bash
 script=${!#}
 name=$(basename "$script" .sbatch)
+if [ "$1" = --test-only ]; then
+  echo "$*" >> "$FAKE/test_only.log"
+  if [ -e "$FAKE/refuse_asked_$name" ]; then cat "$FAKE/refuse_asked_$name" >&2; exit 1; fi
+  echo "sbatch: Job 1 to start at 2026-01-01T00:00:00 using 1 processors on nodes n1 in partition batch" >&2
+  exit 0
+fi
 if [ -e "$FAKE/refuse_$name" ]; then cat "$FAKE/refuse_$name" >&2; exit 1; fi
 number=$(($(cat "$FAKE/number" 2> /dev/null || echo 100) + 1))
 echo "$number" > "$FAKE/number"
@@ -58,9 +64,11 @@ class FakeSlurm:
         """Let scontrol not know a job any more."""
         (self.folder / f"job_{number}").unlink()
 
-    def refuse(self, stage: str, words: str) -> None:
-        """Let sbatch refuse the script of a stage."""
-        (self.folder / f"refuse_{stage}").write_text(words, encoding="utf-8")
+    def refuse(self, stage: str, words: str, *, asked: bool = True, submitted: bool = True) -> None:
+        """Let sbatch refuse the script of a stage: when it is asked with --test-only, when it is submitted, or both."""
+        for wanted, name in ((asked, f"refuse_asked_{stage}"), (submitted, f"refuse_{stage}")):
+            if wanted:
+                (self.folder / name).write_text(words, encoding="utf-8")
 
     def stop_controller(self) -> None:
         """Let the controller not answer."""

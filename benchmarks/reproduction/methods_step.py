@@ -9,10 +9,12 @@ from pathlib import Path
 
 from base_step import STREAM, train_and_export
 from joined_index import join
+from results import HELDOUT, save
 from runs_table import Case, RunsTable, chain_run
 from settings import Place
 from steps import do
 from tokenizer_step import llama_config
+from training_record import record_dense, record_l0moe
 
 from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_dense
 from megatron_l0moe.data.manifest import MARKER, Stage, is_done, write_json, write_text
@@ -21,9 +23,12 @@ from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.reports.collect import Json
 
 logger = logging.getLogger(__name__)
 
+BATCH = 16
+"""Sequences of one forward pass over the held-out text."""
 CONVERTED = "converted"
 """Written when the conversion is whole."""
 
@@ -34,6 +39,7 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
     if case.settings.kind == "l0moe":
         _chain(place, run, until="export")
         measure(place, case.name, run.stage_folder("export"), tokens_of(run))
+        record_l0moe(place, run)
         return
     _chain(place, run, until="curate")
     model = place.root / "base"
@@ -117,6 +123,7 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
     do(stage, "resume", work)
     used = training.steps * training.global_batch_size * seq_length
     measure(place, case.name, stage.folder / "hf", used)
+    record_dense(place, case.name, model, stage.folder)
 
 
 def _chain(place: Place, run: Run, *, until: str) -> None:
@@ -152,24 +159,33 @@ def _take_over_curate(place: Place, run: Run) -> None:
 
 
 def measure(place: Place, name: str, model: Path, tokens: int) -> None:
-    """Write results/NAME.json: perplexity on the common held-out sequences, parameters, tokens."""
-    from megatron_l0moe.evaluation.hardware import describe_machine
-    from megatron_l0moe.evaluation.perplexity import perplexity
-
-    heldout = place.root / "tokens"
-
-    def work(out: Path) -> dict[str, object]:
-        table = perplexity(model, heldout / "heldout.jsonl", batch=16)
-        counts = count_parameters(json.loads((model / "config.json").read_text(encoding="utf-8")))
-        result = {
-            "perplexity": table.to_json(),
-            "tokens": tokens,
-            "parameters": counts.total,
-            "active_parameters": counts.active,
-            "machine": describe_machine(device="cpu", threads=1),
-        }
-        write_json(out / "result.json", result)
-        return {}
-
+    """Write results/NAME: perplexity on the common held-out sequences, router load, parameters, tokens."""
     made = model.parent if model.name == "hf" else model  # the folder that has a manifest
-    do(Stage(name, place.root / "results" / name, section_hash(tokens), (made, heldout)), "clear", work)
+    inputs = (made, place.root / "tokens")
+    save(place, name, HELDOUT, section_hash(tokens), inputs, lambda: _measured(place, model, tokens))
+
+
+def _measured(place: Place, folder: Path, tokens: int) -> Json:
+    from megatron_l0moe.evaluation import perplexity
+    from megatron_l0moe.evaluation.hardware import describe_machine
+    from megatron_l0moe.evaluation.heldout import read_heldout
+    from megatron_l0moe.evaluation.models import load_model
+    from megatron_l0moe.evaluation.router_load import RouterLoad
+
+    model, sequences = load_model(folder), read_heldout(place.root / "tokens" / "heldout.jsonl")
+    counts = count_parameters(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    result: Json = {}
+    if counts.num_experts:
+        with RouterLoad(model) as load:
+            table = perplexity.measure(model, sequences, batch=BATCH, router_load=load)
+        result["router_load"] = {str(layer): shares for layer, shares in load.fractions().items()}
+    else:
+        table = perplexity.measure(model, sequences, batch=BATCH)
+    return {
+        "perplexity": table.to_json(),
+        **result,
+        "tokens": tokens,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "machine": describe_machine(device="cpu", threads=1),
+    }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The reproduction in small, one command: steps corpus, tokenizer, base, methods, tables; see README.md.
+"""The reproduction in small, one command: steps corpus, tokenizer, base, methods, speed, tables; see README.md.
 
     python benchmarks/reproduction/run.py --corpus FOLDER [--out runs/reproduction] [STEP ...]
 
@@ -16,11 +16,14 @@ from pathlib import Path
 import base_step
 import corpus_step
 import methods_step
+import speed_step
 import tables_step
 import tokenizer_step
+from results import BASE
 from runs_table import load_table
 from settings import Place, load_settings
 from steps import do
+from training_record import record_base
 
 from megatron_l0moe.errors import L0MoEError
 
@@ -57,7 +60,8 @@ def base(place: Place, arguments: argparse.Namespace) -> None:
         lambda out: base_step.train_and_export(out, place.root / "tokenizer", index, training, seq_length),
     )
     tokens = training.steps * training.global_batch_size * seq_length
-    methods_step.measure(place, tables_step.BASE, place.base_model, tokens)
+    methods_step.measure(place, BASE, place.base_model, tokens)
+    record_base(place)
 
 
 def methods(place: Place, arguments: argparse.Namespace) -> None:
@@ -65,6 +69,11 @@ def methods(place: Place, arguments: argparse.Namespace) -> None:
     table = load_table(arguments.runs)
     for case in table.cases(arguments.only):
         methods_step.run_case(place, table, case)
+
+
+def speed(place: Place, arguments: argparse.Namespace) -> None:
+    """Time what has been made against the base."""
+    speed_step.time_rows(place, load_table(arguments.runs))
 
 
 def tables(place: Place, arguments: argparse.Namespace) -> None:
@@ -77,6 +86,7 @@ STEPS: dict[str, Callable[[Place, argparse.Namespace], None]] = {
     "tokenizer": tokenizer,
     "base": base,
     "methods": methods,
+    "speed": speed,
     "tables": tables,
 }
 

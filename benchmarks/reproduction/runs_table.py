@@ -3,10 +3,10 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 from settings import Place, TrainingSettings, parse
 
 from megatron_l0moe.data.manifest import write_text
@@ -16,11 +16,14 @@ from megatron_l0moe.recipe import load_recipe
 from megatron_l0moe.recipe_sections import Flags, RecipePart
 
 Kind = Literal["l0moe", "dense-further", "dense-small"]
+PaperTable = Literal["comparison", "ablations", "sweeps"]
 
 
 class Row(RecipePart):
     """One method."""
 
+    table: PaperTable
+    """Where its results stand: like the paper's Table 2, 3 or 4."""
     kind: Kind = "l0moe"
     """dense-further: the base, trained on. dense-small: a dense model of the L0-MoE's active width."""
     seeds: list[int] | None = Field(default=None, min_length=1)
@@ -49,7 +52,18 @@ class RunsTable(RecipePart):
     seeds: list[int] = Field(min_length=1)
     recipe: dict[str, dict[str, Any]]
     dense: DenseSettings
+    reference: str
+    """The row that stands in all tables and that the ablations are compared with."""
+    drawn: list[str]
+    """Rows whose retention and router load are plotted."""
     rows: dict[str, Row]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in (self.reference, *self.drawn):
+            if name not in self.rows:
+                raise ValueError(f"reference and drawn must name rows, and there is no row {name!r}")
+        return self
 
     def cases(self, only: list[str] | None = None) -> list["Case"]:
         """Return the runs of all rows, or of those named, one seed of every row before the next seed.
@@ -67,6 +81,10 @@ class RunsTable(RecipePart):
             for seed in self.rows[name].seeds or self.seeds
         ]
         return sorted(cases, key=lambda case: (case.seed, names.index(case.row)))
+
+    def first_cases(self) -> list["Case"]:
+        """Return the first seed of every row."""
+        return [Case(name, (row.seeds or self.seeds)[0], row) for name, row in self.rows.items()]
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,15 @@ class DataSettings(RecipePart):
     heldout_tokens_per_domain: int = Field(ge=1)
 
 
+class SpeedSettings(RecipePart):
+    """How every model is timed against the base."""
+
+    prefill_tokens: int = Field(ge=1)
+    decode_tokens: int = Field(ge=1)
+    repeats: int = Field(ge=1)
+    """Pairs that count."""
+
+
 class Settings(RecipePart):
     """Everything but the table of runs."""
 
@@ -69,6 +78,7 @@ class Settings(RecipePart):
     model: ModelSettings
     data: DataSettings
     base: TrainingSettings
+    speed: SpeedSettings
 
 
 @dataclass(frozen=True)

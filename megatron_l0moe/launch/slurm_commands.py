@@ -60,6 +60,20 @@ def submit(script: Path, options: Sequence[str]) -> str:
     return answer.stdout.strip().split(";")[0]
 
 
+def check(script: Path, options: Sequence[str]) -> None:
+    """Ask the cluster whether it takes a script, which is not queued for that.
+
+    `--test-only` refuses in the same words what asks for too much and what only cannot begin now, because nodes are
+    down or reserved. So what it refuses is tried: sbatch takes it or not, to begin tomorrow, and it is cancelled at
+    once. (Of a job that is held sbatch would take anything.)
+
+    Raises:
+        L0MoEError: sbatch refused it; the message holds its own words.
+    """
+    if _call(["sbatch", "--test-only", *options, str(script)]).returncode != 0:
+        cancel([submit(script, [*options, "--begin=now+1day", "--mail-type=NONE"])])
+
+
 def cancel(jobs: Sequence[str]) -> None:
     """End jobs, or single tasks of arrays; those that are gone already are no problem.
 

@@ -36,7 +36,7 @@ def submit_chain(request: Request, say: Say) -> None:
     """Submit what is neither done nor queued; nothing, if the folder, the recipe or the cluster does not allow it.
 
     Raises:
-        L0MoEError: something does not fit, or sbatch refused a job; then what was queued before it is cancelled.
+        L0MoEError: something does not fit, or sbatch refuses a job; then nothing is queued, or not any more.
     """
     run = request.run
     check_files(run.recipe)
@@ -54,6 +54,7 @@ def submit_chain(request: Request, say: Say) -> None:
                 pass  # no command on this machine works on the run
         before = earlier_jobs(run, request.selected, record, known)
         _write_scripts(request, parts)
+        _ask_for_refusals(request, parts)
         _submit(request, parts, before, record, say)
 
 
@@ -110,6 +111,18 @@ def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
     write_scripts(request, architecture, place, [part.spec.name for part in parts if part.submit])
 
 
+def _ask_for_refusals(request: Request, parts: Sequence[Part]) -> None:
+    """Let the cluster look at every script before the first one is queued.
+
+    Raises:
+        L0MoEError: it refuses one.
+    """
+    for part in parts:
+        if part.submit:
+            script = sbatch.place_of(request.run).script(part.spec.name)
+            slurm_commands.check(script, _array_options(_array(request, part)))
+
+
 def _submit(
     request: Request, parts: Sequence[Part], before: tuple[str, ...], record: Record, say: Say
 ) -> None:
@@ -141,12 +154,8 @@ def _submit(
 def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> SubmittedJob:
     run, name = request.run, part.spec.name
     place, need = sbatch.place_of(run), resources(name, run.recipe, request.cluster)
-    array = (
-        sbatch.array_text(list(part.submit), experts_at_once(run.recipe, request.cluster))
-        if name == "experts"
-        else None
-    )
-    options = [f"--array={array}"] if array else []
+    array = _array(request, part)
+    options = _array_options(array)
     if before:
         options.append(f"--dependency=afterok:{':'.join(before)}")
     number = slurm_commands.submit(place.script(name), options)
@@ -161,6 +170,17 @@ def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> Submi
         nodes=need.nodes,
         gpus=need.all_gpus,
     )
+
+
+def _array(request: Request, part: Part) -> str | None:
+    """Return the experts to do, as sbatch's --array takes them; None for a stage of one job."""
+    if part.spec.name != "experts":
+        return None
+    return sbatch.array_text(list(part.submit), experts_at_once(request.run.recipe, request.cluster))
+
+
+def _array_options(array: str | None) -> list[str]:
+    return [f"--array={array}"] if array else []
 
 
 def _take_back(run: Run, record: Record, fresh: Sequence[SubmittedJob], error: BaseException) -> None:

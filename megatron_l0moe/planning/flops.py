@@ -104,6 +104,8 @@ def part_flops(model: StageModel, part: Part, seq_length: int, recompute: Recomp
     head = 2.0 * model.counts.lm_head if part.last else 0.0
     total = Flops(forward=head, backward=_backward_head(model) * head, recomputed=0.0)
     for upper, layers in ((False, part.dense), (True, part.upper)):
+        if not layers:
+            continue  # a dense model has no upper layers to take sizes from
         layer = layer_flops(model, seq_length, upper=upper)
         one = Flops(
             forward=layer.attention + layer.scores + layer.ffn,

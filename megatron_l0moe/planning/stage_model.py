@@ -118,6 +118,17 @@ def stage_model(
     )
 
 
+def dense_model(architecture: Architecture) -> StageModel:
+    """Return a dense model all of whose parameters train: the stage `moe` without layers of experts."""
+    return StageModel(
+        stage="moe",
+        architecture=architecture,
+        counts=count_parameters(architecture.hf_config("bfloat16")),
+        dense_layers=architecture.num_layers,
+        expert_ffn=0,
+    )
+
+
 def parts(model: StageModel, layout: Layout, rank: int) -> tuple[Part, ...]:
     """Return the chunks of a pipeline rank; chunk c of rank r is piece c * pipeline + r of the layers."""
     layers = model.architecture.num_layers

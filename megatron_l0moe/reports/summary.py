@@ -15,6 +15,7 @@ import numpy.typing as npt
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.reports.collect import ExpertFiles, Json, RunFiles
+from megatron_l0moe.reports.loads import router_numbers
 
 PAPER_TOKENS = 30_000_000_000
 """Tokens that the paper trains on (section 4.1)."""
@@ -27,7 +28,6 @@ TIME_KEYS = ("speed", "seconds", "gpu_samples", "provenance")
 
 def build_summary(files: RunFiles) -> Json:
     """Compute the summary of a run from its files."""
-    model = files.recipe.model
     return {
         "name": files.recipe.name,
         "recipe": files.recipe.model_dump(),
@@ -35,21 +35,20 @@ def build_summary(files: RunFiles) -> Json:
         "speed": files.speed,
         "benchmarks": files.benchmarks,
         "parameters": _parameters(files),
-        "experts": _experts(files),
+        "experts": experts_overlap(
+            files.experts,
+            width=files.recipe.model.expert_ffn,
+            channels=files.dense_config["intermediate_size"],
+        ),
         "construction": _construction(files),
         "parity": _parity(files.parity),
         "tokens": _tokens(files),
         "ccm": _ccm(files.ccm),
         "corpus": {key: value for key, value in files.curate.items() if key != "seconds"},
-        "router": {
-            "load": files.router_load,
-            "mean_load": _mean_load(files.router_load),
-            "largest_share": _largest_share(files.router_load),
-            "uniform_share": 1.0 / model.num_experts,
-        },
+        "router": router_numbers(files.router_load),
         "training": {
             "experts": [
-                _expert_training(k, expert) for k, expert in enumerate(files.experts) if expert.metrics
+                expert_training(k, expert) for k, expert in enumerate(files.experts) if expert.metrics
             ],
             "moe": _loss(files.moe_metrics)
             | {
@@ -123,29 +122,28 @@ def _parameters(files: RunFiles) -> Json:
     }
 
 
-def _experts(files: RunFiles) -> Json:
-    widths = {
-        layer: sorted({len(expert.units[layer]) for expert in files.experts})
-        for layer in files.experts[0].units
-    }
+def experts_overlap(experts: Sequence[ExpertFiles], *, width: int, channels: int) -> Json:
+    """Return how far the units of two or more experts of `width` out of `channels` are the same, by layer.
+
+    Raises:
+        L0MoEError: an expert has another width.
+    """
+    widths = {layer: sorted({len(expert.units[layer]) for expert in experts}) for layer in experts[0].units}
     for layer, found in widths.items():
-        if found != [files.recipe.model.expert_ffn]:
+        if found != [width]:
             raise L0MoEError(
                 f"The experts of layer {layer} have the widths {found}, the recipe says model.expert_ffn = "
-                f"{files.recipe.model.expert_ffn}; remove the experts folder and run the experts stage again."
+                f"{width}; remove the experts folder and run the experts stage again."
             )
-    channels = files.dense_config["intermediate_size"]
-    iou = {
-        str(layer): mean_pairwise_iou([expert.units[layer] for expert in files.experts]) for layer in widths
-    }
+    iou = {str(layer): mean_pairwise_iou([expert.units[layer] for expert in experts]) for layer in widths}
     return {
-        "count": len(files.experts),
+        "count": len(experts),
         "dense_width": channels,
-        "kept_fraction": files.recipe.model.expert_ffn / channels,
+        "kept_fraction": width / channels,
         "width_per_layer": {str(layer): found[0] for layer, found in widths.items()},
         "iou": iou,
         "iou_mean": math.fsum(iou.values()) / len(iou),
-        "iou_chance": chance_iou(files.recipe.model.expert_ffn, channels),
+        "iou_chance": chance_iou(width, channels),
     }
 
 
@@ -200,26 +198,8 @@ def _ccm(ccm: Json) -> Json:
     return ccm | {"in_training_order": rows}
 
 
-def _mean_load(load: Json) -> Json:
-    """Return {domain: [K shares]}, the mean over MoE layers."""
-    layers = list(load.values())
-    return {
-        domain: [
-            math.fsum(column) / len(layers)
-            for column in zip(*(layer[domain] for layer in layers), strict=True)
-        ]
-        for domain in layers[0]
-    }
-
-
-def _largest_share(load: Json) -> Json:
-    """Return {layer: {domain: share of the busiest expert}}."""
-    return {
-        layer: {domain: max(shares) for domain, shares in domains.items()} for layer, domains in load.items()
-    }
-
-
-def _expert_training(k: int, expert: ExpertFiles) -> Json:
+def expert_training(k: int, expert: ExpertFiles) -> Json:
+    """Return loss and retention of the k-th expert run; retention by layer for the first experts only."""
     rows = expert.metrics
     result = _loss(rows)
     layers = rows[-1]["retention"]

@@ -21,12 +21,16 @@ sys.path.append(str(HERE))
 import corpus_step  # noqa: E402
 import joined_index  # noqa: E402
 import methods_step  # noqa: E402
+import page  # noqa: E402
+import results  # noqa: E402
 import runs_table  # noqa: E402
 import settings as reproduction_settings  # noqa: E402
 import tables_step  # noqa: E402
+import training_record  # noqa: E402
 
 from megatron_l0moe.data.curriculum import CurriculumDataset  # noqa: E402
 from megatron_l0moe.errors import L0MoEError  # noqa: E402
+from megatron_l0moe.reports import plots  # noqa: E402
 
 SETTINGS, RUNS = HERE / "settings.yaml", HERE / "runs.yaml"
 
@@ -74,12 +78,12 @@ def test_every_row_is_a_valid_recipe_of_the_same_tokens(tmp_path: Path) -> None:
     table, here = runs_table.load_table(RUNS), place(tmp_path)
     runs = {case.row: runs_table.chain_run(here, table, case) for case in table.cases()}
     tokens = {row: methods_step.tokens_of(run) for row, run in runs.items()}
-    # 8 experts x 400 steps x 4 sequences, 4 sets x 100 steps x 32 sequences; 256 tokens each
-    assert tokens["l0moe"] == (8 * 400 * 4 + 4 * 100 * 32) * 256
+    # 8 experts x 100 steps x 4 sequences, 4 sets x 25 steps x 32 sequences; 256 tokens each
+    assert tokens["l0moe"] == (8 * 100 * 4 + 4 * 25 * 32) * 256
     trained = {row for row, run in runs.items() if run.recipe.expert_training.method == "l0"}
     assert {tokens[row] for row in trained} == {tokens["l0moe"]}
-    # 131072 tokens of calibration for each expert
-    assert {tokens[row] for row in runs.keys() - trained} == {8 * 131072 + 400 * 32 * 256}
+    # calibration takes all of a domain's 102400 tokens: as many as an expert run
+    assert {tokens[row] for row in runs.keys() - trained} == {8 * 102_400 + 100 * 32 * 256}
     assert methods_step.mean_active_ffn(runs["dense-small"], here) == (2 * 768 + 4 * 2 * 96) // 6
     narrow = table.rows["l0moe"].model_copy(update={"recipe": {"model": {"expert_ffn": 97}}})
     uneven = runs_table.chain_run(here, table, runs_table.Case("uneven", 1, narrow))
@@ -114,7 +118,7 @@ def moe_items(dataset: CurriculumDataset) -> list[dict[str, Any]]:
     return [dataset[i] for i in range(len(dataset))]
 
 
-def result(row: str, seed: int | None, perplexities: dict[str, float]) -> tables_step.Result:
+def result(row: str, seed: int | None, perplexities: dict[str, float], **more: Any) -> results.Result:
     values = {
         "perplexity": {"overall": sum(perplexities.values()) / 2, "per_domain": perplexities},
         "tokens": 2_000_000,
@@ -122,29 +126,111 @@ def result(row: str, seed: int | None, perplexities: dict[str, float]) -> tables
         "active_parameters": 3_000_000,
         "machine": {"cpu": "some processor"},
     }
-    return tables_step.Result(row, seed, values, {"finished": "2026-01-01", "commit": "abc"})
+    words = ["/home/somebody/run.py", "--corpus", "/data/corpus", "--out=/data/out/", "base"]
+    manifest = {"finished": "2026-01-01", "commit": "abc", "command": words}
+    return results.Result(row, seed, values, manifest, **more)
+
+
+def table_of(rows: dict[str, dict[str, Any]]) -> runs_table.RunsTable:
+    return runs_table.RunsTable(
+        seeds=[1, 2], recipe={}, dense=runs_table.DenseSettings(**TINY_DENSE), reference="m", drawn=[],
+        rows={row: runs_table.Row(**settings) for row, settings in rows.items()},
+    )  # fmt: skip
+
+
+def phases(*flops: float) -> list[dict[str, Any]]:
+    return [{"name": str(i), "flops": count, "curve": {}} for i, count in enumerate(flops)]
+
+
+SPEED = {
+    "details": {
+        mode: {"ratio": {"median": 2.0, "q1": 1.5, "q3": 2.5}, "dense": {"tokens_per_second": 100.0}}
+        for mode in ("prefill", "decode_b1", "decode_b8")
+    },
+    "settings": {"repeats": 3},
+    "hardware": {"cpu": "some processor", "date": "2026-01-02"},
+}
 
 
 def test_tables_by_hand() -> None:
-    base = result("base", None, {"a": 10.0, "b": 20.0})
-    rows = [result("m", 1, {"a": 11.0, "b": 10.0}), result("m", 2, {"a": 13.0, "b": 10.0})]
-    lines = tables_step.markdown(base, rows, ["later"]).splitlines()
+    base = result("base", None, {"a": 10.0, "b": 20.0}, training={"seed": 9, "phases": phases(3e15)})
+    training = {
+        "num_experts": 4,
+        "iterations": 3,
+        "phases": phases(3e15, 1e14, 2e14),
+        "overlap": {"iou_mean": 0.5, "iou_chance": 0.25},
+    }
+    rows = [
+        result("m", 1, {"a": 11.0, "b": 10.0}, training=training, speed=SPEED),
+        result("m", 2, {"a": 13.0, "b": 10.0}, training=training),
+        result("ablated", 1, {"a": 20.0, "b": 22.0}, training=training),
+        result("k4", 1, {"a": 11.0, "b": 10.0}, training=training),
+    ]
+    # the busiest expert's share is 0.5 and 0.75 in domain a, 0.5 and 1 in domain b
+    rows[0].values["router_load"] = {
+        "1": {"a": [0.5, 0.5], "b": [0.5, 0.5]},
+        "2": {"a": [0.75, 0.25], "b": [1.0, 0.0]},
+    }
+    table = table_of(
+        {
+            "m": {"table": "comparison"},
+            "small": {"table": "comparison"},
+            "ablated": {"table": "ablations"},
+            "k4": {"table": "sweeps", "seeds": [1]},
+        }
+    )
+    text = page.markdown(base, rows, table, {"reproduction_x.png": "What x shows."})
+    lines = text.splitlines()
     # overall: 10.5 / 15 and 11.5 / 15
-    assert "| m | 1, 2 | 2.00 M | 4.00 M | 3.00 M | 0.733 (0.047) |" in lines
-    assert "| a | 10.00 | 1.200 (0.141) |" in lines
-    assert "| b | 20.00 | 0.500 (0.000) |" in lines
-    assert "Not run: later." in lines
+    ratio, speeds = "0.733 (0.047)", "2.00 [1.50, 2.50]"
+    assert (
+        f"| m | 1, 2 | 2.00 M | 3.00e+15 | 3.00e+14 | 4.00 M | 3.00 M | {ratio} | {speeds} | {speeds} | {speeds} |"
+        in lines
+    )
+    assert (
+        "| base (perplexity 15.00) | 9 | 2.00 M | 3.00e+15 | - | 4.00 M | 3.00 M | 1 | 1 | 1 | 1 |" in lines
+    )
+    assert f"| m | 1, 2 | 2.00 M | 3.00e+14 | 3.00 M | {ratio} | 1.000 (0.000) |" in lines
+    assert (
+        "| ablated | 1 | 2.00 M | 3.00e+14 | 3.00 M | 1.400 | 2.000 |" in lines
+    )  # to m of seed 1, not to m's mean
+    assert "| k4 | 3 | 4 | 1 | 2.00 M | 4.00 M | 3.00 M | 0.700 | 1.000 | - | - | - |" in lines
+    assert "| m | 1.200 (0.141) | 0.500 (0.000) |" in lines
+    assert "| m | 0.500 (0.000) | 0.250 | 0.688 | 0.500 |" in lines
+    assert "![reproduction_x](reproduction_x.png)" in lines
+    assert "Not run: small, ablated (seed 2)." in lines
+    assert "Not timed: small, k4." in lines
+    assert "- commands: `run.py --corpus corpus --out= base`" in lines
+    assert "/data" not in text
+    assert "somebody" not in text
+
+
+def test_a_table_names_its_rows() -> None:
+    with pytest.raises(ValueError, match="no row 'm'"):
+        table_of({"other": {"table": "sweeps"}})
+
+
+def test_curves_and_flops_by_hand() -> None:
+    rows = [{"tokens": 10 * (step + 1), "lm_loss": float(step)} for step in range(120)]
+    phase = training_record.phase("experts", rows, 7.0, runs=4)
+    assert (phase["tokens"], phase["flops"]) == (4 * 1200, 4 * 1200 * 7.0)
+    assert len(phase["curve"]["flops"]) == training_record.CURVE_BINS == 60
+    # two steps a point: losses 0 and 1 after 10 and 20 tokens of each of four runs
+    assert (phase["curve"]["flops"][0], phase["curve"]["lm_loss"][0]) == (4 * 7.0 * 15.0, 0.5)
+    short = training_record.phase("moe", rows[:3], 1.0)
+    assert short["curve"] == {"flops": [10.0, 20.0, 30.0], "lm_loss": [0.0, 1.0, 2.0]}
 
 
 TINY_SETTINGS: dict[str, Any] = {
     "corpus": {"heldout_chars": 4000, "document_chars": 500},
     "tokenizer": {"vocab_size": 300, "chars_per_domain": 4000},
     "model": {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2},
-    "data": {"seq_length": 32, "heldout_tokens_per_domain": 64},
+    "data": {"seq_length": 32, "heldout_tokens_per_domain": 128},
     "base": {
         "steps": 4, "global_batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "warmup_share": 0.25,
         "save_interval": 2, "flags": {"bf16": True},
     },
+    "speed": {"prefill_tokens": 16, "decode_tokens": 4, "repeats": 1},
 }  # fmt: skip
 TINY_DENSE = {
     "global_batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "warmup_share": 0.1, "save_interval": 10,
@@ -160,8 +246,19 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     recipe["data"]["heldout_tokens_per_domain"] = 32
     recipe["expert_training"]["at_once"] = 2
     recipe["model"]["expert_ffn"] = 12
-    rows = {"l0moe": {}, "dense-further": {"kind": "dense-further"}, "dense-small": {"kind": "dense-small"}}
-    table = {"seeds": [7], "recipe": recipe, "dense": TINY_DENSE, "rows": rows}
+    rows = {
+        "l0moe": {"table": "comparison"},
+        "dense-further": {"table": "comparison", "kind": "dense-further"},
+        "dense-small": {"table": "comparison", "kind": "dense-small"},
+    }
+    table = {
+        "seeds": [7],
+        "recipe": recipe,
+        "dense": TINY_DENSE,
+        "rows": rows,
+        "reference": "l0moe",
+        "drawn": ["l0moe"],
+    }
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(TINY_SETTINGS))
     (tmp_path / "runs.yaml").write_text(yaml.safe_dump(table))
     words = [sys.executable, str(HERE / "run.py"), "--corpus", corpus, "--out", str(tmp_path / "out")]
@@ -175,10 +272,26 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "results" / "reproduction.json").read_text())
     by_row = {one["row"]: one for one in found["results"]}
     assert set(by_row) == {"base", *rows}
-    assert found["not_run"] == []
+    assert found["not_run"] == found["not_timed"] == []
     assert by_row["l0moe"]["tokens"] == by_row["dense-further"]["tokens"] == 2 * 640 + 2 * 256
     losses = (tmp_path / "out" / "methods" / "dense-further-7" / "dense" / "metrics.jsonl").read_text()
     assert len(losses.splitlines()) == (2 * 640 + 2 * 256) // 32 // 4
     # (48 + 2 * 12) / 2 units in each layer: the same active FFN weights, but for the router's 2 x 32
     small, moe = (by_row[row]["active_parameters"] for row in ("dense-small", "l0moe"))
     assert moe - small == 2 * 32
+    assert set(by_row["l0moe"]["router"]["mean_load"]) == set(found["results"][0]["perplexity"]["per_domain"])
+    assert [phase["name"] for phase in by_row["l0moe"]["phases"]] == ["pretraining", "experts", "moe"]
+    assert by_row["dense-further"]["phases"][0] == by_row["base"]["phases"][0]
+    assert sum(phase["tokens"] for phase in by_row["l0moe"]["phases"][1:]) == by_row["l0moe"]["tokens"]
+    assert by_row["l0moe"]["speed"].keys() == by_row["dense-small"]["speed"].keys() == plots.MODES.keys()
+    plotted = {"compute", "heldout", "iou", "retention_l0moe", "router_l0moe"}
+    assert {
+        file.stem.removeprefix("reproduction_") for file in (tmp_path / "results").glob("*.png")
+    } == plotted
+    # the tables need nothing but results/
+    shutil.copytree(tmp_path / "out" / "results", tmp_path / "copy" / "results")
+    tables_step.write_tables(
+        place(tmp_path / "copy"), runs_table.load_table(tmp_path / "runs.yaml"), tmp_path / "again"
+    )
+    for file in (tmp_path / "results").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()

@@ -143,8 +143,42 @@ def test_sbatchs_own_words(run: Run, slurm: FakeSlurm) -> None:
     assert not slurm.calls("sbatch")
 
 
-def test_what_was_queued_before_a_refusal_is_cancelled(run: Run, slurm: FakeSlurm) -> None:
-    slurm.refuse("assemble", "sbatch: error: invalid partition specified: nosuch")
+def test_a_later_stage_is_refused_before_anything_is_queued(run: Run, slurm: FakeSlurm) -> None:
+    slurm.refuse("moe", "sbatch: error: Memory specification can not be satisfied")
+    with pytest.raises(L0MoEError, match=r"sbatch refused .*moe\.sbatch: Memory specification") as caught:
+        submit(run)
+    assert "\n" not in str(caught.value)
+    asked = [Path(call.split()[-1]).stem for call in slurm.calls("test_only")]
+    assert asked == list(STAGE_NAMES[: STAGE_NAMES.index("moe") + 1])
+    assert "--array=0-3%2" in slurm.calls("test_only")[2]
+    assert not slurm.calls("sbatch")
+    assert not (run.folder / "slurm" / "jobs.json").exists()
+
+
+def test_waiting_jobs_are_not_replaced_when_a_new_one_is_refused(run: Run, slurm: FakeSlurm) -> None:
+    submit(run)
+    slurm.set_job("101", "JobId=101 JobState=FAILED Reason=NonZeroExitCode Restarts=0")
+    slurm.refuse("report", "sbatch: error: invalid partition specified: nosuch")
+    with pytest.raises(L0MoEError, match=r"invalid partition specified: nosuch"):
+        submit(run)
+    assert not slurm.calls("scancel")
+    assert len(slurm.calls("sbatch")) == len(STAGE_NAMES)
+
+
+def test_what_only_cannot_begin_now_is_queued(run: Run, slurm: FakeSlurm) -> None:
+    """With --test-only sbatch says the same of nodes that are down as of nodes that are too small."""
+    words = "allocation failure: Requested node configuration is not available"
+    slurm.refuse("experts", words, submitted=False)
+    submit(run)
+    tried, *calls = slurm.calls("sbatch")
+    assert "--array=0-3%2 --begin=now+1day" in tried
+    assert slurm.calls("scancel") == [tried.split()[0]]
+    assert [Path(call.split()[-1]).stem for call in calls] == list(STAGE_NAMES)
+    assert not any("--begin" in call for call in calls)
+
+
+def test_what_was_queued_before_a_refusal_that_comes_late_is_cancelled(run: Run, slurm: FakeSlurm) -> None:
+    slurm.refuse("assemble", "sbatch: error: invalid partition specified: nosuch", asked=False)
     with pytest.raises(L0MoEError) as caught:
         submit(run)
     assert str(caught.value).endswith(

@@ -16,7 +16,7 @@ from megatron_l0moe.planning.flops import Recompute, layer_flops, training_flops
 from megatron_l0moe.planning.layouts import Layout, parse_layout
 from megatron_l0moe.planning.memory import peak_memory, rank_parameters
 from megatron_l0moe.planning.paper import TABLE5
-from megatron_l0moe.planning.stage_model import StageModel, stage_model
+from megatron_l0moe.planning.stage_model import StageModel, dense_model, stage_model
 
 HERE = Path(__file__).parent
 # Adam's counter, 4 bytes for each tensor, and nothing else: the model has 20 to 60 tensors of 2000 to 20000 bytes.
@@ -197,6 +197,13 @@ def test_flops_by_hand() -> None:
     assert flops.forward == forward
     assert flops.model == 3 * forward
     assert flops.recomputed == forward - 2 * 128256 * 4096
+
+
+def test_flops_of_a_dense_model_by_hand() -> None:
+    attention = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+    forward = 32 * (attention + 2 * 4096 * 4096 + 2 * 3 * 4096 * 14336) + 2 * 128256 * 4096
+    flops = training_flops(dense_model(LLAMA.moe().architecture), 4096, Recompute())
+    assert (flops.forward, flops.model, flops.recomputed) == (forward, 3 * forward, 0)
 
 
 def test_memory_by_hand() -> None:

@@ -169,19 +169,33 @@ class Cluster:
 
     def node_state(self, name: str) -> str:
         """Return a node's state as sinfo names it, such as `idle`, `alloc` or `down*`."""
-        return self.run(
-            "sinfo", "--noheader", "--nodes", name, "--partition=batch", "--format=%t"
-        ).stdout.strip()
+        return self._sinfo(name, "%t")
 
-    def wait_for_node(self, name: str, *states: str, timeout: float = 240) -> None:
+    def wait_for_dead_node(self, name: str, timeout: float = 120) -> None:
+        """Wait until the controller has given a silent node up.
+
+        Its state does not say so: while a job of the node is not cleaned up, which a dead node never does, Slurm shows
+        `mix*` for what is down.
+        """
+        self.wait_until(
+            lambda: self._sinfo(name, "%E") == "Not responding",
+            timeout,
+            lambda: f"{name}: {self.node_state(name)}",
+        )
+
+    def wait_for_node(self, name: str, *states: str, timeout: float = 120) -> None:
         """Wait until a node is in one of the states."""
         self.wait_until(
             lambda: self.node_state(name) in states, timeout, lambda: f"{name}: {self.node_state(name)}"
         )
 
-    def wait_for_saved_state(self) -> None:
-        """Wait until the controller has written down what it knows now, which it does every few seconds."""
+    def wait_for_saved_state(self, job: str) -> None:
+        """Wait until the controller has written down what it knows now of its jobs.
+
+        It does so some seconds after a change, and not at all without one: hence the comment on this job.
+        """
         file, now = self.folder / "state" / "job_state", time.time()
+        self.run("scontrol", "update", f"jobid={job}", "comment=saved")
         self.wait_until(lambda: file.is_file() and file.stat().st_mtime > now, 30, self._logs)
 
     def kill_controller(self) -> None:
@@ -261,6 +275,10 @@ class Cluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def _sinfo(self, name: str, what: str) -> str:
+        command = ("sinfo", "--noheader", "--nodes", name, "--partition=batch", f"--format={what}")
+        return self.run(*command).stdout.strip()
 
     def _logs(self) -> str:
         """Return the last lines of the daemons' logs."""

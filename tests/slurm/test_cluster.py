@@ -89,7 +89,7 @@ def test_two_nodes_sum_over_gloo(cluster: Cluster, tmp_path: Path) -> None:
 def test_the_controller_is_killed_and_started(cluster: Cluster) -> None:
     job = cluster.submit(script="sleep 12")
     cluster.wait_for_job(job, "RUNNING")
-    cluster.wait_for_saved_state()
+    cluster.wait_for_saved_state(job)
     cluster.kill_controller()
     assert "DOWN" in cluster.run("scontrol", "ping", check=False).stdout
     cluster.start_controller()

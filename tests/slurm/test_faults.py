@@ -25,7 +25,7 @@ from slurm.world import (
     weights,
 )
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.faults]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 BEFORE_MOE = ("convert", "curate", "experts", "assemble")
 HELD_STEP = MOE_SAVE_INTERVAL + 3
@@ -59,7 +59,7 @@ def disturbed(moe: MoE, chain: SlurmRun, tmp_path_factory: pytest.TempPathFactor
     runs = {"limit": moe("limit", stages={"moe": {"time": "00:03:00", "memory": "8G"}})}
     held = hold(runs["limit"])
     # Before the others begin: a controller that never wrote down their start would begin them again.
-    cluster.wait_for_saved_state()
+    cluster.wait_for_saved_state(runs["limit"].jobs()["moe"])
     cluster.kill_controller()
     cluster.start_controller()
     runs["killed"] = moe("killed")
@@ -205,7 +205,7 @@ def test_a_crashed_node_and_a_cut_network(moe: MoE, chain: SlurmRun, cluster: Cl
     cluster.cut_network("n3")
     try:
         for node in ("n2", "n3"):
-            cluster.wait_for_node(node, "down*")
+            cluster.wait_for_dead_node(node)
         assert cluster.machines["n3"].running
         assert "down" not in cluster.node_state("n1")
     finally:

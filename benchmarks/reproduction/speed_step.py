@@ -1,0 +1,55 @@
+"""Step `speed`: prefill and decode of what was made, each timed in pairs with the dense base, in one process."""
+
+import logging
+from pathlib import Path
+
+from results import HELDOUT, SPEED, folder, save
+from runs_table import RunsTable, chain_run
+from settings import Place
+
+from megatron_l0moe.data.manifest import read_manifest
+from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.reports.collect import Json
+
+logger = logging.getLogger(__name__)
+
+TIMED_TABLES = ("comparison", "sweeps")
+"""The rows of the other tables have shapes that stand here already."""
+
+
+def time_rows(place: Place, table: RunsTable) -> None:
+    """Write results/speed/NAME for the first seed of every timed row; a row without a model is named and left out."""
+    heldout, base = place.root / "tokens", place.root / "base"
+    settings = place.settings.speed
+    for case in table.first_cases():
+        if case.settings.table not in TIMED_TABLES:
+            continue
+        if not read_manifest(folder(place, case.name, HELDOUT)):
+            logger.warning("speed: %s is not there yet", case.name)
+            continue
+        run = chain_run(place, table, case)
+        made = run.stage_folder("export") if case.settings.kind == "l0moe" else run.folder / "dense"
+        model = made if case.settings.kind == "l0moe" else made / "hf"
+
+        def work(model: Path = model) -> Json:
+            return _time(place, model)
+
+        save(place, case.name, SPEED, section_hash(settings), (made, base, heldout), work)
+
+
+def _time(place: Place, model: Path) -> Json:
+    from megatron_l0moe.evaluation.evaluate import checkpoint_counts
+    from megatron_l0moe.evaluation.heldout import read_heldout
+    from megatron_l0moe.evaluation.models import load_model
+    from megatron_l0moe.evaluation.speed import measure_speed
+
+    settings = place.settings.speed
+    return measure_speed(
+        load_model(place.base_model),
+        load_model(model),
+        read_heldout(place.root / "tokens" / "heldout.jsonl"),
+        counts=(checkpoint_counts(place.base_model), checkpoint_counts(model)),
+        prefill_tokens=settings.prefill_tokens,
+        decode_tokens=settings.decode_tokens,
+        repeats=settings.repeats,
+    )
