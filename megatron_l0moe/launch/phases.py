@@ -65,6 +65,13 @@ class TrainingStage:
         return recipe.moe_steps if self.index is None else recipe.expert_steps
 
     @property
+    def save_interval(self) -> int | None:
+        """Steps from one checkpoint to the next; None where training goes on while one is written."""
+        recipe = self.run.recipe
+        training = recipe.expert_training if self.index is not None else recipe.moe_training
+        return None if training.flags.get("async-save") else training.save_interval
+
+    @property
     def job(self) -> jobs.Job:
         """The training command."""
         architecture = Architecture.from_hf(Path(self.run.recipe.model.path))
@@ -130,7 +137,7 @@ def _prepare(this: TrainingStage) -> int:
     wait_for_inputs(this.stage)
     pipeline.check_inputs(this.run, spec)
     begin(this.stage, spec.restart)
-    past = attempts.close_last(this.folder, this.steps, None)
+    past = attempts.close_last(this.folder, this.steps, this.save_interval, None)
     if this.is_trained:
         return _finish(this)
     refuse_failure(this.folder)
@@ -154,7 +161,8 @@ def _finish(this: TrainingStage) -> int:
         return _say(this, "done")
     past = attempts.read(this.folder)
     if past and past[-1].how is None:
-        past = attempts.close_last(this.folder, this.steps, reason_in(Path(past[-1].logs)))
+        why = reason_in(Path(past[-1].logs))
+        past = attempts.close_last(this.folder, this.steps, this.save_interval, why)
     if this.is_trained:
         begun = time.monotonic()
         numbers = this.work(this.stage)
@@ -181,12 +189,15 @@ def _refuse_if_hopeless(this: TrainingStage, past: list[attempts.Attempt]) -> No
     if why is None:
         return
     last = past[-1]
-    step = last.crash_step or last.start_step + 1
-    words, samples = this.samples_of(step)
     reason = f" (the last time: {last.reason.rstrip('.')}; log {last.logs})" if last.reason else ""
+    step, reads = last.last_step, ""
+    samples: list[dict[str, object]] = []  # a save reads none
+    if not last.saving:
+        step = (last.last_step or 0 if last.place else last.start_step) + 1
+        words, samples = this.samples_of(step)
+        reads = f"; step {step} reads {words}"
     sentence = (
-        f"Training in {this.folder} {why}{reason}; step {step} reads {words}; mend the cause, then "
-        f"{how_to_go_on(this.folder)}."
+        f"Training in {this.folder} {why}{reason}{reads}; mend the cause, then {how_to_go_on(this.folder)}."
     )
     write_failure(this.folder, Failure(kind="crashes", sentence=sentence, step=step, samples=samples))
     raise L0MoEError(sentence)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +233,41 @@ def test_a_stop_request_outlives_prepare_unless_it_is_an_earlier_attempts(run: R
     assert [record["how"] for record in records(run)] == ["interrupted", "crashed", "interrupted"]
 
 
-def test_attempts_that_vanish_count_only_in_the_same_step(run: Run) -> None:
-    for last in (3, 4, 5, 6, 7):
+def test_attempts_that_vanish_are_judged_when_the_next_one_begins(run: Run) -> None:
+    for last in (0, 0, 7, 7, 7):
         assert prepare(run) == 0
-        train(run, 1, last)  # and then the node dies: no `finish`
-    assert prepare(run) == 0
-    train(run, 1, 7)
-    with pytest.raises(L0MoEError, match=r"crashed in step 8 in 2 attempts"):
+        if last:
+            train(run, 1, last)  # and then the node dies: no `finish`
+    with pytest.raises(L0MoEError, match=r"moe vanished in step 8 in 3 attempts in a row; step 8 reads"):
         prepare(run)
-    assert [record["how"] for record in records(run)] == ["vanished"] * 6
+    assert verdict(run) == "stop\n"
+    assert [record["how"] for record in records(run)] == ["vanished"] * 5
+
+
+@pytest.mark.parametrize("interval", [5, None])
+def test_a_crash_while_saving(run: Run, interval: int | None) -> None:
+    """After a step that a checkpoint is due after, and after the last one, which is always saved."""
+    step = interval or STEPS
+    if interval:  # another interval is no other recipe
+        training = run.recipe.moe_training.model_copy(update={"save_interval": interval})
+        run = replace(run, recipe=run.recipe.model_copy(update={"moe_training": training}))
+    error = "OSError: [Errno 28] No space left on device"
+    assert crash(run, 1, step - 1, error) == STOPPED
+    assert crash(run, 1, step, error) == STOPPED
+    with pytest.raises(
+        L0MoEError,
+        match=rf"crashed while saving after step {step} in 2 attempts in a row \(.* OSError: .*\); mend the cause",
+    ):
+        crash(run, 1, step, error)
+    failure = read_failure(folder(run))
+    assert failure is not None
+    assert (failure.step, failure.samples) == (step, [])
+    (folder(run) / "failure.json").unlink()
+    assert prepare(run) == 0
+    train(run, 1, step, error)
+    save(run, step)
+    assert finish(run) == (STOPPED if interval else 0)
+    assert [record["saving"] for record in records(run)] == [False, True, True, False]
 
 
 def test_an_attempt_that_finished_no_step_is_not_told_by_the_rows_of_the_one_before(run: Run) -> None:
