@@ -34,6 +34,7 @@ VANISHED_ATTEMPTS = 10
 """Attempts without a new checkpoint that vanished, in whatever steps, and stop a job: nodes that die so often need a
 person, and nothing else would ever end this."""
 NOT_SAVED = "it was asked to stop, and ended before it had saved: ask earlier, or save more often"
+NODE_LOST = "Slurm lost one of its nodes, or the network to it, and ended it on the others"
 SQUEUE_SECONDS = 60.0
 SQUEUE_INTERVAL = 2.0
 ENDED_STATES = frozenset(
@@ -45,7 +46,7 @@ ENDED_STATES = frozenset(
 How = Literal["finished", "stopped", "interrupted", "failed", "crashed", "vanished"]
 """finished: the last step is saved. stopped: saved and ended because it was asked to. interrupted: asked to, but ended
 before that. failed: the job said itself why it must not go on. crashed: it ended with an error. vanished: nobody was
-left to say anything, as when a node dies."""
+left to say anything, as when a node dies, or Slurm ended it because it had lost another of its nodes."""
 
 
 @dataclass(kw_only=True)
@@ -124,7 +125,9 @@ def open_attempt(folder: Path, logs: Path) -> Attempt:
     return attempt
 
 
-def close_last(folder: Path, steps: int, save_interval: int | None, reason: str | None) -> list[Attempt]:
+def close_last(
+    folder: Path, steps: int, save_interval: int | None, reason: str | None, *, lost_a_node: bool = False
+) -> list[Attempt]:
     """Complete the record of the last attempt, if it is open, from what lies in the folder; returns all attempts.
 
     A stop request and its answer are removed then.
@@ -133,6 +136,7 @@ def close_last(folder: Path, steps: int, save_interval: int | None, reason: str 
         steps: of the whole job.
         save_interval: steps from one checkpoint to the next; None where training goes on while one is written.
         reason: last meaningful line of the log where an error ended it; None when nobody saw it end.
+        lost_a_node: whether Slurm says that it ended the job for this; the stop request is then its, and came too late.
     """
     attempts = read(folder)
     if not attempts or attempts[-1].how is not None:
@@ -148,6 +152,8 @@ def close_last(folder: Path, steps: int, save_interval: int | None, reason: str 
         last.how, last.reason = "failed", failure.sentence
     elif stopped is not None:
         last.how, last.last_step = "stopped", stopped
+    elif lost_a_node:
+        last.how, last.reason = "vanished", NODE_LOST
     elif (folder / STOP_FILE).exists():
         last.how, last.reason = "interrupted", NOT_SAVED
     elif reason is None:

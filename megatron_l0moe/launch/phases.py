@@ -27,9 +27,11 @@ from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.endings import STOPPED, Failure, how_to_go_on, read_failure, refuse_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, pipeline, preflight
+from megatron_l0moe.launch.job_log import lost_a_node
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import locked
 from megatron_l0moe.launch.log_reason import reason_in
+from megatron_l0moe.launch.sbatch import place_of
 from megatron_l0moe.launch.stages import Run, spec_of, stage_command, stages
 
 logger = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ def _prepare(this: TrainingStage) -> int:
     wait_for_inputs(this.stage)
     pipeline.check_inputs(this.run, spec)
     begin(this.stage, spec.restart)
-    past = attempts.close_last(this.folder, this.steps, this.save_interval, None)
+    past = _close_last(this, seen=False)
     if this.is_trained:
         return _finish(this)
     refuse_failure(this.folder)
@@ -159,10 +161,7 @@ def _prepare(this: TrainingStage) -> int:
 def _finish(this: TrainingStage) -> int:
     if has_marker(this.stage) and is_done(this.stage):
         return _say(this, "done")
-    past = attempts.read(this.folder)
-    if past and past[-1].how is None:
-        why = reason_in(Path(past[-1].logs))
-        past = attempts.close_last(this.folder, this.steps, this.save_interval, why)
+    past = _close_last(this, seen=True)
     if this.is_trained:
         begun = time.monotonic()
         numbers = this.work(this.stage)
@@ -182,6 +181,23 @@ def _finish(this: TrainingStage) -> int:
         this.steps,
     )
     return _say(this, "again")
+
+
+def _close_last(this: TrainingStage, *, seen: bool) -> list[attempts.Attempt]:
+    """Complete the record of the last attempt if it is open, from its folder and its logs; returns all attempts."""
+    past = attempts.read(this.folder)
+    if not past or past[-1].how is not None:
+        return past
+    last, logs = past[-1], Path(past[-1].logs)
+    job = logs.name.rpartition("_r")[0]  # as the batch script names the folder of a start
+    log = str(place_of(this.run).log(this.stage.name)).replace("%A_%a", job).replace("%j", job)
+    return attempts.close_last(
+        this.folder,
+        this.steps,
+        this.save_interval,
+        reason_in(logs) if seen else None,
+        lost_a_node=lost_a_node(Path(log), last.restarts + 1),
+    )
 
 
 def _refuse_if_hopeless(this: TrainingStage, past: list[attempts.Attempt]) -> None:

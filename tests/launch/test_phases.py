@@ -244,6 +244,30 @@ def test_attempts_that_vanish_are_judged_when_the_next_one_begins(run: Run) -> N
     assert [record["how"] for record in records(run)] == ["vanished"] * 5
 
 
+@pytest.mark.parametrize("cause", ["NODE FAILURE", "PREEMPTION"])
+def test_a_stop_request_that_came_with_a_lost_node(
+    run: Run, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """Slurm ends the batch script by TERM, which asks training to stop; `finish` cannot run any more."""
+    logs = run.folder / "slurm" / "logs"
+    monkeypatch.setenv("L0MOE_LOG_DIR", str(logs / "moe" / "18_r0"))
+    assert prepare(run) == 0
+    train(run, 1, 7)
+    (folder(run) / "stop").touch()
+    logs.mkdir(parents=True)
+    (logs / "moe-18.log").write_text(
+        "10:53:51 | moe: job 18 on n[1,3], start 1\n"
+        f"slurmstepd-n1: error: *** JOB 18 ON n1 CANCELLED AT 2026-11-22T10:55:40 DUE TO {cause} ***\n"
+        "10:56:33 | moe: job 18 on n[1,3], start 2\n"
+    )
+    assert prepare(run) == 0
+    (first, _) = records(run)
+    if cause == "NODE FAILURE":
+        assert (first["how"], first["reason"]) == ("vanished", attempts.NODE_LOST)
+    else:
+        assert (first["how"], first["reason"]) == ("interrupted", attempts.NOT_SAVED)
+
+
 @pytest.mark.parametrize("interval", [5, None])
 def test_a_crash_while_saving(run: Run, interval: int | None) -> None:
     """After a step that a checkpoint is due after, and after the last one, which is always saved."""

@@ -212,8 +212,9 @@ def test_a_crashed_node_and_a_cut_network(moe: MoE, chain: SlurmRun, cluster: Cl
         cluster.start_node("n2")
         cluster.restore_network("n3")
     assert_same_end(crashed, chain, how="vanished", saves=False)
-    # Its batch script lives and is told to end, too late to save.
-    assert_same_end(cut, chain, how="interrupted", saves=False)
+    # Its batch script lives and is told to end, when there is nobody left to save with.
+    assert_same_end(cut, chain, how="vanished", saves=False)
+    assert attempts(cut.folder / "moe")[0]["reason"].startswith("Slurm lost one of its nodes")
 
 
 def test_a_difference_would_be_seen(chain: SlurmRun, tmp_path: Path) -> None:
