@@ -28,8 +28,13 @@ SAME_STEP_CRASHES = 2
 """Crashes in one step in a row that stop a job. A second one could be chance; it costs a night to find out, and a
 person can start the job again in a minute."""
 FRUITLESS_ATTEMPTS = 3
-"""Attempts in a row without a new checkpoint that stop a job, in whatever steps they ended: it only burns GPU-hours."""
+"""Attempts in a row without a new checkpoint that stop a job, in whatever steps they ended: it only burns GPU-hours.
+So many that vanished in one step stop it too: by now it is not chance, whoever saw it."""
+VANISHED_ATTEMPTS = 10
+"""Attempts without a new checkpoint that vanished, in whatever steps, and stop a job: nodes that die so often need a
+person, and nothing else would ever end this."""
 NOT_SAVED = "it was asked to stop, and ended before it had saved: ask earlier, or save more often"
+NODE_LOST = "Slurm lost one of its nodes, or the network to it, and ended it on the others"
 SQUEUE_SECONDS = 60.0
 SQUEUE_INTERVAL = 2.0
 ENDED_STATES = frozenset(
@@ -41,7 +46,7 @@ ENDED_STATES = frozenset(
 How = Literal["finished", "stopped", "interrupted", "failed", "crashed", "vanished"]
 """finished: the last step is saved. stopped: saved and ended because it was asked to. interrupted: asked to, but ended
 before that. failed: the job said itself why it must not go on. crashed: it ended with an error. vanished: nobody was
-left to say anything, as when a node dies."""
+left to say anything, as when a node dies, or Slurm ended it because it had lost another of its nodes."""
 
 
 @dataclass(kw_only=True)
@@ -68,15 +73,17 @@ class Attempt:
     """Last finished step, saved or not."""
     saved_step: int | None = None
     """Step of the last checkpoint."""
+    saving: bool = False
+    """Whether a checkpoint was due after the last finished step and is not there."""
     reason: str = ""
     verdict: Literal["", "done", "again", "stop"] = ""
 
     @property
-    def crash_step(self) -> int | None:
-        """Step that it was in when it crashed; None where it did not."""
+    def place(self) -> str | None:
+        """Where it was when it crashed or vanished; None where it did neither."""
         if self.how not in ("crashed", "vanished") or self.last_step is None:
             return None
-        return self.last_step + 1
+        return f"while saving after step {self.last_step}" if self.saving else f"in step {self.last_step + 1}"
 
     @property
     def is_fruitless(self) -> bool:
@@ -118,14 +125,18 @@ def open_attempt(folder: Path, logs: Path) -> Attempt:
     return attempt
 
 
-def close_last(folder: Path, steps: int, reason: str | None) -> list[Attempt]:
+def close_last(
+    folder: Path, steps: int, save_interval: int | None, reason: str | None, *, lost_a_node: bool = False
+) -> list[Attempt]:
     """Complete the record of the last attempt, if it is open, from what lies in the folder; returns all attempts.
 
     A stop request and its answer are removed then.
 
     Args:
         steps: of the whole job.
+        save_interval: steps from one checkpoint to the next; None where training goes on while one is written.
         reason: last meaningful line of the log where an error ended it; None when nobody saw it end.
+        lost_a_node: whether Slurm says that it ended the job for this; the stop request is then its, and came too late.
     """
     attempts = read(folder)
     if not attempts or attempts[-1].how is not None:
@@ -133,6 +144,7 @@ def close_last(folder: Path, steps: int, reason: str | None) -> list[Attempt]:
     last = attempts[-1]
     last.ended, last.saved_step = _now(), saved_step(folder)
     last.last_step = _last_step(folder, last)
+    last.saving = save_interval is not None and _is_saving(last, steps, save_interval)
     failure, stopped = read_failure(folder), stopped_at(folder)
     if last.saved_step == steps:
         last.how = "finished"
@@ -140,6 +152,8 @@ def close_last(folder: Path, steps: int, reason: str | None) -> list[Attempt]:
         last.how, last.reason = "failed", failure.sentence
     elif stopped is not None:
         last.how, last.last_step = "stopped", stopped
+    elif lost_a_node:
+        last.how, last.reason = "vanished", NODE_LOST
     elif (folder / STOP_FILE).exists():
         last.how, last.reason = "interrupted", NOT_SAVED
     elif reason is None:
@@ -156,19 +170,25 @@ def judge(attempts: list[Attempt]) -> str | None:
     """Say why there must be no further attempt; None: there may be one.
 
     Only attempts of this Slurm job count, and none up to its last verdict `stop`: in between, a person has decided
-    to go on. One that vanished, as when its node dies, counts only where the one before ended in the same step.
+    to go on. Attempts that vanished, as when their node dies, were seen by nobody: they stop a job only beside a
+    crash in the same place, or when there are more of them than chance explains.
     """
     recent = list(itertools.takewhile(_counts, reversed(attempts)))
-    steps = [attempt.crash_step for attempt in recent[:SAME_STEP_CRASHES]]
-    if len(steps) == SAME_STEP_CRASHES and steps[0] is not None and len(set(steps)) == 1:
-        return f"crashed in step {steps[0]} in {SAME_STEP_CRASHES} attempts in a row"
-    fruitless = 0
-    for attempt in recent:
-        if (attempt.saved_step or 0) > attempt.start_step:
-            break
-        fruitless += attempt.is_fruitless
+    if not recent:
+        return None
+    place = recent[0].place
+    there = list(itertools.takewhile(lambda attempt: place is not None and attempt.place == place, recent))
+    ways = {attempt.how for attempt in there}
+    if len(there) >= (SAME_STEP_CRASHES if "crashed" in ways else FRUITLESS_ATTEMPTS):
+        way = "ended" if len(ways) > 1 else there[0].how
+        return f"{way} {place} in {len(there)} attempts in a row"
+    since = list(itertools.takewhile(lambda attempt: (attempt.saved_step or 0) <= attempt.start_step, recent))
+    fruitless = sum(attempt.is_fruitless for attempt in since)
+    vanished = sum(attempt.how == "vanished" for attempt in since)
     if fruitless >= FRUITLESS_ATTEMPTS:
         return f"ended in {fruitless} attempts in a row without a new checkpoint"
+    if vanished >= VANISHED_ATTEMPTS:
+        return f"vanished in {vanished} attempts in a row without a new checkpoint"
     return None
 
 
@@ -230,6 +250,12 @@ def _last_step(folder: Path, attempt: Attempt) -> int:
         except (ValueError, KeyError, TypeError):
             continue  # cut short when the process was killed
     return attempt.start_step
+
+
+def _is_saving(attempt: Attempt, steps: int, save_interval: int) -> bool:
+    """Whether an attempt ended between its last step, which is noted first, and the checkpoint after it."""
+    done, saved = attempt.last_step or 0, attempt.saved_step or 0
+    return saved < done and done > attempt.start_step and (done % save_interval == 0 or done == steps)
 
 
 def _metrics_time(folder: Path) -> int:

@@ -27,9 +27,11 @@ from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.endings import STOPPED, Failure, how_to_go_on, read_failure, refuse_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, pipeline, preflight
+from megatron_l0moe.launch.job_log import lost_a_node
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import locked
 from megatron_l0moe.launch.log_reason import reason_in
+from megatron_l0moe.launch.sbatch import place_of
 from megatron_l0moe.launch.stages import Run, spec_of, stage_command, stages
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,13 @@ class TrainingStage:
         """Steps of the whole job."""
         recipe = self.run.recipe
         return recipe.moe_steps if self.index is None else recipe.expert_steps
+
+    @property
+    def save_interval(self) -> int | None:
+        """Steps from one checkpoint to the next; None where training goes on while one is written."""
+        recipe = self.run.recipe
+        training = recipe.expert_training if self.index is not None else recipe.moe_training
+        return None if training.flags.get("async-save") else training.save_interval
 
     @property
     def job(self) -> jobs.Job:
@@ -130,7 +139,7 @@ def _prepare(this: TrainingStage) -> int:
     wait_for_inputs(this.stage)
     pipeline.check_inputs(this.run, spec)
     begin(this.stage, spec.restart)
-    past = attempts.close_last(this.folder, this.steps, None)
+    past = _close_last(this, seen=False)
     if this.is_trained:
         return _finish(this)
     refuse_failure(this.folder)
@@ -152,9 +161,7 @@ def _prepare(this: TrainingStage) -> int:
 def _finish(this: TrainingStage) -> int:
     if has_marker(this.stage) and is_done(this.stage):
         return _say(this, "done")
-    past = attempts.read(this.folder)
-    if past and past[-1].how is None:
-        past = attempts.close_last(this.folder, this.steps, reason_in(Path(past[-1].logs)))
+    past = _close_last(this, seen=True)
     if this.is_trained:
         begun = time.monotonic()
         numbers = this.work(this.stage)
@@ -176,17 +183,37 @@ def _finish(this: TrainingStage) -> int:
     return _say(this, "again")
 
 
+def _close_last(this: TrainingStage, *, seen: bool) -> list[attempts.Attempt]:
+    """Complete the record of the last attempt if it is open, from its folder and its logs; returns all attempts."""
+    past = attempts.read(this.folder)
+    if not past or past[-1].how is not None:
+        return past
+    last, logs = past[-1], Path(past[-1].logs)
+    job = logs.name.rpartition("_r")[0]  # as the batch script names the folder of a start
+    log = str(place_of(this.run).log(this.stage.name)).replace("%A_%a", job).replace("%j", job)
+    return attempts.close_last(
+        this.folder,
+        this.steps,
+        this.save_interval,
+        reason_in(logs) if seen else None,
+        lost_a_node=lost_a_node(Path(log), last.restarts + 1),
+    )
+
+
 def _refuse_if_hopeless(this: TrainingStage, past: list[attempts.Attempt]) -> None:
     why = attempts.judge(past)
     if why is None:
         return
     last = past[-1]
-    step = last.crash_step or last.start_step + 1
-    words, samples = this.samples_of(step)
     reason = f" (the last time: {last.reason.rstrip('.')}; log {last.logs})" if last.reason else ""
+    step, reads = last.last_step, ""
+    samples: list[dict[str, object]] = []  # a save reads none
+    if not last.saving:
+        step = (last.last_step or 0 if last.place else last.start_step) + 1
+        words, samples = this.samples_of(step)
+        reads = f"; step {step} reads {words}"
     sentence = (
-        f"Training in {this.folder} {why}{reason}; step {step} reads {words}; mend the cause, then "
-        f"{how_to_go_on(this.folder)}."
+        f"Training in {this.folder} {why}{reason}{reads}; mend the cause, then {how_to_go_on(this.folder)}."
     )
     write_failure(this.folder, Failure(kind="crashes", sentence=sentence, step=step, samples=samples))
     raise L0MoEError(sentence)

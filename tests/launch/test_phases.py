@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +233,65 @@ def test_a_stop_request_outlives_prepare_unless_it_is_an_earlier_attempts(run: R
     assert [record["how"] for record in records(run)] == ["interrupted", "crashed", "interrupted"]
 
 
-def test_attempts_that_vanish_count_only_in_the_same_step(run: Run) -> None:
-    for last in (3, 4, 5, 6, 7):
+def test_attempts_that_vanish_are_judged_when_the_next_one_begins(run: Run) -> None:
+    for last in (0, 0, 7, 7, 7):
         assert prepare(run) == 0
-        train(run, 1, last)  # and then the node dies: no `finish`
+        if last:
+            train(run, 1, last)  # and then the node dies: no `finish`
+    with pytest.raises(L0MoEError, match=r"moe vanished in step 8 in 3 attempts in a row; step 8 reads"):
+        prepare(run)
+    assert verdict(run) == "stop\n"
+    assert [record["how"] for record in records(run)] == ["vanished"] * 5
+
+
+@pytest.mark.parametrize("cause", ["NODE FAILURE", "PREEMPTION"])
+def test_a_stop_request_that_came_with_a_lost_node(
+    run: Run, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """Slurm ends the batch script by TERM, which asks training to stop; `finish` cannot run any more."""
+    logs = run.folder / "slurm" / "logs"
+    monkeypatch.setenv("L0MOE_LOG_DIR", str(logs / "moe" / "18_r0"))
     assert prepare(run) == 0
     train(run, 1, 7)
-    with pytest.raises(L0MoEError, match=r"crashed in step 8 in 2 attempts"):
-        prepare(run)
-    assert [record["how"] for record in records(run)] == ["vanished"] * 6
+    (folder(run) / "stop").touch()
+    logs.mkdir(parents=True)
+    (logs / "moe-18.log").write_text(
+        "10:53:51 | moe: job 18 on n[1,3], start 1\n"
+        f"slurmstepd-n1: error: *** JOB 18 ON n1 CANCELLED AT 2026-11-22T10:55:40 DUE TO {cause} ***\n"
+        "10:56:33 | moe: job 18 on n[1,3], start 2\n"
+    )
+    assert prepare(run) == 0
+    (first, _) = records(run)
+    if cause == "NODE FAILURE":
+        assert (first["how"], first["reason"]) == ("vanished", attempts.NODE_LOST)
+    else:
+        assert (first["how"], first["reason"]) == ("interrupted", attempts.NOT_SAVED)
+
+
+@pytest.mark.parametrize("interval", [5, None])
+def test_a_crash_while_saving(run: Run, interval: int | None) -> None:
+    """After a step that a checkpoint is due after, and after the last one, which is always saved."""
+    step = interval or STEPS
+    if interval:  # another interval is no other recipe
+        training = run.recipe.moe_training.model_copy(update={"save_interval": interval})
+        run = replace(run, recipe=run.recipe.model_copy(update={"moe_training": training}))
+    error = "OSError: [Errno 28] No space left on device"
+    assert crash(run, 1, step - 1, error) == STOPPED
+    assert crash(run, 1, step, error) == STOPPED
+    with pytest.raises(
+        L0MoEError,
+        match=rf"crashed while saving after step {step} in 2 attempts in a row \(.* OSError: .*\); mend the cause",
+    ):
+        crash(run, 1, step, error)
+    failure = read_failure(folder(run))
+    assert failure is not None
+    assert (failure.step, failure.samples) == (step, [])
+    (folder(run) / "failure.json").unlink()
+    assert prepare(run) == 0
+    train(run, 1, step, error)
+    save(run, step)
+    assert finish(run) == (STOPPED if interval else 0)
+    assert [record["saving"] for record in records(run)] == [False, True, True, False]
 
 
 def test_an_attempt_that_finished_no_step_is_not_told_by_the_rows_of_the_one_before(run: Run) -> None:

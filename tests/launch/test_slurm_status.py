@@ -10,7 +10,8 @@ from toy_recipe import make_run
 
 from megatron_l0moe.data.manifest import MARKER, write_json
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.job_log import reason
+from megatron_l0moe.launch.job_log import lost_a_node, reason
+from megatron_l0moe.launch.run import TAIL_BYTES
 from megatron_l0moe.launch.slurm_commands import JobState, parse_array, parse_job
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, read_record, write_record
 from megatron_l0moe.launch.slurm_status import Row, rows
@@ -190,6 +191,23 @@ def test_reason_is_of_the_last_start(tmp_path: Path) -> None:
     assert reason(file) == sentence
     file.write_text("11:00:00 | moe: job 1 on n1, start 1\n11:01:00 | moe: a/DONE is not visible on n1\n")
     assert reason(file) == "a/DONE is not visible on n1"
+
+
+def test_a_lost_node_is_told_of_its_own_start(tmp_path: Path) -> None:
+    file = tmp_path / "x.log"
+    assert not lost_a_node(file, 1)
+    lost = "slurmstepd-n1: error: *** JOB 18 ON n1 CANCELLED AT 2026-11-22T10:55:40 DUE TO {} ***\n"
+    file.write_text(f"{LOG}{lost.format('JOB REQUEUE')}")
+    assert not lost_a_node(file, 2)
+    file.write_text(f"{LOG}{lost.format('NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS')}")
+    assert [lost_a_node(file, start) for start in (1, 2, 3)] == [False, True, False]
+    with file.open("a") as log:
+        log.write("10:04:00 | moe: job 105 on n1, start 3\n")
+    assert [lost_a_node(file, start) for start in (1, 2, 3)] == [False, True, False]
+    text = file.read_text()
+    far_from_its_end = "step\n" * TAIL_BYTES
+    file.write_text(text.replace("start 2\n", f"start 2\n{far_from_its_end}"))
+    assert lost_a_node(file, 2)
 
 
 def test_unreadable_record(run: Run) -> None:

@@ -169,7 +169,7 @@ def test_a_repeated_crash_stops_the_expert_and_the_rest(disturbed: dict[str, Slu
     first, second = attempts(run.folder / "experts" / "001")
     assert first["how"] == second["how"] == "crashed"
     assert first["last_step"] == second["last_step"]
-    assert f"crashed in step {first['last_step'] + 1} in 2 attempts in a row" in run.logs()
+    assert f"crashed while saving after step {first['last_step']} in 2 attempts in a row" in run.logs()
     for stage in ("assemble", "moe", "export", "evaluate", "report"):
         (record,) = run.cluster.jobs(run.jobs()[stage])
         assert (record["JobState"], record["Reason"]) == ("CANCELLED", "DependencyNeverSatisfied"), stage
@@ -177,7 +177,7 @@ def test_a_repeated_crash_stops_the_expert_and_the_rest(disturbed: dict[str, Slu
     status = run.l0moe("status", str(run.folder))
     log = run.folder / "slurm" / "logs" / f"experts-{run.jobs()['experts']}_1.log"
     assert "1 done, 1 failed" in status
-    assert f"crashed in step {first['last_step'] + 1}" in status.replace("\n", " ")
+    assert f"crashed while saving after step {first['last_step']}" in status.replace("\n", " ")
     assert f"Its log is {log}." in status.replace("\n", "")
 
 
@@ -212,8 +212,9 @@ def test_a_crashed_node_and_a_cut_network(moe: MoE, chain: SlurmRun, cluster: Cl
         cluster.start_node("n2")
         cluster.restore_network("n3")
     assert_same_end(crashed, chain, how="vanished", saves=False)
-    # Its batch script lives and is told to end, too late to save.
-    assert_same_end(cut, chain, how="interrupted", saves=False)
+    # Its batch script lives and is told to end, when there is nobody left to save with.
+    assert_same_end(cut, chain, how="vanished", saves=False)
+    assert attempts(cut.folder / "moe")[0]["reason"].startswith("Slurm lost one of its nodes")
 
 
 def test_a_difference_would_be_seen(chain: SlurmRun, tmp_path: Path) -> None:
