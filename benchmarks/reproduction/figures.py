@@ -104,6 +104,7 @@ def compute_curves(base: Result, compared: Sequence[Result]) -> Figure:
     left.set_ylabel("training loss (nats per token)")
     for axes in (left, right):
         axes.set_xlabel("training FLOPs (1e12)")
+        axes.locator_params(axis="x", nbins=5)
     return figure
 
 
@@ -127,7 +128,7 @@ def heldout_points(base: Result, results: Sequence[Result]) -> Figure:
     left.invert_yaxis()
     left.grid(axis="x", lw=0.4)
     left.set_xlabel("held-out loss - base's (nats per token)")
-    right.set_xlabel("training FLOPs after pretraining (1e12)")
+    right.set_xlabel("FLOPs after pretraining (1e12)")
     return figure
 
 
