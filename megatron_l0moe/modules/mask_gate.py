@@ -122,7 +122,8 @@ def hard_masks(log_alpha: Tensor, sets: Tensor, load: Tensor, target: float) -> 
     """Return masks of 0 and 1 whose activated fraction is the largest one that does not exceed the target.
 
     The entries with the highest log_alpha are open, across all masks of the layer: a mask is as wide as it has
-    learned to be. Equal scores go to the lower mask, then to the lower channel; one entry at least is open.
+    learned to be. Equal scores go to the lower channel, then to the lower mask, so that no mask is filled before
+    another where many lie at log_alpha's upper clamp; one entry at least is open.
 
     Args:
         log_alpha: [E, F], all channels of a layer.
@@ -133,10 +134,10 @@ def hard_masks(log_alpha: Tensor, sets: Tensor, load: Tensor, target: float) -> 
     Returns:
         float32 [E, F].
     """
-    order = torch.sort(log_alpha.flatten(), descending=True, stable=True).indices
+    order = torch.sort(log_alpha.T.flatten(), descending=True, stable=True).indices
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device)
-    rank = rank.view(log_alpha.shape)
+    rank = rank.view(log_alpha.T.shape).T
 
     def fraction(count: int) -> float:
         return float(activated((rank < count).double(), sets, load).mean())

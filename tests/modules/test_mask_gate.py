@@ -120,8 +120,10 @@ def test_hard_masks_worked_by_hand():
     sets = mask_sets(3, 2)
     assert hard_masks(log_alpha, sets, load, 0.5).tolist() == [[1, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 1]]
     assert hard_masks(log_alpha, sets, load, 0.49).tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
-    # ties of 1: mask 0 before mask 1, channel 1 before channel 2
+    # ties of 1: channel 1 before channel 2, mask 0 before mask 1
     assert hard_masks(log_alpha, sets, load, 0.7).tolist() == [[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 1]]
+    all_alike = hard_masks(torch.ones(3, 4), sets, load, 0.5)
+    assert all_alike.tolist() == [[1, 1, 0, 0]] * 3  # and not mask 0 before all others
     assert hard_masks(log_alpha, sets, load, 1e-3).sum() == 1
     assert hard_masks(log_alpha, sets, load, 1.0).sum() == 12
 
