@@ -23,9 +23,9 @@ serve-setup: setup ## make the environment in .venv-serve that has vLLM's CPU bu
 serve-check: serve-setup ## serve an exported L0-MoE with vLLM and compare its log-probabilities; MODEL=folder
 	@$(PY) tools/serve_check.py $(if $(MODEL),--model $(MODEL))
 
-test: setup ## all tests; those on the test cluster come last and alone, since they measure time
+test: setup ## all tests but the faults of `test-slurm`; those on the test cluster come last and alone
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slurm"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "slurm and not faults"
 
 test-slurm: setup ## the tests on a real Slurm of three virtual nodes on this machine; needs root
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm --durations=10

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Literal
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.endings import STOP_FILE, forget_stop, read_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.slurm_commands import SlurmUnreachableError, queue_state
 
 logger = logging.getLogger(__name__)
 
@@ -243,26 +243,22 @@ def _state(job: str) -> str:
     Raises:
         L0MoEError: Slurm does not answer.
     """
-    program = shutil.which("squeue")
-    if program is None:
+    if shutil.which("squeue") is None:
         logger.warning("There is no squeue here, so nothing says whether the Slurm job %s still runs.", job)
         return ""
-    words = [program, "--noheader", "--states=all", "--jobs", job, "--format=%T"]
     deadline = time.monotonic() + SQUEUE_SECONDS
-    while (
-        True
-    ):  # a controller that is started anew answers after some seconds, and a job that completes is gone
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        answered = done.returncode == 0 or "Invalid job id" in done.stderr
-        state = next(iter(done.stdout.split()), "")
-        late = time.monotonic() > deadline
-        if answered and (state != "COMPLETING" or late):
-            return state
-        if late:
-            raise L0MoEError(
-                f"squeue does not say whether the Slurm job {job}, which worked here last, still runs "
-                f"({' '.join(done.stderr.split())}); try again when Slurm answers."
-            )
+    # a controller that is started anew answers after some seconds, and a job that completes is gone
+    while True:
+        try:
+            state = queue_state(job)
+            if state != "COMPLETING" or time.monotonic() > deadline:
+                return state
+        except SlurmUnreachableError as error:
+            if time.monotonic() > deadline:
+                raise L0MoEError(
+                    f"squeue does not say whether the Slurm job {job}, which worked here last, still runs "
+                    f"({str(error).rstrip('.')}); try again when Slurm answers."
+                ) from error
         time.sleep(SQUEUE_INTERVAL)
 
 

@@ -163,8 +163,14 @@ def _variables(run: Run, cluster: Cluster, name: str, place: Place, need: Resour
         "# Slurm's own name of the first node; the task of rank 0 runs there, and so does this script.",
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
     ]
-    step = ["srun", f"--mpi={cluster.mpi}", f"--cpus-per-task={need.cpus}"]
-    lines += ["step=(", *(f"  {_quote(word)}" for word in step), *_container(cluster), ")"]
+    step = ["srun", "--overlap", f"--mpi={cluster.mpi}", f"--cpus-per-task={need.cpus}"]
+    lines += [
+        "# One step runs after the other; --overlap: none waits for one that a restarted controller believes to run.",
+        "step=(",
+        *(f"  {_quote(word)}" for word in step),
+        *_container(cluster),
+        ")",
+    ]
     lines.append(f"command=({_stage_words(run, cluster, name)})")
     lines.append('one_node=("${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head")')
     if _trains(run, name):

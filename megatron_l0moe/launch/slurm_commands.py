@@ -1,4 +1,4 @@
-"""Calling Slurm's own commands, and reading what they print. The only place that starts them."""
+"""Calling Slurm's own commands, and reading what they print. The only place of `launch` that starts them."""
 
 import os
 import re
@@ -93,6 +93,18 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
         else:
             found.update(_from_accounting(job))
     return found
+
+
+def queue_state(job: str) -> str:
+    """Return squeue's word for the state of a job, empty where it knows nothing of it (any more).
+
+    Raises:
+        SlurmUnreachableError: there is no answer.
+    """
+    answer = _call(["squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T"])
+    if answer.returncode != 0 and _UNKNOWN_JOB not in answer.stderr:
+        raise SlurmUnreachableError(f"Slurm does not answer: {own_words(answer.stderr)}.")
+    return next(iter(answer.stdout.split()), "")
 
 
 def parse_job(line: str) -> dict[str, JobState]:

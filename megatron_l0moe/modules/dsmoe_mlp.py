@@ -101,6 +101,8 @@ class DSMoEMLP(MLP):
     The place is that of `L0MLP`: fc2 is linear, so a block's factor may stand before it, and gate and up share it.
     """
 
+    _segments: Tensor
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -126,12 +128,15 @@ class DSMoEMLP(MLP):
             gated_layers=gated_layers,
             tp_group=pg_collection.tp,
         )
-        self._segments = local_segments(
+        segments = local_segments(
             config.ffn_hidden_size,
             block_config.l0_blocks,
             rank=pg_collection.tp.rank(),
             ranks=pg_collection.tp.size(),
         )
+        # on the device once, since a copy in every forward pass would wait for it; it follows from the sizes
+        index = torch.tensor(segments, device=torch.cuda.current_device())
+        self.register_buffer("_segments", index, persistent=False)
         self._weights: Tensor | None = None
         self.linear_fc2.register_forward_pre_hook(self._apply_gates)
 
@@ -149,8 +154,7 @@ class DSMoEMLP(MLP):
     def _apply_gates(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._weights is not None, "fc2 of a DSMoEMLP ran outside its forward"
         activation = args[0]
-        index = torch.tensor(self._segments, device=activation.device)
-        weights = self._weights.index_select(-1, index).to(activation.dtype)
+        weights = self._weights.index_select(-1, self._segments).to(activation.dtype)
         # shape: (S, b, F/p) -> (S, b, segments, width) -> (S, b, F/p)
         segments = activation.unflatten(-1, (len(self._segments), -1))
         return ((segments * weights[..., None]).flatten(-2), *args[1:])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_and_validate_args
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.block_gate import BlockGateConfig
@@ -78,6 +79,29 @@ def add_l0_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     for title, config in ARGUMENT_GROUPS:
         ArgumentGroupFactory(config).build_group(parser, title=title)
     return parser
+
+
+def parse_beside_training(config: type, title: str) -> tuple[argparse.Namespace, Any, Settings]:
+    """Parse the command line of a program that computes with a model and trains nothing.
+
+    Args:
+        config: dataclass of the program's own flags.
+        title: of these flags in --help.
+
+    Returns:
+        Megatron's arguments, the program's config, our settings.
+    """
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        ArgumentGroupFactory(config).build_group(parser, title=title)
+        return add_l0_arguments(parser)
+
+    install_argv()
+    args = parse_and_validate_args(
+        extra_args_provider=add_arguments,
+        args_defaults={"finetune": True, "no_load_optim": True, "no_load_rng": True},
+    )
+    return args, config_from_args(config, args), settings_from_args(args)
 
 
 def config_from_args(config: type, args: argparse.Namespace) -> Any:

@@ -60,23 +60,12 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training as megatron_training
-    from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_l0moe.training import arguments, calibration, checkpoint_check, checkpoint_start, model
 
-    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        ArgumentGroupFactory(ConstructConfig).build_group(parser, title="L0 construction")
-        return arguments.add_l0_arguments(parser)
-
-    arguments.install_argv()
-    args = parse_and_validate_args(
-        extra_args_provider=add_arguments,
-        args_defaults={"finetune": True, "no_load_optim": True, "no_load_rng": True},
-    )
-    config, settings = arguments.config_from_args(ConstructConfig, args), arguments.settings_from_args(args)
+    args, config, settings = arguments.parse_beside_training(ConstructConfig, "L0 construction")
     _check(args)
     method = _settings(config, args)
     reader = CheckpointReader(Path(args.pretrained_checkpoint))

@@ -67,15 +67,15 @@ def _of_routers(chunk: torch.nn.Module) -> Metrics:
 
 def _of_block_gates(chunk: torch.nn.Module) -> Metrics:
     """Return what DSMoE's gates opened; without sequence parallelism TP ranks count the same tokens."""
-    metrics: Metrics = {}
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    for gate in block_gates(chunk):
-        sums = gate.sums.to(device=torch.cuda.current_device(), copy=True)
-        if group.size() > 1:
-            torch.distributed.all_reduce(sums, group=group)
-        active, loss, tokens = sums.tolist()
-        metrics.setdefault("active_fraction", {})[str(gate.layer)] = active / max(tokens, 1.0)
-        metrics.setdefault("sparsity_loss", {})[str(gate.layer)] = loss / max(tokens, 1.0)
+    found = list(block_gates(chunk))
+    if not found:
+        return {}
+    sums = torch.stack([gate.sums for gate in found]).to(device=torch.cuda.current_device())
+    _summed(sums, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    metrics: Metrics = {"active_fraction": {}, "sparsity_loss": {}}
+    for gate, (active, loss, tokens) in zip(found, sums.tolist(), strict=True):
+        metrics["active_fraction"][str(gate.layer)] = active / max(tokens, 1.0)
+        metrics["sparsity_loss"][str(gate.layer)] = loss / max(tokens, 1.0)
     return metrics
 
 
@@ -97,7 +97,9 @@ def _mean_losses(found: list[L0Router]) -> dict[str, list[float]]:
     if not names:
         return {}
     sums = torch.stack([torch.stack([router.loss_sums[name] for router in found]) for name in names])
-    means = _summed(sums, found) / (found[0].expert_load.group.size() * get_num_microbatches())
+    means = _summed(sums, found[0].expert_load.group) / (
+        found[0].expert_load.group.size() * get_num_microbatches()
+    )
     return dict(zip(names, means.tolist(), strict=True))
 
 
@@ -106,13 +108,12 @@ def _load_by_domain(found: list[L0Router]) -> Tensor | None:
     counts = [router.domain_load.counts for router in found if router.domain_load.counts is not None]
     if not counts:
         return None
-    total = _summed(torch.stack(counts), found)
+    total = _summed(torch.stack(counts), found[0].expert_load.group)
     return total / total.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def _summed(values: Tensor, found: list[L0Router]) -> Tensor:
-    """Sum over all ranks that hold tokens of the global batch for these layers."""
-    group = found[0].expert_load.group
+def _summed(values: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sum in place over the ranks that hold tokens of the global batch for some layers."""
     if group.size() > 1:
         torch.distributed.all_reduce(values, group=group)
     return values

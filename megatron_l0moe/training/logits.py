@@ -7,7 +7,6 @@ layers, between the probability of the last expert chosen and the first one not 
 size of rounding, two correct programs may choose differently.
 """
 
-import argparse
 import json
 import os
 from dataclasses import dataclass
@@ -44,23 +43,12 @@ def main() -> None:
     checkpoint_fixes.install()
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training as megatron_training
-    from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
     from megatron_l0moe.training import arguments, checkpoint_check, model
 
-    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        ArgumentGroupFactory(LogitsConfig).build_group(parser, title="L0 logits")
-        return arguments.add_l0_arguments(parser)
-
-    arguments.install_argv()
-    args = parse_and_validate_args(
-        extra_args_provider=add_arguments,
-        args_defaults={"finetune": True, "no_load_optim": True, "no_load_rng": True},
-    )
-    config, settings = arguments.config_from_args(LogitsConfig, args), arguments.settings_from_args(args)
+    args, config, settings = arguments.parse_beside_training(LogitsConfig, "L0 logits")
     checkpoint_check.check_model(CheckpointReader(Path(args.load)), args, settings, settings.plan.stage)
     tokens = _first_tokens(Path(config.l0_heldout), config.l0_positions)
     megatron_training.initialize_megatron()

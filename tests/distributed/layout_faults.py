@@ -106,7 +106,7 @@ def blocks_of_the_first_rank(models: list[Any]) -> Iterator[None]:
     for model in models:
         for module in model.modules():
             if isinstance(module, DSMoEMLP):
-                module._segments = [block - module._segments[0] for block in module._segments]
+                module._segments = module._segments - module._segments[0]
     yield
 
 

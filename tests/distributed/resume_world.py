@@ -2,16 +2,14 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from processes import torchrun
 
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 
@@ -103,24 +101,7 @@ def launch(processes: int, plan: list[dict[str, Any]], log: Path, program: Path 
     """Do the runs of a plan in one set of processes; output to a file, which a killed rank's child may hold open."""
     file = log.with_suffix(".json")
     file.write_text(json.dumps(plan), encoding="utf-8")
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    with log.open("w", encoding="utf-8") as output:
-        done = subprocess.run(
-            [*words, str(program), str(file)],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-            timeout=900,
-        )
-    assert done.returncode == 0, log.read_text(encoding="utf-8")[-6000:]
+    torchrun(processes, program, file, log=log)
 
 
 def write_indexes(folder: Path) -> Path:

@@ -1,12 +1,10 @@
 """The calibration pass in TP2, TP2 + SP, DP2 and PP2 equals one process, on real gloo processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -21,28 +19,7 @@ FAULT = "DP2, sums not added"
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibration")
     for processes in (1, 2):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-        ]
-        log = folder / f"{processes}.log"
-        with log.open("w", encoding="utf-8") as output:
-            done = subprocess.run(
-                [*command, str(PROGRAM), str(folder)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": f"{PROGRAM.parents[2]}:{PROGRAM.parents[1]}",
-                },
-                check=False,
-                timeout=LAUNCH_SECONDS,
-            )
-        assert done.returncode == 0, log.read_text(encoding="utf-8")[-6000:]
+        torchrun(processes, PROGRAM, folder, log=folder / f"{processes}.log", timeout=LAUNCH_SECONDS)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 

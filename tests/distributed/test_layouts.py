@@ -7,8 +7,6 @@ after a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE.
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from distributed import layouts
 from distributed.layouts import CASES, FAULTS, LAYOUTS, TOLERANCE, Run
+from processes import torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -23,37 +22,16 @@ PROGRAM = Path(__file__).with_name("layout_steps.py")
 TESTS = PROGRAM.parent.parent
 PAGE = TESTS.parent / "docs" / "parallel.md"
 START, END = "<!-- written by tests/distributed/test_layouts.py -->", "<!-- end of the tables -->"
-LAUNCH_SECONDS = 900
 NOTICEABLE = 1e-3  # a gradient this large is a thousand times the tolerance
 
 Runs = dict[tuple[str, str, str], Run]
-
-
-def launch(processes: int, folder: Path) -> None:
-    """Run the program; its output goes to a file, since a killed rank leaves helper processes that hold a pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    log = folder / f"{processes}.log"
-    with log.open("w", encoding="utf-8") as output:
-        done = subprocess.run(
-            [*command, str(PROGRAM), str(folder)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-            },
-            check=False,
-            timeout=LAUNCH_SECONDS,
-        )
-    assert done.returncode == 0, log.read_text(encoding="utf-8")[-6000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     for processes in (1, 2, 4):
-        launch(processes, folder)
+        torchrun(processes, PROGRAM, folder, log=folder / f"{processes}.log")
     return folder
 
 

@@ -17,7 +17,6 @@ from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.endings import STOPPED, Failure, read_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, late_files, phases, pipeline
-from megatron_l0moe.launch.log_reason import reason_in
 from megatron_l0moe.launch.stages import Run
 
 STEPS = 20  # of MoE training in the toy recipe
@@ -332,51 +331,3 @@ def test_one_expert(run: Run, tmp_path: Path) -> None:
     )  # trained and cut, but killed before the marker
     assert phases.run_phase(run, "experts", "finish", work, index=2) == 0
     assert (run.expert_folder(2) / "DONE").is_file()
-
-
-SQUEUE = """#!/bin/sh
-echo x >> "$0.calls"
-if [ "$(wc -l < "$0.calls")" -lt 3 ]; then echo "slurm_load_jobs error: Unable to contact" >&2; exit 1; fi
-if [ "$(wc -l < "$0.calls")" -lt 5 ]; then echo COMPLETING; exit 0; fi
-if [ "$4" = 7 ]; then echo RUNNING; else echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
-"""
-
-
-def test_slurm_is_asked_again_while_it_does_not_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attempts, "SQUEUE_INTERVAL", 0.01)
-    program = tmp_path / "squeue"
-    program.write_text(SQUEUE)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert attempts._state("7") == "RUNNING"
-    assert attempts._state("8") == ""
-    (tmp_path / "squeue.calls").unlink()
-    monkeypatch.setattr(attempts, "SQUEUE_SECONDS", 0.0)
-    with pytest.raises(
-        L0MoEError, match=r"the Slurm job 7, .* still runs \(.*Unable to contact\); try again"
-    ):
-        attempts._state("7")
-
-
-def test_reason_of_many_logs(tmp_path: Path) -> None:
-    lines = {
-        "a": "RuntimeError: NCCL gave up",
-        "b": "MemoryError: full",
-        "c": "ValueError: late",
-        "d": "step 3",
-    }
-    for age, (name, line) in enumerate(lines.items()):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "stderr.log").write_text(line + "\n")
-        os.utime(tmp_path / name / "stderr.log", (age, age))
-    assert reason_in(tmp_path) == "MemoryError: full"
-    (tmp_path / "b" / "stderr.log").unlink()
-    (tmp_path / "c" / "stderr.log").unlink()
-    assert reason_in(tmp_path) == (
-        "a process was killed, or a node or the network was lost (RuntimeError: NCCL gave up)"
-    )
-    (tmp_path / "a" / "stderr.log").unlink()
-    assert reason_in(tmp_path) == "step 3"
-    assert reason_in(tmp_path / "a") == "nothing was written to its log"

@@ -173,7 +173,7 @@ class Cluster:
             "sinfo", "--noheader", "--nodes", name, "--partition=batch", "--format=%t"
         ).stdout.strip()
 
-    def wait_for_node(self, name: str, *states: str, timeout: float = 60) -> None:
+    def wait_for_node(self, name: str, *states: str, timeout: float = 240) -> None:
         """Wait until a node is in one of the states."""
         self.wait_until(
             lambda: self.node_state(name) in states, timeout, lambda: f"{name}: {self.node_state(name)}"

@@ -8,7 +8,6 @@ import psutil
 import pytest
 from chain import toy_world
 from data.engine.worlds import checksums
-from processes import wait_until
 from slurm.cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -46,10 +45,12 @@ def test_a_killed_task_and_the_same_bytes(cluster: Cluster, tmp_path: Path) -> N
 
 
 def kill_a_task(cluster: Cluster) -> None:
-    """Kill one of the two processes of the step that runs."""
+    """Kill the first process of the step that runs, while it still imports: it has done nothing yet."""
+    found: list[psutil.Process] = []
 
-    def tasks() -> list[psutil.Process]:
-        return cluster.processes("bin/python", "executor.pik")
+    def first() -> bool:
+        found.extend(cluster.processes("bin/python", "executor.pik"))
+        return bool(found)
 
-    wait_until(lambda: len(tasks()) == 2)
-    tasks()[0].kill()
+    cluster.wait_until(first, 120, lambda: "no task of curate runs")
+    found[0].kill()
