@@ -8,6 +8,7 @@ Shapes: E = masks, k = masks of a token, F = FFN channels (here also a rank's pa
 E choose k. Leading dimensions `...` are tokens in any arrangement.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -89,15 +90,22 @@ def mask_sets(masks: int, k: int) -> Tensor:
     return torch.tensor(sets)
 
 
-def set_index(chosen: Tensor, masks: int) -> Tensor:
-    """Return the row of `mask_sets` that each token's masks are; chosen [..., k], ascending -> int64 [...].
+def set_places(masks: int, k: int) -> Tensor:
+    """Return what the j-th mask of an ascending set adds to the set's row, (mask choose j), j from 1; int64 [E, k]."""
+    return torch.tensor([[math.comb(mask, j) for j in range(1, k + 1)] for mask in range(masks)])
 
-    The place of the set i_1 < i_2 < ... is sum_j (i_j choose j), the combinatorial number system.
+
+def set_index(chosen: Tensor, places: Tensor) -> Tensor:
+    """Return the row of `mask_sets` that each token's masks are, by the combinatorial number system.
+
+    Args:
+        chosen: [..., k], ascending.
+        places: `set_places`, [E, k], on the same device.
+
+    Returns:
+        int64 [...].
     """
-    k = chosen.shape[-1]
-    table = torch.tensor([[math.comb(i, j + 1) for j in range(k)] for i in range(masks)])
-    table = table.to(chosen.device)
-    return table[chosen, torch.arange(k, device=chosen.device)].sum(dim=-1)
+    return places[chosen, torch.arange(chosen.shape[-1], device=chosen.device)].sum(dim=-1)
 
 
 def activated(open_probability: Tensor, sets: Tensor, load: Tensor) -> Tensor:
@@ -114,7 +122,8 @@ def activated(open_probability: Tensor, sets: Tensor, load: Tensor) -> Tensor:
     Returns:
         [F]; its mean over all channels is the expected activated fraction r-hat.
     """
-    of_sets = 1 - (1 - open_probability[sets]).prod(dim=1)  # shape: (C, k, F) -> (C, F)
+    closed = (1 - open_probability[sets]).unbind(dim=1)  # shape: (C, k, F) -> k of (C, F)
+    of_sets = 1 - functools.reduce(torch.mul, closed)  # the gradient of prod() would wait for the device
     return load.to(of_sets.dtype) @ of_sets
 
 

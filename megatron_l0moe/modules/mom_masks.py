@@ -5,6 +5,7 @@ token. `log_alpha` lives as [E, F/p] on each rank, channel j of rank r being glo
 arithmetic is float32, also in bf16 models.
 """
 
+import logging
 import math
 from typing import Any
 
@@ -17,12 +18,22 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules import hard_concrete
 from megatron_l0moe.modules.collectives import gather_shards, mean_over_shards
 from megatron_l0moe.modules.hard_concrete import Float32State, HardConcreteConfig
-from megatron_l0moe.modules.mask_gate import MaskConfig, activated, hard_masks, mask_sets, set_index
+from megatron_l0moe.modules.mask_gate import (
+    MaskConfig,
+    activated,
+    hard_masks,
+    mask_sets,
+    set_index,
+    set_places,
+)
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig, RetentionController
 from megatron_l0moe.modules.router import ExpertLoad
+
+logger = logging.getLogger(__name__)
 
 
 class MaskGate(Float32State):
@@ -72,23 +83,25 @@ class MaskGate(Float32State):
         )
         tokens = pg_collection.tp_dp_cp if config.sequence_parallel else pg_collection.dp_cp
         self.set_load = ExpertLoad(config, math.comb(masks, k), tokens)
-        self.sets = mask_sets(masks, k).to(device)
+        self.is_first = self.tp_group.rank() == tokens.rank() == 0  # of the ranks that hold this layer
+        # on the device once, since a copy in every forward pass would wait for it
+        self.sets, self.places = mask_sets(masks, k).to(device), set_places(masks, k).to(device)
         self.register_buffer("hard_mask", torch.ones(masks, local_width, device=device))
         self.register_buffer("frozen", torch.zeros(1, dtype=torch.int64, device=device))
         self.step = GateStep(iteration=0, phase=Phase.LEARN, retention=1.0, penalty_scale=1.0)
 
     @torch.no_grad()
     def begin_iteration(self, step: GateStep) -> None:
-        """Set the schedule's position; bound log_alpha; freeze the masks when their time comes."""
+        """Set the schedule's position; bound log_alpha; freeze the masks when their time comes.
+
+        Raises:
+            L0MoEError: NaN in log_alpha when the masks freeze, which a loss of this step would no longer show.
+        """
         self.step = step
         self.set_load.begin_iteration()
         self.log_alpha.clamp_(self.gate_config.l0_log_alpha_min, self.gate_config.l0_log_alpha_max)
         if step.phase is Phase.FROZEN and not self.frozen.item():
-            full = gather_shards(self.log_alpha.T.contiguous(), self.tp_group).T
-            self.hard_mask.copy_(
-                self._shard(hard_masks(full, self.sets, self.set_load.load, self.mask_config.l0_masks_target))
-            )
-            self.frozen.fill_(1)
+            self._freeze()
 
     @property
     def is_frozen(self) -> bool:
@@ -137,7 +150,7 @@ class MaskGate(Float32State):
 
     def count(self, chosen: Tensor) -> None:
         """Count the tokens that chose each set of masks; [..., k], ascending."""
-        index = set_index(chosen, self.mask_config.l0_masks).flatten()
+        index = set_index(chosen, self.places).flatten()
         self.set_load.add(index[:, None] == torch.arange(len(self.sets), device=index.device))
 
     @torch.no_grad()
@@ -159,6 +172,24 @@ class MaskGate(Float32State):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+
+    def _freeze(self) -> None:
+        full = gather_shards(self.log_alpha.T.contiguous(), self.tp_group).T
+        if full.isnan().any():
+            raise L0MoEError(
+                f"log_alpha of layer {self.layer} holds NaN in iteration {self.step.iteration}, in which its masks "
+                "freeze; go on from an earlier checkpoint with a lower --l0-mask-lr."
+            )
+        masks = hard_masks(full, self.sets, self.set_load.load, self.mask_config.l0_masks_target)
+        is_empty = ~masks.bool().any(dim=1)
+        if self.is_first and is_empty.any():
+            logger.warning(
+                "Masks %s of layer %d keep no channel: a token that chooses no other mask skips the layer's FFN.",
+                is_empty.nonzero().flatten().tolist(),
+                self.layer,
+            )
+        self.hard_mask.copy_(self._shard(masks))
+        self.frozen.fill_(1)
 
     def _open_probability(self) -> Tensor:
         return hard_concrete.open_probability(self.log_alpha, self.gate_config)

@@ -130,7 +130,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     if stage.l0_stage == "dsmoe":
         _check_blocks(args, stage, blocks)
     if stage.l0_stage == "mom":
-        _check_masks(args, stage, retention)
+        _check_masks(args, stage, plan)
     return Settings(stage, plan)
 
 
@@ -188,7 +188,8 @@ def _check_blocks(args: argparse.Namespace, stage: StageConfig, blocks: BlockGat
         )
 
 
-def _check_masks(args: argparse.Namespace, stage: StageConfig, retention: RetentionConfig) -> None:
+def _check_masks(args: argparse.Namespace, stage: StageConfig, plan: LayerPlan) -> None:
+    retention = plan.retention
     if stage.l0_dense_layers == args.num_layers:
         raise L0MoEError(
             f"--l0-dense-layers ({stage.l0_dense_layers}) must be below --num-layers ({args.num_layers}) for "
@@ -213,6 +214,21 @@ def _check_masks(args: argparse.Namespace, stage: StageConfig, retention: Retent
         raise L0MoEError(
             "--l0-retention-control budget shifts the gates of one mask and cannot hold the activated fraction of "
             "several; --l0-stage mom takes lagrangian."
+        )
+    if stage.l0_train_weights == "off":
+        raise L0MoEError(
+            "--l0-train-weights off is for the expert stage, and --l0-stage mom trains weights and masks together; "
+            "remove it."
+        )
+    if retention.l0_freeze_fraction == 0:
+        raise L0MoEError(
+            "--l0-stage mom needs --l0-freeze-fraction above 0, because an export has no place for masks between 0 "
+            "and 1."
+        )
+    if plan.masks.l0_masks_target * args.ffn_hidden_size < 1:
+        raise L0MoEError(
+            f"--l0-masks-target ({plan.masks.l0_masks_target}) must be at least one channel of --ffn-hidden-size "
+            f"({args.ffn_hidden_size}), that is 1 / {args.ffn_hidden_size}."
         )
     _check_steps(args.train_iters, retention)
 

@@ -80,15 +80,13 @@ def _of_block_gates(chunk: torch.nn.Module) -> Metrics:
 
 
 def _of_mask_routers(chunk: torch.nn.Module) -> Metrics:
-    metrics: Metrics = {}
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    for router in mask_routers(chunk):
-        sums = router.sums.to(device=torch.cuda.current_device(), copy=True)
-        if group.size() > 1:
-            torch.distributed.all_reduce(sums, group=group)
-        loss, micro_batches = sums.tolist()
-        metrics.setdefault("balance_loss", {})[str(router.layer)] = loss / max(micro_batches, 1.0)
-    return metrics
+    found = list(mask_routers(chunk))
+    if not found:
+        return {}
+    sums = torch.stack([router.sums for router in found]).to(device=torch.cuda.current_device())
+    _summed(sums, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    means = [loss / max(micro_batches, 1.0) for loss, micro_batches in sums.tolist()]
+    return {"balance_loss": dict(zip([str(router.layer) for router in found], means, strict=True))}
 
 
 def _mean_losses(found: list[L0Router]) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ from megatron_l0moe.modules.mask_gate import (
     hard_masks,
     mask_sets,
     set_index,
+    set_places,
 )
 
 FLOAT64_ATOL = 1e-12  # the same few products in another order
@@ -51,8 +52,8 @@ def test_sets_are_found_at_their_place():
     for masks, k in ((3, 2), (6, 2), (7, 3), (8, 4)):
         sets = mask_sets(masks, k)
         assert len(sets) == math.comb(masks, k)
-        assert set_index(sets, masks).tolist() == list(range(len(sets)))
-    assert set_index(torch.tensor([[[1, 3]], [[0, 1]]]), 4).tolist() == [[4], [0]]
+        assert set_index(sets, set_places(masks, k)).tolist() == list(range(len(sets)))
+    assert set_index(torch.tensor([[[1, 3]], [[0, 1]]]), set_places(4, 2)).tolist() == [[4], [0]]
 
 
 def test_activated_fraction_worked_by_hand():
@@ -79,7 +80,7 @@ def test_naive_references(masks: int, k: int):
     expected = doubles([row.factors for row in rows])
     assert (channel_factors(weights, z) - expected).abs().max() < FLOAT64_ATOL
     sets = mask_sets(masks, k)
-    load = torch.bincount(set_index(chosen, masks), minlength=len(sets)) / tokens
+    load = torch.bincount(set_index(chosen, set_places(masks, k)), minlength=len(sets)) / tokens
     fraction = float(activated(z, sets, load.double()).mean())
     right = equations.activated_fraction(z.tolist(), [row.chosen for row in rows])
     # the load came in float32

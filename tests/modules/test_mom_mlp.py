@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules.mask_gate import MaskConfig
 from megatron_l0moe.modules.mom_mlp import MoMMLP, initial_weight
 from megatron_l0moe.modules.retention import GateStep, Phase
@@ -125,7 +126,7 @@ def test_choices_are_counted_once_and_weigh_in_the_next_step():
     x = torch.randn(models.HIDDEN) + 0.3 * torch.randn(7, 2, models.HIDDEN)
     mlp(x)
     with torch.no_grad():
-        mlp(x)  # the first pass of a recomputation does not count
+        mlp(-x)  # other tokens, without gradients as in the first pass of a recomputation: not counted
     choices = [
         equations.mix_masks(row.tolist(), [[0.0]] * MASKS, 2).chosen
         for row in (x @ mlp.mask_router.weight.T).reshape(-1, MASKS)
@@ -143,7 +144,7 @@ def test_choices_are_counted_once_and_weigh_in_the_next_step():
 def test_masks_freeze_at_the_target_and_stay():
     mlp = one_layer().train()
     mlp.masks.begin_iteration(step(Phase.FROZEN))
-    z = mlp.masks()
+    z = mlp.masks().clone()
     assert set(z.unique().tolist()) == {0.0, 1.0}
     assert mlp.masks.expected_retention() == pytest.approx(0.5, abs=1 / models.FFN)
     assert mlp.masks.expected_retention() <= 0.5 + 1e-6
@@ -153,6 +154,28 @@ def test_masks_freeze_at_the_target_and_stay():
     assert mlp.masks.penalty(z) is None
     mlp.masks.step = step(Phase.LEARN)  # as after loading a checkpoint for evaluation
     assert torch.equal(mlp.eval().masks(), z)
+
+
+def test_bad_masks_do_not_freeze_in_silence(caplog: pytest.LogCaptureFixture):
+    mlp = one_layer().train()
+    mlp.masks.begin_iteration(step(Phase.FROZEN))
+    assert "keep no channel" not in caplog.text  # control
+    mlp = one_layer().train()
+    mlp.masks.log_alpha.data[2:4] = -10.0
+    mlp.masks.begin_iteration(step(Phase.FROZEN))
+    assert "Masks [2, 3] of layer 1 keep no channel" in caplog.text
+    mlp.mask_router.weight.data[2:4] = 1.0
+    mlp.mask_router.weight.data[[0, 1, 4, 5, 6, 7]] *= 0.01
+    x = torch.ones(2, 1, models.HIDDEN)  # a token that chooses the empty masks, and one that chooses others
+    x[1] *= -1
+    output, _ = mlp(x)
+    assert (output[0] == 0).all()
+    assert output[1].isfinite().all()
+    assert (output[1] != 0).any()
+    mlp = one_layer().train()
+    mlp.masks.log_alpha.data[1, 5] = torch.nan
+    with pytest.raises(L0MoEError, match="log_alpha of layer 1 holds NaN in iteration 5"):
+        mlp.masks.begin_iteration(step(Phase.FROZEN))
 
 
 def test_the_penalty_alone_brings_the_activated_fraction_to_its_target():

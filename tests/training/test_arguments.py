@@ -86,6 +86,12 @@ def test_flags_reach_the_configs(parser):
         (("--l0-stage", "mom", "--fp16"), "neither --fp16 nor"),
         (("--l0-stage", "mom", "--overlap-grad-reduce"), "--overlap-grad-reduce needs a gradient"),
         (("--l0-stage", "mom", "--l0-retention-control", "budget"), "--l0-stage mom takes lagrangian"),
+        (
+            ("--l0-stage", "mom", "--l0-train-weights", "off"),
+            "--l0-train-weights off is for the expert stage",
+        ),
+        (("--l0-stage", "mom", "--l0-freeze-fraction", "0"), "needs --l0-freeze-fraction above 0"),
+        (("--l0-stage", "mom", "--l0-masks-target", "0.01"), "at least one channel of .*, that is 1 / 64"),
         (("--l0-stage", "mom", "--train-iters", "4"), "leaves no step between open gates and the freeze"),
     ],
 )

@@ -16,7 +16,8 @@ from megatron_l0moe.data.curriculum import CurriculumDataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-# one step with open masks, three that learn them, three with hard ones; checkpoints after the third and the sixth
+# one step with open masks, three that learn them, three with hard ones; saved after the third (where one run stops) and
+# the sixth (which is exported)
 STEPS, STOP, HARD, BATCH, DENSE_LAYERS, MASKS = 7, 3, 6, 4, 1, 4
 ATOL = 1e-5  # fp32 sums in other orders; losses and norms are of size 1 to 4
 FLAGS = [
@@ -26,7 +27,7 @@ FLAGS = [
     "--lr-decay-style", "WSD", "--lr-wsd-decay-style", "cosine", "--lr-warmup-iters", "1", "--clip-grad", "1.0",
     "--micro-batch-size", "1", "--global-batch-size", str(BATCH), "--eval-iters", "0", "--eval-interval", "99",
     "--num-workers", "0",
-    "--log-interval", "1", "--ckpt-format", "torch_dist", "--save-interval", str(STOP), "--seq-length",
+    "--log-interval", "1", "--ckpt-format", "torch_dist", "--save-interval", str(HARD), "--seq-length",
     str(toy.SEQUENCE), "--tokenizer-type", "NullTokenizer", "--vocab-size", str(toy.VOCAB),
     "--make-vocab-size-divisible-by", "1",
 ]  # fmt: skip
@@ -42,15 +43,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def run(name: str, *more: str) -> dict[str, object]:
         folder = root / name
         folder.mkdir(exist_ok=True)
-        files = ["--load", folder, "--save", folder, "--pretrained-checkpoint", root / "converted/megatron"]
+        files = ["--load", folder, "--pretrained-checkpoint", root / "converted/megatron"]
         files += ["--l0-metrics-file", folder / "metrics.jsonl", "--l0-data-index", root / "index/expert"]
         argv = [*model, *FLAGS, *(str(word) for word in files), *more]
         return {"argv": argv, "broken": "", "label": name}
 
-    alone = [run("straight"), run("stopped", "--exit-interval", str(STOP))]
+    alone = [
+        run("straight", "--save", str(root / "straight")),
+        run("stopped", "--save", str(root / "stopped"), "--exit-interval", str(STOP)),
+    ]
     toy.launch(1, alone, root / "one.log")
     toy.launch(2, [run("tp2", *toy.layout(tp=2)), run("stopped")], root / "two.log")
-    export_mom(root / "straight" / f"iter_{HARD:07d}", root / "hf", root / "hard_export", width_multiple=1)
+    hard = root / "straight" / f"iter_{HARD:07d}"
+    # rows of 16 bytes at least, which torch's grouped_mm asks for
+    export_mom(hard, root / "hf", root / "hard_export", width_multiple=4)
     return root
 
 
