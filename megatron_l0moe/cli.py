@@ -23,8 +23,8 @@ HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE tha
 One recipe file describes a whole run. Start with `l0moe run examples/quickstart.yaml`: it does every stage that
 is not done yet, so the same command goes on after an interruption. `--dry-run` shows what would happen.
 
-The stages, in order: convert, curate, experts, assemble, moe, export, evaluate, report. Results lie in
-runs/NAME/STAGE/; remove such a folder to do the stage again.
+The stages, in order: convert, curate, experts, assemble, moe, export, evaluate, report; a recipe with another
+method has no experts and no assemble. Results lie in runs/NAME/STAGE/; remove such a folder to do the stage again.
 """
 
 app = typer.Typer(
@@ -89,10 +89,11 @@ def run(
         from megatron_l0moe.launch import dryrun, pipeline, stages
 
         this = _load(recipe, runs_dir)
+        selected = stages.selection(this.recipe.method, first, last)
         if slurm_command.chosen(launcher, cluster):
-            slurm_command.run_on_slurm(this, stages.selection(first, last), cluster, dry_run=dry_run)
+            slurm_command.run_on_slurm(this, selected, cluster, dry_run=dry_run)
         elif dry_run:
-            typer.echo("\n".join(dryrun.describe(this, stages.selection(first, last))))
+            typer.echo("\n".join(dryrun.describe(this, selected)))
         else:
             slurm_command.refuse_if_queued(this)
             pipeline.run_chain(this, first=first, last=last)
@@ -174,7 +175,7 @@ def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
 @app.command(rich_help_panel=ONE_STAGE)
 def moe(recipe: RecipePath, phase: Phase = None, runs_dir: RunsDir = Path("runs")) -> None:
-    """Train experts and routers together on the ordered sets."""
+    """Train experts and routers together on the ordered sets; of other methods: blocks and gates."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline
@@ -188,29 +189,19 @@ def moe(recipe: RecipePath, phase: Phase = None, runs_dir: RunsDir = Path("runs"
 
 @app.command(rich_help_panel=ONE_STAGE)
 def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
-    """Write the trained L0-MoE as an ordinary Hugging Face checkpoint."""
+    """Write the trained model as a Hugging Face checkpoint."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.conversion.export import export_moe
-        from megatron_l0moe.conversion.model_card import recipe_facts
+        from megatron_l0moe.conversion.export_run import export_run
 
-        model = this.recipe.model
-        return export_moe(
-            this.stage_folder("moe") / "checkpoints",
-            Path(model.path),
-            stage.folder,
-            dense_layers=model.dense_layers,
-            top_k=model.top_k,
-            target=this.recipe.export.target,
-            card=recipe_facts(this.recipe),
-        )
+        return export_run(this.recipe, this.stage_folder("moe") / "checkpoints", stage.folder)
 
     _stage("export", recipe, runs_dir, work)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
 def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
-    """Measure perplexity by domain, speed and benchmarks, dense against L0-MoE."""
+    """Measure perplexity by domain, speed and benchmarks, dense against the model made of it."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.launch import pipeline

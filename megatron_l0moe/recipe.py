@@ -13,6 +13,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_l0moe.planning.layout_rules import JobSizes, refusal
 from megatron_l0moe.recipe_layouts import LayoutBlock, with_block
+from megatron_l0moe.recipe_methods import (
+    SECTIONS_OF_METHODS,
+    DSMoESection,
+    ModelMethod,
+    MoMSection,
+    misplaced_key,
+)
 from megatron_l0moe.recipe_sections import (
     DataSection,
     EvaluationSection,
@@ -27,18 +34,24 @@ from megatron_l0moe.settings_file import first_problem, load_settings
 
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
+CHECKED_SECTIONS = ("model", "expert_training", "export", "evaluation", *SECTIONS_OF_METHODS)
+"""Sections with keys that not every method has."""
 
 
 class Recipe(RecipePart):
-    """A whole run, from a dense checkpoint and a corpus to an exported L0-MoE and its report."""
+    """A whole run, from a dense checkpoint and a corpus to an exported model and its report."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The run's name; everything it writes lies under runs/NAME/."""
+    method: ModelMethod = "l0moe"
+    """What is made of the dense model; docs/methods.md has the methods beside L0-MoE."""
     seed: int = 1234
     model: ModelSection
     data: DataSection
     expert_training: ExpertTrainingSection = ExpertTrainingSection()
     moe_training: MoETrainingSection = MoETrainingSection()
+    dsmoe: DSMoESection = DSMoESection()
+    mom: MoMSection = MoMSection()
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
     gpus: int | None = Field(default=None, ge=1)
@@ -46,8 +59,9 @@ class Recipe(RecipePart):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
+        self._check_method()
         k = self.model.num_experts
-        if self.model.top_k > k:
+        if self.method == "l0moe" and self.model.top_k > k:
             raise ValueError(f"model.top_k ({self.model.top_k}) must be at most model.num_experts ({k})")
         for section in SECTIONS:
             parallel = self.parallel(section)
@@ -66,6 +80,20 @@ class Recipe(RecipePart):
         self._check_budgets()
         return self
 
+    def _check_method(self) -> None:
+        if found := misplaced_key(self.method, {name: getattr(self, name) for name in CHECKED_SECTIONS}):
+            raise ValueError(found)
+        if self.method == "l0moe" and self.model.expert_ffn < 1:
+            raise ValueError(
+                f"model.expert_ffn ({self.model.expert_ffn}) must be at least 1 for method l0moe: the units of the "
+                "dense FFN that each expert keeps"
+            )
+        if self.method != "l0moe" and self.moe_training.parallel.context > 1:
+            raise ValueError(
+                f"moe_training.parallel.context ({self.moe_training.parallel.context}) must be 1 for method "
+                f"{self.method}, which was never run with more"
+            )
+
     def parallel(self, section: Section) -> ParallelSection:
         """Return the layout's keys of a training section."""
         return self.expert_training.parallel if section == "expert_training" else self.moe_training.parallel
@@ -73,9 +101,10 @@ class Recipe(RecipePart):
     def job_sizes(self, section: Section) -> JobSizes:
         """Return what a layout has to divide, as far as the recipe knows it without the model."""
         is_moe = section == "moe_training"
+        has_experts = is_moe and self.method == "l0moe"
         return JobSizes(
-            experts=self.model.num_experts if is_moe else 0,
-            expert_ffn=self.model.expert_ffn if is_moe else None,
+            experts=self.model.num_experts if has_experts else 0,
+            expert_ffn=self.model.expert_ffn if has_experts else None,
             seq_length=self.data.seq_length,
             micro_batch=(self.moe_training if is_moe else self.expert_training).micro_batch_size,
             global_batch=self.moe_global_batch_size if is_moe else self.expert_training.global_batch_size,
@@ -126,6 +155,14 @@ class Recipe(RecipePart):
         return settings
 
     @property
+    def method_settings(self) -> dict[str, Any] | None:
+        """What a method beside L0-MoE depends on; None for L0-MoE, whose hashes are older than `method`."""
+        if self.method == "l0moe":
+            return None
+        section: RecipePart = getattr(self, self.method)
+        return {"method": self.method, **section.model_dump()}
+
+    @property
     def moe_steps(self) -> int:
         """Optimizer steps of MoE training: whole global batches of every set."""
         batch = self.moe_global_batch_size * self.data.seq_length
@@ -143,6 +180,11 @@ class RecipeFile(Recipe):
 
     @model_validator(mode="after")
     def _check_layouts(self) -> "RecipeFile":
+        if self.layouts and self.method != "l0moe":
+            raise ValueError(
+                f"layouts hold the expert runs' layouts too, and method is {self.method}; remove them and write "
+                "moe_training.parallel"
+            )
         counts = ", ".join(map(str, sorted(self.layouts)))
         if self.layouts and self.gpus is None:
             raise ValueError(

@@ -38,9 +38,9 @@ class ModelSection(RecipePart):
     dense_layers: int = Field(ge=0)
     """Bottom layers that stay dense (paper: 8 for Llama-3 and Mistral, 4 for Qwen2)."""
     num_experts: int = Field(ge=2)
-    """K: clusters, domains and experts of each MoE layer."""
-    expert_ffn: int = Field(ge=1)
-    """Units of the dense FFN that each expert keeps, exactly, in every MoE layer."""
+    """K: clusters and domains of the data and, of method l0moe, experts of each MoE layer."""
+    expert_ffn: int = Field(default=0, ge=0)
+    """Units of the dense FFN that each expert keeps, exactly, in every MoE layer; required for method l0moe."""
     top_k: int = Field(default=2, ge=1)
     """Experts that serve one token."""
 

@@ -18,6 +18,7 @@ WITHOUT_TORCH = (
     "reports/",
     "planning/",
     "recipe.py",
+    "recipe_methods.py",
     "recipe_sections.py",
     "cli.py",
     "command_errors.py",

@@ -69,6 +69,11 @@ def make_run(folder: Path, **changes: Any) -> Run:
     return Run(recipe=load_recipe(file), recipe_file=file, runs_dir=folder / "runs")
 
 
+def of_method(method: str, **changes: Any) -> dict[str, Any]:
+    """Return the changes of `changed` that make the recipe one of a method beside L0-MoE."""
+    return {"method": method, "model__expert_ffn": None, **changes}
+
+
 def write_model(folder: Path) -> Path:
     """Write a config.json; returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,11 @@ def _largest(differences: Iterable[float]) -> float:
 def check_inputs(run: Run, stage: str, steps: int) -> Architecture:
     """Return the model's sizes; refuse a run folder without initial weights or data, and steps it has no data for."""
     section, weights, _ = STAGES[stage]
+    if run.recipe.method != "l0moe":
+        raise L0MoEError(
+            f"loss_compare compares layouts of the stages of method l0moe, and {run.recipe_file} has method "
+            f"{run.recipe.method}; give another recipe."
+        )
     architecture = Architecture.from_hf(Path(run.recipe.model.path))
     preflight.check_sizes(run.recipe, architecture)
     for name in (weights, "curate"):

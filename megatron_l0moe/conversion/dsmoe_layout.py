@@ -15,6 +15,8 @@ from megatron_l0moe.conversion.rules import Rename
 from megatron_l0moe.errors import L0MoEError
 
 MODELLING_FILE = "modeling_dsmoe.py"  # the name that transformers' own files have
+MODEL_TYPE = "dsmoe_"
+"""Beginning of config.json's model_type; the dense family follows."""
 _SOURCE = Path(__file__).with_name("dsmoe_modelling.py")
 
 
@@ -64,7 +66,7 @@ def dsmoe_config(architecture: Architecture, shape: BlockShape, dtype: str) -> d
     return {
         **architecture.hf_config(dtype),
         "architectures": ["DSMoEForCausalLM"],
-        "model_type": f"dsmoe_{architecture.family}",
+        "model_type": f"{MODEL_TYPE}{architecture.family}",
         "auto_map": {
             "AutoConfig": f"{module}.DSMoEConfig",
             "AutoModelForCausalLM": f"{module}.DSMoEForCausalLM",
@@ -75,8 +77,8 @@ def dsmoe_config(architecture: Architecture, shape: BlockShape, dtype: str) -> d
     }
 
 
-def modelling_text(architecture: Architecture) -> str:
-    """Return the modelling file for a family: its classes are named alike, `Llama` in the one kept here."""
-    family = DENSE_FAMILIES[architecture.family]
+def modelling_text(dense_family: str) -> str:
+    """Return the modelling file for a dense family: its classes are named alike, `Llama` in the one kept here."""
+    family = DENSE_FAMILIES[dense_family]
     prefix = family.hf_architecture.removesuffix("ForCausalLM")
     return _SOURCE.read_text(encoding="utf-8").replace("Llama", prefix).replace("llama", family.model_type)

@@ -162,7 +162,7 @@ def export_dsmoe(
         out,
         max_shard_bytes,
         dsmoe_card(config, hf_base, card or CardFacts()),
-        code=modelling_text(architecture),
+        code=modelling_text(architecture.family),
     )
 
 

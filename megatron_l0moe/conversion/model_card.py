@@ -16,6 +16,7 @@ from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.planning.parameters import count_parameters, moe_layers
 from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe_methods import TITLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +41,19 @@ _CHOICES = {True: "for one domain by L0 regularization", False: "without trainin
 def recipe_facts(recipe: Recipe) -> CardFacts:
     """Return what a recipe says: its text with all defaults, and the training tokens of the stages."""
     length = recipe.data.seq_length
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    moe = recipe.moe_steps * recipe.moe_global_batch_size * length
+    if recipe.method != "l0moe":
+        return CardFacts(recipe=text, tokens={TITLES[recipe.method]: moe})
     expert, what = recipe.expert_steps * recipe.expert_training.global_batch_size * length, "runs"
     if recipe.construction is not None:
         expert, what = recipe.calibration_sequences * length, "calibration passes"
     return CardFacts(
-        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+        recipe=text,
         method=recipe.expert_training.method,
         tokens={
             f"experts, {recipe.model.num_experts} {what} together": expert * recipe.model.num_experts,
-            "MoE": recipe.moe_steps * recipe.moe_global_batch_size * length,
+            "MoE": moe,
         },
     )
 
@@ -61,11 +66,12 @@ def summary_facts(file: Path) -> CardFacts:
     """
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
-        facts = recipe_facts(Recipe.model_validate(summary["recipe"]))
+        recipe = Recipe.model_validate(summary["recipe"])
+        facts, method = recipe_facts(recipe), recipe.method
         perplexity, speed = summary["perplexity"], summary["speed"]
         numbers = {
             "perplexity on held-out text, dense": f"{perplexity['dense']['overall']:.3f}",
-            "perplexity on held-out text, L0-MoE": f"{perplexity['l0moe']['overall']:.3f}",
+            f"perplexity on held-out text, {TITLES[method]}": f"{perplexity[method]['overall']:.3f}",
             "speed against dense, prefill": f"{speed['prefill_ratio']:.2f} times",
             "speed against dense, decode, batch 1": f"{speed['decode_b1_ratio']:.2f} times",
             "speed against dense, decode, batch 8": f"{speed['decode_b8_ratio']:.2f} times",

@@ -279,7 +279,7 @@ def parse_engine(name: str) -> Engine:
     raise L0MoEError(f"--engine {name!r} is not known; use {' or '.join(ENGINES)}.")
 
 
-def _sizes(counts: ParameterCounts) -> dict[str, int]:
+def _sizes(counts: ParameterCounts) -> dict[str, float]:
     return {
         "parameters": counts.total,
         "active": counts.active,

@@ -1,4 +1,4 @@
-"""The evaluate stage: perplexity before and after, router load, and speed; each written as soon as it is known."""
+"""The evaluate stage: perplexity, load of experts or blocks, and speed; each written as soon as it is known."""
 
 import gc
 import json
@@ -7,15 +7,18 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.block_load import OpenBlocks
 from megatron_l0moe.evaluation.heldout import HeldoutSequence, read_heldout
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
 from megatron_l0moe.evaluation.router_load import RouterLoad
 from megatron_l0moe.evaluation.speed import measure_speed
+from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.runtime.cpu import device
@@ -24,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
-    """Measure the dense model, the assembled L0-MoE before MoE training and the exported one after it.
+    """Measure the dense model and the exported one; of an L0-MoE also the assembled one before MoE training.
 
     Args:
         recipe: names the dense model, the shapes, and the sizes of the speed test.
         run: the run folder; curate/, assemble/ and export/ are read.
-        out: perplexity.json, router_load.json and speed.json are written here.
+        out: perplexity.json, router_load.json (DSMoE: open_blocks.json) and speed.json are written here.
 
     Returns:
         The headline numbers.
@@ -37,8 +40,11 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
     Raises:
         L0MoEError: a stage that this one reads has not run, or a model cannot be measured.
     """
-    dense_dir, export_dir = Path(recipe.model.path), run / "export"
-    for folder, stage in ((run / "assemble" / "megatron", "assemble"), (export_dir, "export")):
+    dense_dir, export_dir, method = Path(recipe.model.path), run / "export", recipe.method
+    needed = {"export": export_dir}
+    if method == "l0moe":
+        needed = {"assemble": run / "assemble" / "megatron", **needed}
+    for stage, folder in needed.items():
         if not folder.is_dir():
             raise L0MoEError(f"{folder} does not exist; run the {stage} stage first.")
     sequences = read_heldout(run / "curate" / "heldout.jsonl")
@@ -51,26 +57,28 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
         write_json(out / "perplexity.json", {key: value.to_json() for key, value in tables.items()})
         logger.info("perplexity of %s: %.2f (%d tokens)", name, table.overall, table.tokens)
 
-    start = time.monotonic()
-    record("l0moe_untrained", _untrained(recipe, run, out / "untrained", sequences), start)
+    if method == "l0moe":
+        start = time.monotonic()
+        record("l0moe_untrained", _untrained(recipe, run, out / "untrained", sequences), start)
     start = time.monotonic()
     dense = load_model(dense_dir, dtype=dtype, device=device())
     record("dense", measure(dense, sequences), start)
     start = time.monotonic()
-    moe = load_model(export_dir, dtype=dtype, device=device())
-    with RouterLoad(moe) as load:
-        record("l0moe", measure(moe, sequences, router_load=load), start)
-    write_json(out / "router_load.json", {str(layer): domains for layer, domains in load.fractions().items()})
+    made = load_model(export_dir, dtype=dtype, device=device())
+    with OpenBlocks(made) if method == "dsmoe" else RouterLoad(made) as load:
+        record(method, measure(made, sequences, router_load=load), start)
+    open_blocks = _write_load(load, out)
 
     start = time.monotonic()
     speed = measure_speed(
         dense,
-        moe,
+        made,
         sequences,
-        counts=(checkpoint_counts(dense_dir), checkpoint_counts(export_dir)),
+        counts=(checkpoint_counts(dense_dir), exported_counts(method, _config(export_dir), open_blocks)),
         prefill_tokens=recipe.evaluation.prefill_tokens,
         decode_tokens=recipe.evaluation.decode_tokens,
         repeats=recipe.evaluation.repeats,
+        name=method,
     )
     write_json(out / "speed.json", speed)
     seconds["speed"] = time.monotonic() - start
@@ -81,9 +89,25 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
     }
 
 
+def _write_load(load: RouterLoad | OpenBlocks, out: Path) -> float | None:
+    """Write down which experts or blocks the held-out text used; returns the mean number of a token's open blocks."""
+    by_layer = {str(layer): domains for layer, domains in load.fractions().items()}
+    if isinstance(load, RouterLoad):
+        write_json(out / "router_load.json", by_layer)
+        return None
+    mean_open = load.mean_open()
+    write_json(out / "open_blocks.json", {"mean_open": mean_open, "layers": by_layer})
+    return mean_open
+
+
 def checkpoint_counts(folder: Path) -> ParameterCounts:
     """Count the parameters of a Hugging Face checkpoint folder from its config.json."""
-    return count_parameters(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return count_parameters(_config(folder))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _untrained(

@@ -1,5 +1,6 @@
-"""Loading Hugging Face checkpoints for evaluation: plain AutoModelForCausalLM, no code from the checkpoint."""
+"""Loading Hugging Face checkpoints for evaluation: plain AutoModelForCausalLM, no code that is not ours."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.exported_code import exported_code, is_dsmoe
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ def load_model(
     """Load a checkpoint folder for inference, from disk only.
 
     Args:
-        folder: config.json and safetensors; dense or an exported L0-MoE.
+        folder: config.json and safetensors; dense or an export of this project.
         dtype: float32 or bfloat16 (routers stay in float32 where the model class says so).
         device: where the weights go; None: the default device.
         experts_implementation: eager, grouped_mm or batched_mm; without meaning for a dense model.
@@ -37,16 +39,17 @@ def load_model(
     """
     if not (folder / "config.json").is_file():
         raise L0MoEError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint.")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    configs, models = _classes(folder)
+    config = configs.from_pretrained(folder, local_files_only=True, **_trust(configs))
     # a dense model class refuses the setting
     experts = {"experts_implementation": experts_implementation} if hasattr(config, "num_experts") else {}
-    loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+    loaded: tuple[Any, dict[str, Any]] = models.from_pretrained(
         folder,
         config=config,
         dtype=DTYPES[dtype],
         local_files_only=True,
-        trust_remote_code=False,
         output_loading_info=True,
+        **_trust(configs),
         **experts,
     )
     model, info = loaded
@@ -60,3 +63,17 @@ def load_model(
             )
     result: PreTrainedModel = model.eval() if device is None else model.eval().to(device)
     return result
+
+
+def _classes(folder: Path) -> tuple[Any, Any]:
+    """Return the classes of config and model: those that transformers finds, or a DSMoE's own."""
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if not is_dsmoe(model_type):
+        return AutoConfig, AutoModelForCausalLM
+    module = exported_code(folder, model_type)
+    return module.DSMoEConfig, module.DSMoEForCausalLM
+
+
+def _trust(configs: Any) -> dict[str, bool]:
+    """Forbid transformers to look for code; classes that are there already do not ask."""
+    return {"trust_remote_code": False} if configs is AutoConfig else {}

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.block_load import OpenBlocks
 from megatron_l0moe.evaluation.heldout import HeldoutSequence, read_heldout
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.router_load import RouterLoad
@@ -62,7 +63,7 @@ def measure(
     sequences: Sequence[HeldoutSequence],
     *,
     batch: int = 4,
-    router_load: RouterLoad | None = None,
+    router_load: RouterLoad | OpenBlocks | None = None,
 ) -> PerplexityTable:
     """Measure a loaded model; `router_load`, if given, is told the domains of every batch.
 

@@ -1,4 +1,4 @@
-"""The evaluate stage's speed test: a dense model and its L0-MoE, side by side in one process, by transformers.
+"""The evaluate stage's speed test: a dense model and what was made of it, side by side in one process.
 
 Text is real held-out text and decoding is fed with it (not with the models' own output), so that both models see
 the same tokens and the router sees what it was trained for. Prefill computes the logits of every position, as a
@@ -40,6 +40,7 @@ def measure_speed(
     decode_tokens: int,
     repeats: int,
     threads: int = THREADS,
+    name: str = "l0moe",
 ) -> dict[str, object]:
     """Time prefill, decode at batch 1 and decode at batch 8; times are seconds of wall clock.
 
@@ -48,6 +49,7 @@ def measure_speed(
         prefill_tokens: length of the prefilled text, batch 1.
         decode_tokens: steps that are timed after a prompt of 32 tokens.
         repeats: pairs that count; one more pair warms up.
+        name: the recipe's method, under which the second model's numbers stand.
 
     Returns:
         the content of evaluate/speed.json.
@@ -65,9 +67,12 @@ def measure_speed(
     runners = TransformersRunner(dense), TransformersRunner(moe)
     with pinned_threads(threads):
         pairs = {mode.name: time_pairs(*runners, text, mode, repeats) for mode in modes}
-    details = {mode.name: _details(mode, pairs[mode.name], getattr(bounds, mode.name)) for mode in modes}
+    details = {
+        mode.name: {**timings(mode, pairs[mode.name], name), "bound": getattr(bounds, mode.name)}
+        for mode in modes
+    }
     return {
-        **{f"{name}_ratio": statistics.median(ratios(pairs[name])) for name in pairs},
+        **{f"{mode}_ratio": statistics.median(ratios(pairs[mode])) for mode in pairs},
         "bounds": {mode.name: getattr(bounds, mode.name) for mode in modes},
         "details": details,
         "settings": {
@@ -84,20 +89,16 @@ def measure_speed(
     }
 
 
-def timings(mode: Mode, pairs: Sequence[Pair]) -> dict[str, object]:
+def timings(mode: Mode, pairs: Sequence[Pair], name: str = "l0moe") -> dict[str, object]:
     """Return times and speeds of both models and the ratio, with their spreads, as plain dicts."""
     each = ratios(pairs)
     return {
         "batch": mode.batch,
         "tokens": mode.tokens,
         "dense": _model_timings(mode, [dense for dense, _ in pairs]),
-        "l0moe": _model_timings(mode, [moe for _, moe in pairs]),
+        name: _model_timings(mode, [moe for _, moe in pairs]),
         "ratio": Spread.of(each).to_json() | {"pairs": each},
     }
-
-
-def _details(mode: Mode, pairs: Sequence[Pair], bound: float) -> dict[str, object]:
-    return {**timings(mode, pairs), "bound": bound}
 
 
 def _model_timings(mode: Mode, samples: Sequence[Sample]) -> dict[str, object]:

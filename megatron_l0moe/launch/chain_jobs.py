@@ -7,7 +7,7 @@ from megatron_l0moe.data.manifest import MARKER, check_started, is_done
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.slurm_commands import JobState
 from megatron_l0moe.launch.slurm_record import Record
-from megatron_l0moe.launch.stages import CHAIN, Run, StageSpec, spec_of, stages
+from megatron_l0moe.launch.stages import Run, StageSpec, chain, spec_of, stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ def earlier_jobs(
     run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
 ) -> tuple[str, ...]:
     """Return queued jobs of stages before the first selected one, which it has to wait for."""
-    before = CHAIN[: CHAIN.index(selected[0])]
+    rows = chain(run.recipe.method)
+    before = rows[: rows.index(selected[0])]
     return tuple(task for spec in before for task in _part(run, spec, record, known).queued)
 
 
@@ -101,7 +102,7 @@ def _check_inputs(
     ours = {spec.name for spec in selected}
     for spec in selected:
         for name in spec.inputs:
-            if name not in ours and _part(run, spec_of(name), record, known).submit:
+            if name not in ours and _part(run, spec_of(name, run.recipe.method), record, known).submit:
                 raise L0MoEError(
                     f"The stage {spec.name} needs {name}, which is neither done nor queued; start with --from {name}."
                 )

@@ -3,14 +3,17 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_l0moe.conversion.architecture import Architecture, read_config
 from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.construction import construct_job
-from megatron_l0moe.launch.stages import CHAIN, Run, StageSpec, folders, stage_command
+from megatron_l0moe.launch.stages import Run, StageSpec, chain, folders, stage_command
+from megatron_l0moe.planning.method_counts import dsmoe_counts
 from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters, l0moe_counts
+from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.recipe_sections import ParallelSection
 
 Row = tuple[str, str]
@@ -37,13 +40,7 @@ class Plan:
         preflight.check_sizes(recipe, self.architecture)
         config = read_config(Path(recipe.model.path))
         self.dense = count_parameters(config)
-        self.moe = l0moe_counts(
-            config,
-            dense_layers=recipe.model.dense_layers,
-            num_experts=recipe.model.num_experts,
-            expert_ffn=recipe.model.expert_ffn,
-            top_k=recipe.model.top_k,
-        )
+        self.moe = _counts(recipe, config)
 
     @property
     def dense_shapes(self) -> str:
@@ -58,25 +55,65 @@ class Plan:
 
     @property
     def moe_shapes(self) -> str:
-        """Sizes of the L0-MoE."""
-        a, model = self.architecture, self.run.recipe.model
+        """Sizes of the L0-MoE, or of what another method makes."""
+        a, recipe = self.architecture, self.run.recipe
         if a is None:
             return self.missing
-        moe_layers = a.num_layers - model.dense_layers
+        model = recipe.model
+        upper = a.num_layers - model.dense_layers
+        if recipe.method == "dsmoe":
+            blocks = recipe.dsmoe.blocks
+            return (
+                f"{model.dense_layers} dense + {upper} layers of {blocks} blocks of width "
+                f"{a.ffn_hidden_size // blocks} (dense FFN: {a.ffn_hidden_size}); a token uses those its gates open"
+            )
+        if recipe.method == "mom":
+            masks = recipe.mom
+            return (
+                f"{model.dense_layers} dense + {upper} layers of {masks.masks} masks over the FFN of "
+                f"{a.ffn_hidden_size}, {masks.top_k} for each token, which together keep {masks.target:.0%} of it"
+            )
         return (
-            f"{model.dense_layers} dense + {moe_layers} MoE layers of {model.num_experts} experts of width "
+            f"{model.dense_layers} dense + {upper} MoE layers of {model.num_experts} experts of width "
             f"{model.expert_ffn} (dense FFN: {a.ffn_hidden_size}), {model.top_k} for each token"
         )
 
     @property
     def moe_parameters(self) -> str:
-        """Weights of the L0-MoE beside those of the dense model."""
+        """Weights of what is made beside those of the dense model."""
         if self.moe is None or self.dense is None:
             return self.missing
+        if self.run.recipe.method == "mom":
+            return (
+                f"in training those of the dense model ({_millions(self.dense.total)}), routers and masks; what the "
+                "export holds is an outcome of training"
+            )
+        if self.run.recipe.method == "dsmoe":
+            return (
+                f"{_millions(self.moe.total)} in all, {self.moe.routers:,} of them gates (dense: "
+                f"{_millions(self.dense.total)}); how many are active for a token is an outcome of training"
+            )
         return (
             f"{_millions(self.moe.total)} in all, {_millions(self.moe.active)} active for a token "
             f"(dense: {_millions(self.dense.total)}, {_millions(self.dense.active)})"
         )
+
+
+def _counts(recipe: Recipe, config: dict[str, Any]) -> ParameterCounts:
+    model = recipe.model
+    if recipe.method == "mom":
+        return count_parameters(config)
+    if recipe.method == "dsmoe":
+        blocks = recipe.dsmoe.blocks
+        shape = {"num_blocks": blocks, "num_dense_layers": model.dense_layers}
+        return dsmoe_counts({**config, **shape}, open_blocks=blocks)
+    return l0moe_counts(
+        config,
+        dense_layers=model.dense_layers,
+        num_experts=model.num_experts,
+        expert_ffn=model.expert_ffn,
+        top_k=model.top_k,
+    )
 
 
 def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
@@ -89,9 +126,10 @@ def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
     lines = [f"Run {run.recipe.name} in {run.folder}. This is a plan: nothing is started or written."]
     if plan.note:
         lines.append(f"Sizes and training commands are left out: {plan.note}")
+    order = chain(run.recipe.method)
     for spec in selected:
         done = all((folder / MARKER).is_file() for folder in folders(run, spec.name))
-        lines += ["", f"{CHAIN.index(spec) + 1}. {spec.name}: {spec.does}{' (done)' if done else ''}"]
+        lines += ["", f"{order.index(spec) + 1}. {spec.name}: {spec.does}{' (done)' if done else ''}"]
         rows = [*_DETAILS[spec.name](plan), ("command", shlex.join(stage_command(run, spec.name)))]
         lines += [f"   {name:<11}{text}" for name, text in rows]
     return lines
@@ -109,6 +147,11 @@ def _convert(plan: Plan) -> list[Row]:
 def _curate(plan: Plan) -> list[Row]:
     data, k = plan.run.recipe.data, plan.run.recipe.model.num_experts
     out = plan.run.stage_folder("curate")
+    use = (
+        "for the experts"
+        if plan.run.recipe.method == "l0moe"
+        else "for the set that the others are ordered by"
+    )
     return [
         ("in", f"{data.corpus}, embedding model {data.embedding_model}"),
         ("out", f"{out}/iter_*/, expert_*.ccm.*, moe.ccm.*, heldout.jsonl, clusters.npz, ccm.json"),
@@ -118,7 +161,7 @@ def _curate(plan: Plan) -> list[Row]:
         ),
         (
             "tokens",
-            f"{data.tokens_per_expert * k:,} for the experts ({data.tokens_per_expert:,} each), "
+            f"{data.tokens_per_expert * k:,} {use} ({data.tokens_per_expert:,} each), "
             f"{data.iterations - 1} ordered sets of {data.tokens_per_set:,}, "
             f"{data.heldout_tokens_per_domain:,} held out of each source domain",
         ),
@@ -172,8 +215,9 @@ def _assemble(plan: Plan) -> list[Row]:
 
 def _moe(plan: Plan) -> list[Row]:
     run, recipe = plan.run, plan.run.recipe
+    start = "assemble" if recipe.method == "l0moe" else "convert"
     rows = [
-        ("in", f"{run.stage_folder('assemble')}/megatron, {run.stage_folder('curate')}/moe.ccm.*"),
+        ("in", f"{run.stage_folder(start)}/megatron, {run.stage_folder('curate')}/moe.ccm.*"),
         ("out", f"{run.stage_folder('moe')}/checkpoints"),
         ("shapes", plan.moe_shapes),
         ("parameters", plan.moe_parameters),
@@ -186,12 +230,15 @@ def _moe(plan: Plan) -> list[Row]:
 
 
 def _export(plan: Plan) -> list[Row]:
+    files = "config.json, *.safetensors, tokenizer, README.md"
+    if plan.run.recipe.method == "dsmoe":
+        files += ", modeling_dsmoe.py"
+    target = plan.run.recipe.export.target if plan.run.recipe.method == "l0moe" else "transformers"
     return [
         ("in", f"{plan.run.stage_folder('moe')}/checkpoints, tokenizer of {plan.run.recipe.model.path}"),
         (
             "out",
-            f"{plan.run.stage_folder('export')}: config.json, *.safetensors, tokenizer, README.md, for "
-            f"{plan.run.recipe.export.target}",
+            f"{plan.run.stage_folder('export')}: {files}, for {target}",
         ),
         ("shapes", plan.moe_shapes),
         ("parameters", plan.moe_parameters),
@@ -200,11 +247,11 @@ def _export(plan: Plan) -> list[Row]:
 
 def _evaluate(plan: Plan) -> list[Row]:
     run, evaluation = plan.run, plan.run.recipe.evaluation
+    models = [run.recipe.model.path, str(run.stage_folder("export"))]
+    if run.recipe.method == "l0moe":
+        models.append(f"{run.stage_folder('assemble')}/megatron")
     return [
-        (
-            "in",
-            f"{run.recipe.model.path}, {run.stage_folder('export')}, {run.stage_folder('assemble')}/megatron",
-        ),
+        ("in", ", ".join(models)),
         ("out", f"{run.stage_folder('evaluate')}/perplexity.json, speed.json, parity.json"),
         (
             "shapes",

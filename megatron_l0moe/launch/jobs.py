@@ -13,14 +13,11 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.layout_flags import layout_flags
+from megatron_l0moe.launch.method_flags import expert_flags, method_flags, stage_flags
 from megatron_l0moe.launch.owned_flags import NOT_IN_A_TRIAL, OWNED_BY_THE_CHAIN
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, MoETrainingSection
-
-Flags = dict[str, Flag]
-"""Flag names without the leading dashes; True stands for a flag without a value."""
+from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, Flags, MoETrainingSection
 
 PRETRAIN = "megatron_l0moe.training.pretrain"
 LOGITS = "megatron_l0moe.training.logits"
@@ -28,10 +25,6 @@ DECAY_SHARE = 0.10
 """Last share of the steps in which the learning rate falls to 0 along a cosine (WSD schedule)."""
 EXPERT_WARMUP_SHARE = 0.20
 MOE_WARMUP_SHARE = 0.06
-BALANCE_COEFFICIENT = 0.01
-"""alpha of eq. 7."""
-Z_COEFFICIENT = 0.003
-"""alpha * lambda of eq. 7 and eq. 3: 0.01 * 0.3."""
 EXACT_FP32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 """For jobs whose fp32 numbers are compared: Transformer Engine multiplies fp32 matrices in TF32, which has 10 bits."""
 
@@ -88,7 +81,8 @@ def expert_job(
         | optimizer_flags()
         | _checkpoints(extent, run.stage_folder("convert") / "megatron")
         | layout_flags(extent.layout)
-        | _l0("expert", recipe, run.stage_folder("curate") / f"expert_{k:03d}", extent.folder)
+        | stage_flags(recipe, "expert")
+        | _files(run.stage_folder("curate") / f"expert_{k:03d}", extent.folder)
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
         | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
@@ -98,19 +92,25 @@ def expert_job(
 def moe_job(
     run: Run, architecture: Architecture, *, python: str = sys.executable, trial: Trial | None = None
 ) -> Job:
-    """Return the job that trains experts and routers together (paper section 3.3), or a trial of it."""
+    """Return the job that trains experts and routers together (paper section 3.3), or a trial of it.
+
+    Of a method beside L0-MoE: the job that trains the dense model with that method's layers.
+    """
     recipe, training = run.recipe, run.recipe.moe_training
+    start = "assemble" if recipe.method == "l0moe" else "convert"
     extent = _extent(training, run.stage_folder("moe"), recipe.moe_steps, trial)
     flags = (
         size_flags(architecture, recipe.data.seq_length)
         | batch_flags(training.micro_batch_size, recipe.moe_global_batch_size, extent.steps, recipe.seed)
         | schedule_flags(training.learning_rate, extent.steps, MOE_WARMUP_SHARE)
         | optimizer_flags()
-        | _checkpoints(extent, run.stage_folder("assemble") / "megatron")
+        | _checkpoints(extent, run.stage_folder(start) / "megatron")
         | layout_flags(extent.layout)
-        | _experts(recipe, architecture)
-        | _l0("moe", recipe, run.stage_folder("curate") / "moe", extent.folder)
+        | expert_flags(recipe, architecture)
+        | stage_flags(recipe)
+        | _files(run.stage_folder("curate") / "moe", extent.folder)
         | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
+        | method_flags(recipe)
     )
     return _job(python, training, architecture, flags, "moe_training", trial)
 
@@ -129,11 +129,10 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
             "load": str(run.stage_folder("moe") / "checkpoints"),
             "ckpt-format": "torch_dist",
         }
-        | _experts(recipe, architecture)
+        | expert_flags(recipe, architecture)
+        | stage_flags(recipe)
+        | method_flags(recipe)
         | {
-            "l0-stage": "moe",
-            "l0-dense-layers": recipe.model.dense_layers,
-            "l0-expert-ffn": recipe.model.expert_ffn,
             "l0-heldout": str(run.stage_folder("curate") / "heldout.jsonl"),
             "l0-positions": recipe.evaluation.parity_positions,
             "l0-logits-file": str(logits_file(run)),
@@ -233,25 +232,8 @@ def _checkpoints(extent: _Extent, start: Path) -> Flags:
     }
 
 
-def _experts(recipe: Recipe, architecture: Architecture) -> Flags:
-    dense = recipe.model.dense_layers
+def _files(index: Path, folder: Path) -> Flags:
     return {
-        "num-experts": recipe.model.num_experts,
-        "moe-ffn-hidden-size": recipe.model.expert_ffn,
-        "moe-router-topk": recipe.model.top_k,
-        "moe-layer-freq": f"([0]*{dense}+[1]*{architecture.num_layers - dense})",
-        "moe-router-dtype": "fp32",
-        "moe-router-load-balancing-type": "none",  # eq. 3 is attached by our router
-        "moe-aux-loss-coeff": BALANCE_COEFFICIENT,
-        "moe-z-loss-coeff": Z_COEFFICIENT,
-    }
-
-
-def _l0(stage: str, recipe: Recipe, index: Path, folder: Path) -> Flags:
-    return {
-        "l0-stage": stage,
-        "l0-dense-layers": recipe.model.dense_layers,
-        "l0-expert-ffn": recipe.model.expert_ffn,
         "l0-data-index": str(index),
         "l0-metrics-file": str(folder / "metrics.jsonl"),
         "l0-stop-file": str(folder / STOP_FILE),

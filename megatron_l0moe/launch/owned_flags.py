@@ -5,6 +5,8 @@ OWNED_BY_THE_CHAIN = frozenset(
         *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
         *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file", "l0-stop-file"),
         "l0-train-weights",  # expert_training.train_weights
+        *("l0-blocks", "l0-block-threshold", "l0-block-sparsity-coeff"),  # the section dsmoe
+        *("l0-masks", "l0-masks-top-k", "l0-masks-target", "l0-masks-balance-coeff"),  # the section mom
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
         *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
         *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),

@@ -135,7 +135,7 @@ def run_phase(
 def _prepare(this: TrainingStage) -> int:
     if has_marker(this.stage) and is_done(this.stage):
         return _say(this, "done")
-    spec = spec_of(this.stage.name)
+    spec = spec_of(this.stage.name, this.run.recipe.method)
     wait_for_inputs(this.stage)
     pipeline.check_inputs(this.run, spec)
     begin(this.stage, spec.restart)

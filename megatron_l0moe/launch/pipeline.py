@@ -35,6 +35,7 @@ from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
 from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
+from megatron_l0moe.recipe_methods import TITLES
 from megatron_l0moe.runtime.devices import gpu_share
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def run_chain(run: Run, *, first: str | None = None, last: str | None = None) ->
         L0MoEError: a stage failed, or a folder holds work of another recipe.
         KeyboardInterrupt: we were told to stop; every process of the run has ended by then.
     """
-    selected = selection(first, last)
+    selected = selection(run.recipe.method, first, last)
     preflight.check(run.recipe)
     preflight.check_machine(run.recipe)
     for spec in selected:  # refuse before the first hour of work, not after it
@@ -76,7 +77,7 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
         work: writes the stage's files into `stage.folder` and returns numbers for the manifest.
         only: the expert to do, of a stage with one folder for each expert; None: all.
     """
-    spec = spec_of(name)
+    spec = spec_of(name, run.recipe.method)
     wanted = stages(run, name)
     if only is not None:
         if not 0 <= only < len(wanted):
@@ -130,9 +131,10 @@ def construct_expert(run: Run, stage: Stage) -> Numbers:
 
 
 def train_moe(run: Run, stage: Stage) -> None:
-    """Run MoE training to its end, from its last checkpoint if it has one."""
+    """Run MoE training, or that of another method, to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "moe_training")
-    logger.info("MoE training: %d steps.", run.recipe.moe_steps)
+    what = "MoE" if run.recipe.method == "l0moe" else TITLES[run.recipe.method]
+    logger.info("%s training: %d steps.", what, run.recipe.moe_steps)
     _train(run, jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 

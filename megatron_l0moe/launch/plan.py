@@ -95,8 +95,13 @@ def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float |
         mfu: for GPU-hours of both training stages; None: `MFU`.
 
     Raises:
-        L0MoEError: the model's sizes are not known, or the recipe does not fit them.
+        L0MoEError: the model's sizes are not known, the recipe does not fit them, or its method is not counted.
     """
+    if recipe.method != "l0moe":
+        raise L0MoEError(
+            f"l0moe plan counts recipes of method l0moe only, and method is {recipe.method}; `l0moe run RECIPE "
+            "--dry-run` shows its tokens, steps and commands."
+        )
     if gpus is not None and gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
         raise L0MoEError(
             f"--gpus ({gpus}) must be at most {GPUS_PER_NODE} or whole nodes of {GPUS_PER_NODE}; "

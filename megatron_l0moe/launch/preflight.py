@@ -51,7 +51,15 @@ def check_sizes(recipe: Recipe, architecture: Architecture) -> None:
             f"data.seq_length ({recipe.data.seq_length}) must be at most the model's max_position_embeddings and "
             f"sliding window, {architecture.exact_positions}."
         )
-    check_target(recipe, architecture)
+    if recipe.method == "l0moe":
+        check_target(recipe, architecture)
+    if recipe.method == "dsmoe":
+        check_blocks(recipe.dsmoe.blocks, architecture)
+    if recipe.method == "mom" and architecture.qkv_bias:
+        raise L0MoEError(
+            f"method mom exports as Ernie4.5-MoE, which has no biases on q, k and v, and {recipe.model.path} has them; "
+            "give a base without them."
+        )
     if recipe.evaluation.parity_positions > recipe.data.seq_length:
         raise L0MoEError(
             f"evaluation.parity_positions ({recipe.evaluation.parity_positions}) must be at most data.seq_length "
@@ -60,6 +68,17 @@ def check_sizes(recipe: Recipe, architecture: Architecture) -> None:
     for section in SECTIONS:
         check_layout(
             recipe.parallel(section).layout, job_sizes(recipe, section, architecture), layout_names(section)
+        )
+
+
+def check_blocks(blocks: int, architecture: Architecture) -> None:
+    """Refuse a number of blocks that cannot be of equal width."""
+    ffn = architecture.ffn_hidden_size
+    if ffn % blocks:
+        instead = min((n for n in range(2, ffn + 1) if ffn % n == 0), key=lambda n: abs(n - blocks))
+        raise L0MoEError(
+            f"dsmoe.blocks ({blocks}) must divide the dense model's FFN width, {ffn}, since blocks are of equal "
+            f"width; the nearest that does is {instead}."
         )
 
 

@@ -107,7 +107,7 @@ def _options(run: Run, cluster: Cluster, name: str, place: Place, need: Resource
     if need.exclusive:
         yield "--exclusive"
     yield f"--time={need.time}"
-    if spec_of(name).restart != "clear":
+    if spec_of(name, run.recipe.method).restart != "clear":
         yield f"--signal=B:USR1@{cluster.signal_lead_seconds}"
     if name == "experts":
         yield f"--array={array_text(list(range(run.recipe.model.num_experts)), experts_at_once(run.recipe, cluster))}"
@@ -120,11 +120,11 @@ def _option(name: str, value: OptionValue) -> str:
 
 
 def _header(run: Run, name: str, place: Place) -> str:
-    inputs = spec_of(name).inputs
+    inputs = spec_of(name, run.recipe.method).inputs
     after = [f"# It needs the results of {', '.join(inputs)}."] if inputs else []
     return "\n".join(
         [
-            f"# Stage {name} of the run {run.recipe.name}: {spec_of(name).does}.",
+            f"# Stage {name} of the run {run.recipe.name}: {spec_of(name, run.recipe.method).does}.",
             *after,
             "# Rendered by `l0moe run RECIPE --launcher slurm --cluster FILE`. By hand, from the same folder:",
             f"#   mkdir -p {shlex.quote(str(place.logs))} && sbatch {shlex.quote(str(place.script(name)))}",
@@ -240,7 +240,7 @@ def _without_number(run: Run, word: str, k: int) -> str:
 
 def _other(run: Run, cluster: Cluster, name: str) -> str:
     # Before a time limit a stage that starts anew has nothing to save, and the next start would meet the limit too.
-    goes_on = spec_of(name).restart != "clear"
+    goes_on = spec_of(name, run.recipe.method).restart != "clear"
     return sbatch_bash.OTHER.format(
         or_limit=", or the time limit is near" if goes_on else "",
         signals="USR1 TERM" if goes_on else "TERM",
@@ -266,7 +266,7 @@ def _folder(run: Run, name: str) -> str:
 def _needed(run: Run, name: str) -> str:
     """Return the files that have to be visible before a job starts, as words of bash."""
     words = [shlex.quote(str(run.recipe_file))]
-    for previous in spec_of(name).inputs:
+    for previous in spec_of(name, run.recipe.method).inputs:
         folder = shlex.quote(str(run.stage_folder(previous)))
         last = run.recipe.model.num_experts - 1
         words.append(

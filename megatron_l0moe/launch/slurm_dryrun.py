@@ -97,4 +97,6 @@ def _memory_line(request: Request) -> str:
         return "Memory was not checked: the cluster has no GPUs."
     if request.cluster.gpu is None:
         return "Memory was not checked: the cluster file does not say which GPU it has (gpu: h100, h200 or a100)."
+    if (method := request.run.recipe.method) != "l0moe":
+        return f"Memory was not checked: there is no formula for method {method}."
     return f"Memory was checked by formula for {request.cluster.gpu}, see `l0moe plan`."

@@ -12,7 +12,7 @@ from megatron_l0moe.launch.progress import last_message
 from megatron_l0moe.launch.resources import TRAINING
 from megatron_l0moe.launch.slurm_commands import JobState
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob
-from megatron_l0moe.launch.stages import CHAIN, Run, folders
+from megatron_l0moe.launch.stages import Run, chain, folders
 
 FAILURE = "failure.json"
 """Of a training job that must not simply be started again; holds the sentence."""
@@ -66,7 +66,7 @@ def rows(run: Run, record: Record, known: Mapping[str, JobState] | None) -> list
     """
     return [
         _row(run, spec.name, k, folder, record, known)
-        for spec in CHAIN
+        for spec in chain(run.recipe.method)
         for k, folder in enumerate(folders(run, spec.name))
     ]
 

@@ -1,5 +1,6 @@
 """The chain as a table: what each stage reads, where it writes, and which settings its result depends on."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron_l0moe.data.manifest import Restart, Stage
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe import Recipe, section_hash
 from megatron_l0moe.recipe_layouts import FREE_FLAGS
+from megatron_l0moe.recipe_methods import TITLES, ModelMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "moe_training.router_learning_rate",
             "moe_training.flags",
         ),
+        added=("method_settings",),
         restart="resume",
     ),
     StageSpec(
@@ -112,7 +115,30 @@ CHAIN: tuple[StageSpec, ...] = (
         settings=("name",),
     ),
 )
+"""The chain of method l0moe, which has all stages there are."""
 STAGE_NAMES: tuple[str, ...] = tuple(spec.name for spec in CHAIN)
+ONLY_L0MOE = ("experts", "assemble")
+"""Stages that other methods lack: their training starts from the dense checkpoint."""
+
+
+def chain(method: ModelMethod) -> tuple[StageSpec, ...]:
+    """Return the rows of a method, in their order."""
+    if method == "l0moe":
+        return CHAIN
+    return tuple(_of_method(spec, TITLES[method]) for spec in CHAIN if spec.name not in ONLY_L0MOE)
+
+
+def _of_method(spec: StageSpec, title: str) -> StageSpec:
+    """Return a row of the L0-MoE chain as another method has it."""
+    inputs = tuple(name for name in spec.inputs if name not in ONLY_L0MOE)
+    does = spec.does.replace("L0-MoE", title)
+    if spec.name == "moe":
+        inputs, does = ("convert", *inputs), f"train the dense model as a {title} on the ordered sets"
+    if spec.name == "export":
+        does = f"write the {title} as a Hugging Face checkpoint"
+    if spec.name == "evaluate":
+        does = f"measure perplexity by domain, speed and parity, dense against {title}"
+    return dataclasses.replace(spec, inputs=inputs, does=does)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,34 +167,35 @@ class Run:
         return self.folder / "logs" / f"{name}.log"
 
 
-def spec_of(name: str) -> StageSpec:
+def spec_of(name: str, method: ModelMethod) -> StageSpec:
     """Return the row of a stage.
 
     Raises:
-        L0MoEError: there is no such stage; the message names the nearest one.
+        L0MoEError: the method has no such stage; the message names the nearest one.
     """
-    for spec in CHAIN:
-        if spec.name == name:
-            return spec
+    rows = {spec.name: spec for spec in chain(method)}
+    if name in rows:
+        return rows[name]
+    of_method = "" if method == "l0moe" else f" of method {method}"
     raise L0MoEError(
-        f"There is no stage {name!r}{nearest(name, STAGE_NAMES)}; the stages are {', '.join(STAGE_NAMES)}."
+        f"There is no stage {name!r}{of_method}{nearest(name, tuple(rows))}; the stages are {', '.join(rows)}."
     )
 
 
-def selection(first: str | None, last: str | None) -> tuple[StageSpec, ...]:
-    """Return the rows from stage `first` to stage `last`, both included."""
-    start = STAGE_NAMES.index(spec_of(first).name) if first else 0
-    stop = STAGE_NAMES.index(spec_of(last).name) if last else len(CHAIN) - 1
+def selection(method: ModelMethod, first: str | None, last: str | None) -> tuple[StageSpec, ...]:
+    """Return the rows of a method from stage `first` to stage `last`, both included."""
+    rows = chain(method)
+    start = rows.index(spec_of(first, method)) if first else 0
+    stop = rows.index(spec_of(last, method)) if last else len(rows) - 1
     if start > stop:
-        raise L0MoEError(
-            f"--from {first} comes after --until {last} in the chain {', '.join(STAGE_NAMES)}; exchange the two."
-        )
-    return CHAIN[start : stop + 1]
+        names = ", ".join(spec.name for spec in rows)
+        raise L0MoEError(f"--from {first} comes after --until {last} in the chain {names}; exchange the two.")
+    return rows[start : stop + 1]
 
 
 def config_hash(name: str, recipe: Recipe) -> str:
     """Return the hash of the settings that decide a stage's result: its own and those of the stages before it."""
-    spec = spec_of(name)
+    spec = spec_of(name, recipe.method)
     own = {path: _setting(recipe, path) for path in spec.settings}
     own |= {path: value for path in spec.added if (value := _setting(recipe, path)) is not None}
     before = {previous: config_hash(previous, recipe) for previous in spec.inputs}
@@ -177,7 +204,7 @@ def config_hash(name: str, recipe: Recipe) -> str:
 
 def stages(run: Run, name: str) -> tuple[Stage, ...]:
     """Return what has to be finished for a stage: one folder, or for `experts` one folder for each expert."""
-    spec = spec_of(name)
+    spec = spec_of(name, run.recipe.method)
     inputs = tuple(folder for previous in spec.inputs for folder in folders(run, previous))
     digest = config_hash(name, run.recipe)
     return tuple(

@@ -39,8 +39,8 @@ class ParameterCounts:
     routers: int
     num_experts: int
     """K; 0 for a dense model."""
-    top_k: int
-    """k; 0 for a dense model."""
+    top_k: float
+    """k; 0 for a dense model; the mean number of open blocks of a DSMoE."""
 
     @property
     def total(self) -> int:
@@ -51,7 +51,7 @@ class ParameterCounts:
     @property
     def active(self) -> int:
         """Weights that one token is multiplied with: LM head and k of K experts, without the embedding look-up."""
-        return self.lm_head + self._shared_body + self._one_expert * self.top_k
+        return round(self.lm_head + self._shared_body + self._one_expert * self.top_k)
 
     def read(self, batch: int) -> float:
         """Expected weights read by one decode step of `batch` tokens that are routed uniformly and independently."""

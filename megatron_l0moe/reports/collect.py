@@ -15,6 +15,7 @@ from megatron_l0moe.reports.gpu_samples import read_gpu_samples
 
 Json = dict[str, Any]
 STAGES = ("convert", "curate", "experts", "assemble", "moe", "export", "evaluate")
+ONLY_L0MOE = ("experts", "assemble")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,14 @@ class RunFiles:
     ccm: Json
     curate: Json
     experts: list[ExpertFiles]
+    """Empty for a method without expert runs."""
     moe_metrics: list[Json]
     perplexity: Json
     speed: Json
     router_load: Json
+    """Empty for a method without routers."""
+    open_blocks: Json
+    """Of a DSMoE; else empty."""
     parity: Json
     benchmarks: Json
     """Empty where the recipe asks for none."""
@@ -56,9 +61,10 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
     Raises:
         L0MoEError: a file is missing or broken; the message names the stage to run.
     """
-    expert_folders = [f"experts/{k:03d}" for k in range(recipe.model.num_experts)]
+    is_l0moe = recipe.method == "l0moe"
+    expert_folders = [f"experts/{k:03d}" for k in range(recipe.model.num_experts)] if is_l0moe else []
     manifests = {}
-    for stage in STAGES:
+    for stage in STAGES if is_l0moe else [stage for stage in STAGES if stage not in ONLY_L0MOE]:
         for folder in expert_folders if stage == "experts" else [stage]:
             manifests[folder] = read_json(run / folder / "manifest.json", stage)
     return RunFiles(
@@ -81,16 +87,17 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         moe_metrics=read_metrics(run / "moe" / "metrics.jsonl", "moe"),
         perplexity=read_json(run / "evaluate" / "perplexity.json", "evaluate"),
         speed=read_json(run / "evaluate" / "speed.json", "evaluate"),
-        router_load=read_json(run / "evaluate" / "router_load.json", "evaluate"),
+        router_load=_of_evaluate(run, "router_load.json", recipe.method != "dsmoe"),
+        open_blocks=_of_evaluate(run, "open_blocks.json", recipe.method == "dsmoe"),
         parity=read_json(run / "evaluate" / "parity.json", "evaluate"),
-        benchmarks=(
-            read_json(run / "evaluate" / "benchmarks.json", "evaluate")
-            if recipe.evaluation.benchmarks
-            else {}
-        ),
+        benchmarks=_of_evaluate(run, "benchmarks.json", recipe.evaluation.benchmarks is not None),
         gpu_samples=read_gpu_samples(run),
         manifests=manifests,
     )
+
+
+def _of_evaluate(run: Path, name: str, expected: bool) -> Json:
+    return read_json(run / "evaluate" / name, "evaluate") if expected else {}
 
 
 def read_json(file: Path, stage: str) -> Json:

@@ -1,4 +1,4 @@
-"""Which experts the held-out text used, as the summary has it."""
+"""Which experts, or blocks of a DSMoE, the held-out text used, as the summary has it."""
 
 import math
 
@@ -13,6 +13,22 @@ def router_numbers(load: Json) -> Json:
         "mean_load": _mean_load(load),
         "largest_share": _largest_share(load),
         "uniform_share": 1.0 / experts,
+    }
+
+
+def block_numbers(found: Json) -> Json:
+    """Return where a DSMoE's blocks are open: means over the layers, and the open share of each layer."""
+    layers = found["layers"]
+    count = len(next(iter(next(iter(layers.values())).values())))
+    return {
+        **found,
+        "count": count,
+        "open_share": found["mean_open"] / count,
+        "by_domain": _mean_load(layers),
+        "by_layer": {
+            layer: {domain: math.fsum(shares) / count for domain, shares in domains.items()}
+            for layer, domains in layers.items()
+        },
     }
 
 

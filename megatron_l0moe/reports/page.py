@@ -5,16 +5,25 @@ from typing import Any
 
 import jinja2
 
+from megatron_l0moe.recipe_methods import SECTIONS_OF_METHODS, TITLES, ModelMethod, only_l0moe
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.reports.plots import MODES
 
 TEMPLATE = "page.html.j2"
-SETTINGS = (
+SETTINGS = (  # those that a recipe of the method may hold are shown
     ("/recipe/model/path", "dense model"),
     ("/recipe/model/dense_layers", "bottom layers that stay dense"),
     ("/recipe/model/num_experts", "experts (K)"),
     ("/recipe/model/expert_ffn", "units of each expert"),
     ("/recipe/model/top_k", "experts per token"),
+    ("/recipe/dsmoe/blocks", "blocks of a layer"),
+    ("/recipe/dsmoe/threshold", "threshold of the gates"),
+    ("/recipe/dsmoe/sparsity_coefficient", "weight of the sparsity loss"),
+    ("/recipe/mom/masks", "masks of a layer"),
+    ("/recipe/mom/top_k", "masks per token"),
+    ("/recipe/mom/target", "fraction of the FFN that a token uses"),
+    ("/recipe/mom/balance_coefficient", "weight of the balance loss"),
+    ("/recipe/mom/mask_learning_rate", "learning rate, masks"),
     ("/recipe/data/corpus", "corpus"),
     ("/recipe/data/embedding_model", "embedding model"),
     ("/recipe/data/iterations", "iterations of sampling (Q)"),
@@ -25,6 +34,12 @@ SETTINGS = (
     ("/recipe/moe_training/router_learning_rate", "learning rate, routers"),
     ("/recipe/seed", "seed"),
 )
+OTHER_LABELS = {
+    "experts (K)": "clusters (K)",
+    "learning rate, MoE training": "learning rate",
+    "learning rate, routers": "learning rate, gates or routers",
+}
+"""Of settings that mean something else to a method without experts."""
 FORMS = {
     "int": ",.0f",
     "ppl": ",.2f",
@@ -46,14 +61,22 @@ def render(summary: Json, plots: dict[str, str]) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    ratio = summary["perplexity"]["ratio"]["l0moe"]
+    method: ModelMethod = summary["recipe"]["method"]
+    ratio = summary["perplexity"]["ratio"][method]
     table = summary["corpus"]["table"]
     largest = [max(max(row), 1) for row in table]
     return environment.get_template(TEMPLATE).render(
         s=summary,
         plots=plots,
         modes=MODES,
-        settings=SETTINGS,
+        method=method,
+        title=TITLES[method],
+        training="MoE training" if method == "l0moe" else f"{TITLES[method]} training",
+        settings=[
+            (path, label if method == "l0moe" else OTHER_LABELS.get(label, label))
+            for path, label in SETTINGS
+            if belongs(path, method)
+        ],
         show=lambda path, form: show(lookup(summary, path), form),
         escape=escape,
         shade=lambda row, column: f"{0.75 * table[row][column] / largest[row]:.2f}",
@@ -61,6 +84,14 @@ def render(summary: Json, plots: dict[str, str]) -> str:
         better_domains=[domain for domain, value in ratio["per_domain"].items() if value < 1.0],
         curves=sum("layers" in run["retention"] for run in summary["training"]["experts"]),
     )
+
+
+def belongs(path: str, method: ModelMethod) -> bool:
+    """Say whether the setting at a path of the summary means something to the method."""
+    section, key = path.removeprefix("/recipe/").partition("/")[::2]
+    if section in SECTIONS_OF_METHODS:
+        return section == method
+    return method == "l0moe" or (section, key) not in only_l0moe()
 
 
 def escape(key: str) -> str:

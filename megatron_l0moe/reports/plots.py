@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_l0moe.recipe_methods import TITLES
 from megatron_l0moe.reports.collect import Json
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -33,24 +34,26 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 100,
 }
 MODES = {"prefill": "prefill", "decode_b1": "decode, batch 1", "decode_b8": "decode, batch 8"}
+EXTRA_CURVES = {"balance_loss": "balance loss (eq. 3)", "active_fraction": "share of open blocks"}
+"""Of the stage `moe`, the first that was recorded."""
 ANNOTATED_CELLS = 80
 """Heat maps with more cells carry no numbers in them."""
 
 
 def draw(summary: Json) -> dict[str, str]:
     """Return {name: SVG element} of all plots."""
-    plots = {
-        "speed": speed_bars,
-        "ccm": ccm_map,
-        "retention": retention_curves,
-        "iou": iou_bars,
-        "router": router_map,
-        "router_layers": router_layers,
-        "expert_losses": expert_losses,
-        "moe_losses": moe_losses,
-    }
-    if not summary["training"]["experts"]:  # made without training
-        del plots["retention"], plots["expert_losses"]
+    plots = {"speed": speed_bars, "ccm": ccm_map}
+    if summary["training"]["experts"]:  # else made without training, or another method
+        plots |= {"retention": retention_curves, "expert_losses": expert_losses}
+    if "masks" in summary:
+        plots["retention"] = retention_curves
+    if "experts" in summary:
+        plots["iou"] = iou_bars
+    if "router" in summary:
+        plots |= {"router": router_map, "router_layers": router_layers}
+    if "blocks" in summary:
+        plots |= {"blocks": block_map, "block_layers": block_layers}
+    plots["moe_losses"] = moe_losses
     svgs = {}
     for name, plot in plots.items():
         with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
@@ -107,7 +110,7 @@ def speed_bars(summary: Json) -> Figure:
     top = max(max(speed["details"][m]["ratio"]["max"], speed["bounds"][m]) for m in MODES)
     axes.set_ylim(0, top * 1.15)
     axes.set_xticks(range(len(MODES)), list(MODES.values()))
-    axes.set_ylabel("dense time / L0-MoE time (ratio)")
+    axes.set_ylabel(f"dense time / {TITLES[summary['recipe']['method']]} time (ratio)")
     figure.legend(loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
@@ -133,8 +136,10 @@ def ccm_map(summary: Json) -> Figure:
 
 
 def retention_curves(summary: Json) -> Figure:
-    """Expected L0 retention of every MoE layer over the steps of each expert run, with the target r of eq. 2."""
+    """Expected L0 retention of every MoE layer over the steps of each masked run, with the target r of eq. 2."""
     runs = [run for run in summary["training"]["experts"] if "layers" in run["retention"]]
+    if "masks" in summary:
+        runs = [summary["masks"]["run"]]
     columns = min(len(runs), 2)
     rows = -(-len(runs) // columns)
     figure = _figure(1.0 + 1.9 * rows)
@@ -152,7 +157,7 @@ def retention_curves(summary: Json) -> Figure:
         axes.plot(run["step"], run["retention"]["target"], color="black", ls="--", lw=1.6)
         if run["frozen_from"] is not None:
             axes.axvline(run["frozen_from"], color=RED, ls=":", lw=1.4)
-        axes.set_title(f"expert {k}")
+        axes.set_title("all masks" if "masks" in summary else f"expert {k}")
         axes.set_ylim(0, 1.03)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("retention (fraction of FFN units)", fontsize=10)
@@ -196,24 +201,40 @@ def iou_bars(summary: Json) -> Figure:
 
 def router_map(summary: Json) -> Figure:
     """Share of the assignments that each expert gets in each source domain, mean over the MoE layers."""
-    load = summary["router"]["mean_load"]
-    figure = _figure(1.4 + 0.34 * len(load))
+    return _by_domain(summary["router"]["mean_load"], "expert", "share of assignments")
+
+
+def block_map(summary: Json) -> Figure:
+    """Share of the tokens that open each block of a DSMoE in each source domain, mean over the layers."""
+    return _by_domain(summary["blocks"]["by_domain"], "block", "share of tokens")
+
+
+def _by_domain(shares: dict[str, list[float]], what: str, label: str) -> Figure:
+    figure = _figure(1.4 + 0.34 * len(shares))
     axes = figure.subplots()
-    _heat(figure, axes, list(load.values()), label="share of assignments", digits=2)
-    axes.set_yticks(range(len(load)), list(load))
-    axes.set_xlabel("expert")
+    _heat(figure, axes, list(shares.values()), label=label, digits=2)
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.set_xlabel(what)
     axes.set_ylabel("source domain")
     return figure
 
 
 def router_layers(summary: Json) -> Figure:
     """Share of the busiest expert by MoE layer and source domain: how decided the routers are, and where."""
-    layers: dict[str, dict[str, float]] = summary["router"]["largest_share"]
+    return _by_layer(summary["router"]["largest_share"], "share of busiest expert")
+
+
+def block_layers(summary: Json) -> Figure:
+    """Share of a DSMoE's blocks that are open by layer and source domain: what is computed, and where."""
+    return _by_layer(summary["blocks"]["by_layer"], "share of open blocks")
+
+
+def _by_layer(layers: dict[str, dict[str, float]], label: str) -> Figure:
     domains = list(next(iter(layers.values())))
     figure = _figure(1.4 + 0.34 * len(domains))
     axes = figure.subplots()
     values = [[shares[domain] for shares in layers.values()] for domain in domains]
-    _heat(figure, axes, values, label="share of busiest expert", digits=2)
+    _heat(figure, axes, values, label=label, digits=2)
     axes.set_yticks(range(len(domains)), domains)
     step = -(-len(layers) // 30)
     axes.set_xticks(list(range(len(layers)))[::step], list(layers)[::step])
@@ -244,18 +265,18 @@ def expert_losses(summary: Json) -> Figure:
 
 
 def moe_losses(summary: Json) -> Figure:
-    """Training loss of MoE training, and the router's balance loss where it was recorded."""
+    """Training loss of the stage `moe`, and the router's balance loss or the open blocks where they were recorded."""
     moe = summary["training"]["moe"]
-    extra = "balance_loss" in moe
+    extra = [name for name in EXTRA_CURVES if name in moe][:1]
     figure = _figure(4.2 if extra else 2.8)
     panels = figure.subplots(
-        2 if extra else 1, 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + extra]
+        1 + len(extra), 1, sharex=True, squeeze=False, height_ratios=(2, 1)[: 1 + len(extra)]
     )
     panels[0][0].plot(moe["step"], moe["lm_loss"], color=BLUE, lw=1.2)
     panels[0][0].set_ylabel("loss (nats per token)")
-    if extra:
-        panels[1][0].plot(moe["step"], moe["balance_loss"], color=ORANGE, lw=1.2)
-        panels[1][0].set_ylabel("balance loss (eq. 3)")
+    for name in extra:
+        panels[1][0].plot(moe["step"], moe[name], color=ORANGE, lw=1.2)
+        panels[1][0].set_ylabel(EXTRA_CURVES[name])
     panels[-1][0].set_xlabel("step")
     return figure
 

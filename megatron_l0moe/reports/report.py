@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe_methods import TITLES, ModelMethod
 from megatron_l0moe.reports.collect import Json, collect
 from megatron_l0moe.reports.page import WORSE, render, show
 from megatron_l0moe.reports.plots import draw
@@ -33,25 +34,33 @@ def report(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
 
 def summary_lines(summary: Json) -> list[str]:
     """Return the five lines that a run ends with."""
-    ppl, ratio = summary["perplexity"], summary["perplexity"]["ratio"]["l0moe"]["overall"]
+    method: ModelMethod = summary["recipe"]["method"]
+    title, is_l0moe = TITLES[method], method == "l0moe"
+    ppl, ratio = summary["perplexity"], summary["perplexity"]["ratio"][method]["overall"]
     speed, bounds = summary["speed"], summary["speed"]["bounds"]
     parameters, tokens, parity = summary["parameters"], summary["tokens"], summary["parity"]
-    dense, before, after = (
-        show(ppl[name]["overall"], "ppl") for name in ("dense", "l0moe_untrained", "l0moe")
-    )
+    values = {name: show(table["overall"], "ppl") for name, table in ppl.items() if name != "ratio"}
+    before = f" ({values['l0moe_untrained']} before MoE training)" if is_l0moe else ""
+    trained = f"{tokens['moe']:,} tokens"
+    if is_l0moe:
+        share = show(tokens["percent_of_paper"], "percent")
+        trained = (
+            f"{tokens['expert']:,} tokens for the experts + {tokens['moe']:,} for the MoE = {share} % of the paper's "
+            "30 billion"
+        )
     verdict = ": quality is still poor at this budget" if ratio > WORSE else ""
     return [
-        f"Perplexity on held-out text: dense {dense}, L0-MoE {after} = {ratio:.2f} times dense "
-        f"({before} before MoE training)",
+        f"Perplexity on held-out text: dense {values['dense']}, {title} {values[method]} = {ratio:.2f} times dense"
+        f"{before}",
         f"Speed against dense: prefill {speed['prefill_ratio']:.2f}x (bound {bounds['prefill']:.2f}), "
         f"decode batch 1 {speed['decode_b1_ratio']:.2f}x ({bounds['decode_b1']:.2f}), "
         f"batch 8 {speed['decode_b8_ratio']:.2f}x ({bounds['decode_b8']:.2f})",
-        f"Parameters: dense {_millions(parameters['dense'])}; L0-MoE {_millions(parameters['total'])}, of which "
+        f"Parameters: dense {_millions(parameters['dense'])}; {title} {_millions(parameters['total'])}, of which "
         f"{_millions(parameters['active'])} active for each token",
         f"Parity of Megatron and the exported model: logits within {show(parity['megatron_vs_hf_max_abs'], 'sci')} "
-        f"on {parity['positions']} positions, {parity['near_tie_count']} router near-ties",
-        f"Training: {tokens['expert']:,} tokens for the experts + {tokens['moe']:,} for the MoE = "
-        f"{show(tokens['percent_of_paper'], 'percent')} % of the paper's 30 billion{verdict}",
+        f"on {parity['positions']} positions, {parity['near_tie_count']} "
+        f"{'router' if 'router' in summary else 'gate'} near-ties",
+        f"Training: {trained}{verdict}",
     ]
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.reports.collect import ExpertFiles, Json, RunFiles
-from megatron_l0moe.reports.loads import router_numbers
+from megatron_l0moe.reports.loads import block_numbers, router_numbers
 
 PAPER_TOKENS = 30_000_000_000
-"""Tokens that the paper trains on (section 4.1)."""
+"""Tokens that the paper of L0-MoE trains on (section 4.1)."""
 CURVE_POINTS = 120
 """A curve of a long training is thinned to so many points."""
 LAYER_CURVES = 8
@@ -35,17 +36,14 @@ def build_summary(files: RunFiles) -> Json:
         "speed": files.speed,
         "benchmarks": files.benchmarks,
         "parameters": _parameters(files),
-        "experts": experts_overlap(
-            files.experts,
-            width=files.recipe.model.expert_ffn,
-            channels=files.dense_config["intermediate_size"],
-        ),
-        "construction": _construction(files),
+        **(_expert_numbers(files) if files.experts else {}),
         "parity": _parity(files.parity),
         "tokens": _tokens(files),
         "ccm": _ccm(files.ccm),
         "corpus": {key: value for key, value in files.curate.items() if key != "seconds"},
-        "router": router_numbers(files.router_load),
+        **({"router": router_numbers(files.router_load)} if files.router_load else {}),
+        **({"blocks": block_numbers(files.open_blocks)} if files.open_blocks else {}),
+        **({"masks": _masks(files)} if files.recipe.method == "mom" else {}),
         "training": {
             "experts": [
                 expert_training(k, expert) for k, expert in enumerate(files.experts) if expert.metrics
@@ -54,6 +52,11 @@ def build_summary(files: RunFiles) -> Json:
             | {
                 name: _curve(files.moe_metrics, name)
                 for name in ("balance_loss", "z_loss")
+                if name in files.moe_metrics[-1]
+            }
+            | {
+                name: _mean_curve(files.moe_metrics, name)
+                for name in ("active_fraction", "sparsity_loss")
                 if name in files.moe_metrics[-1]
             },
         },
@@ -99,8 +102,9 @@ def thin(count: int, limit: int = CURVE_POINTS) -> list[int]:
 def _perplexity_ratio(perplexity: Json) -> Json:
     dense = perplexity["dense"]
     ratios: Json = {}
-    for name in ("l0moe_untrained", "l0moe"):
-        table = perplexity[name]
+    for name, table in perplexity.items():
+        if name == "dense":
+            continue
         ratios[name] = {"overall": table["overall"] / dense["overall"]} | {
             group: {key: value / dense[group][key] for key, value in table[group].items()}
             for group in ("per_domain", "per_cluster")
@@ -109,7 +113,8 @@ def _perplexity_ratio(perplexity: Json) -> Json:
 
 
 def _parameters(files: RunFiles) -> Json:
-    dense, moe = count_parameters(files.dense_config), count_parameters(files.export_config)
+    dense = count_parameters(files.dense_config)
+    moe = exported_counts(files.recipe.method, files.export_config, files.open_blocks.get("mean_open"))
     return {
         "dense": dense.total,
         "dense_active": dense.active,
@@ -120,6 +125,15 @@ def _parameters(files: RunFiles) -> Json:
         "active_share": moe.active / dense.active,
         "distinct_experts_of_8_tokens": moe.distinct_experts(8),
     }
+
+
+def _expert_numbers(files: RunFiles) -> Json:
+    overlap = experts_overlap(
+        files.experts,
+        width=files.recipe.model.expert_ffn,
+        channels=files.dense_config["intermediate_size"],
+    )
+    return {"experts": overlap, "construction": _construction(files)}
 
 
 def experts_overlap(experts: Sequence[ExpertFiles], *, width: int, channels: int) -> Json:
@@ -176,14 +190,10 @@ def _tokens(files: RunFiles) -> Json:
     runs = [int(expert.metrics[-1]["tokens"]) for expert in files.experts if expert.metrics]
     moe = int(files.moe_metrics[-1]["tokens"])
     total = sum(runs) + moe
-    return {
-        "expert": sum(runs),
-        "expert_runs": runs,
-        "moe": moe,
-        "total": total,
-        "paper": PAPER_TOKENS,
-        "percent_of_paper": 100.0 * total / PAPER_TOKENS,
-    }
+    tokens: Json = {"expert": sum(runs), "expert_runs": runs, "moe": moe, "total": total}
+    if files.recipe.method == "l0moe":
+        tokens |= {"paper": PAPER_TOKENS, "percent_of_paper": 100.0 * total / PAPER_TOKENS}
+    return tokens
 
 
 def _ccm(ccm: Json) -> Json:
@@ -198,9 +208,26 @@ def _ccm(ccm: Json) -> Json:
     return ccm | {"in_training_order": rows}
 
 
+def _masks(files: RunFiles) -> Json:
+    """Return the activated fraction of a Mixture-of-Masks over the steps, and what its export made of the units."""
+    numbers = files.manifests["export"]["numbers"]
+    exported = {name: numbers[name] for name in ("expert_ffn", "num_shared_experts", "units")}
+    width, shared = numbers["expert_ffn"], numbers["num_shared_experts"]
+    return {
+        "run": _masked_run(files.moe_metrics, with_layers=True),
+        **exported,
+        "computed": (files.recipe.mom.top_k + shared) * width,
+        "dense_width": files.dense_config["intermediate_size"],
+    }
+
+
 def expert_training(k: int, expert: ExpertFiles) -> Json:
     """Return loss and retention of the k-th expert run; retention by layer for the first experts only."""
-    rows = expert.metrics
+    return _masked_run(expert.metrics, with_layers=k < LAYER_CURVES)
+
+
+def _masked_run(rows: Sequence[Json], *, with_layers: bool) -> Json:
+    """Return losses and retention of a training with L0 masks."""
     result = _loss(rows)
     layers = rows[-1]["retention"]
     result["retention"] = {
@@ -208,7 +235,7 @@ def expert_training(k: int, expert: ExpertFiles) -> Json:
         "target": _curve(rows, "retention_target"),
         "last": layers,
     }
-    if k < LAYER_CURVES:
+    if with_layers:
         result["retention"]["layers"] = {
             layer: _series(rows, [row["retention"][layer] for row in rows]) for layer in layers
         }
@@ -231,6 +258,11 @@ def _loss(rows: Sequence[Json]) -> Json:
 
 def _curve(rows: Sequence[Json], name: str) -> list[Any]:
     return _series(rows, [row.get(name) for row in rows])
+
+
+def _mean_curve(rows: Sequence[Json], name: str) -> list[Any]:
+    """Return the curve of a value that is logged by layer, mean over the layers."""
+    return _series(rows, [math.fsum(row[name].values()) / len(row[name]) for row in rows])
 
 
 def _series(rows: Sequence[Json], values: Sequence[Any]) -> list[Any]:

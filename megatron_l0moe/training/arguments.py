@@ -241,7 +241,7 @@ def _check_steps(steps: int | None, retention: RetentionConfig) -> None:
         raise L0MoEError(
             f"--train-iters ({steps}) with --l0-open-steps ({retention.l0_open_steps}) and --l0-freeze-fraction "
             f"({retention.l0_freeze_fraction}) leaves no step between open gates and the freeze; train longer "
-            "(data.tokens_per_expert), and keep at least one open step."
+            "(data.tokens_per_expert; of method mom data.tokens_per_set), and keep at least one open step."
         )
     if retention.l0_freeze_fraction and freeze == steps:
         raise L0MoEError(

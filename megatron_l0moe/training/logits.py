@@ -3,8 +3,9 @@
 `python -m megatron_l0moe.training.logits [Megatron's flags] --l0-heldout FILE --l0-positions N --l0-logits-file OUT`.
 The model is computed in float32 whatever dtype its weights are stored in. OUT is a safetensors file:
 `tokens` int64 [N], `logits` float32 [N, vocabulary], `margins` float32 [N]: the smallest relative gap, over the MoE
-layers, between the probability of the last expert chosen and the first one not chosen. Where that gap is of the
-size of rounding, two correct programs may choose differently.
+layers, between the probability of the last expert, or mask, chosen and the first one not chosen; of a DSMoE the
+smallest distance of a block's score from the threshold or, where none is above it, of the highest score from the next.
+Where that gap is of the size of rounding, two correct programs may choose differently.
 """
 
 import json
@@ -65,18 +66,42 @@ def _forward(gpt: Any, tokens: Tensor, model: Any) -> tuple[Tensor, Tensor]:
     margins = torch.full((tokens.shape[0],), float("inf"), device=tokens.device)
 
     def observe(router: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        probability = torch.softmax(router.gating(inputs[0]).float().reshape(-1, router.num_experts), dim=-1)
-        ranked = probability.sort(dim=-1, descending=True).values
-        chosen, left = ranked[:, router.topk - 1], ranked[:, router.topk]
-        margins.copy_(torch.minimum(margins, (chosen - left) / chosen))
+        logits = router.gating(inputs[0]).float().reshape(-1, router.num_experts)
+        margins.copy_(torch.minimum(margins, router_margins(logits, router.topk)))
+
+    def observe_gate(gate: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        threshold = gate.block_config.l0_block_threshold
+        scores = gate.scores(inputs[0]).float().flatten(0, -2)
+        margins.copy_(torch.minimum(margins, block_margins(scores, threshold)))
+
+    def observe_masks(router: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        logits = torch.nn.functional.linear(inputs[0].float(), router.weight.float()).flatten(0, -2)
+        margins.copy_(torch.minimum(margins, router_margins(logits, router.mask_config.l0_masks_top_k)))
 
     # with top_k == K there is no expert left to flip to
     hooks = [r.register_forward_hook(observe) for r in model.routers(gpt) if r.topk < r.num_experts]
+    hooks += [gate.register_forward_hook(observe_gate) for gate in model.block_gates(gpt)]
+    hooks += [router.register_forward_hook(observe_masks) for router in model.mask_routers(gpt)]
     positions = torch.arange(tokens.shape[0], device=tokens.device)
     logits = gpt(tokens[None], positions[None], None)[0].float()
     for hook in hooks:
         hook.remove()
     return logits, margins
+
+
+def router_margins(logits: Tensor, topk: int) -> Tensor:
+    """Return how far each token is from another choice, [N], relative; logits [N, K] of one layer."""
+    ranked = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True).values
+    chosen, left = ranked[:, topk - 1], ranked[:, topk]
+    return (chosen - left) / chosen
+
+
+def block_margins(scores: Tensor, threshold: float) -> Tensor:
+    """Return how far each token is from opening another set of blocks, [N]; scores [N, n] of one layer."""
+    margins = (scores - threshold).abs().amin(dim=-1)
+    highest = scores.topk(2, dim=-1).values
+    none_is_open = highest[:, 0] <= threshold
+    return torch.where(none_is_open, torch.minimum(margins, highest[:, 0] - highest[:, 1]), margins)
 
 
 def _first_tokens(heldout: Path, positions: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The whole chain on a toy model with every real part: Megatron's loop, faiss, FlagEmbedding, transformers.
 
-One uninterrupted run is made for the module; the tests read it. A second one is killed in its second expert run
-and started again with the same command.
+One uninterrupted run is made (`conftest.py`); the tests read it. A second one is killed in its second expert run and
+started again with the same command.
 """
 
 import json
@@ -24,20 +24,6 @@ from megatron_l0moe.reports.summary import deterministic_part
 
 pytestmark = pytest.mark.slow
 DEADLINE_SECONDS = 600
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def straight(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of an uninterrupted run."""
-    runs = tmp_path_factory.mktemp("straight")
-    done = toy.run(recipe, runs)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return runs / "toy"
 
 
 def summary(run: Path) -> dict:

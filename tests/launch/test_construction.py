@@ -83,6 +83,6 @@ def test_a_dry_run_shows_the_method_and_its_job(tmp_path):
     model = write_model(tmp_path / "model")
     for method, program in (("l0", "training.pretrain"), ("magnitude", "training.construct")):
         run = make_run(tmp_path, model__path=str(model), expert_training__method=method)
-        text = "\n".join(dryrun.describe(run, selection("experts", "experts")))
+        text = "\n".join(dryrun.describe(run, selection("l0moe", "experts", "experts")))
         assert f"-m megatron_l0moe.{program} " in text
         assert ("magnitude, nothing is trained; 20 sequences of 32 tokens" in text) is (method != "l0")

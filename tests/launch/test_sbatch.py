@@ -165,7 +165,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, 
     said: list[str] = []
     request = Request(
         run=Run(recipe=recipe_on("llama3_8b", gpus), recipe_file=LLAMA, runs_dir=Path("runs")),
-        selected=selection(None, None),
+        selected=selection("l0moe", None, None),
         cluster=load_cluster(CLUSTERS / f"{cluster}.yaml"),
         cluster_file=Path(f"slurm/clusters/{cluster}.yaml"),
     )
@@ -181,10 +181,10 @@ def test_a_layout_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pyt
     recipe = llama(parallel=parallel).recipe
     cluster = load_cluster(CLUSTERS / "plain.yaml")
     with pytest.raises(L0MoEError, match=r"^moe_training\.parallel: .*GiB") as caught:
-        check_memory(recipe, cluster, selection("moe", "moe"))
+        check_memory(recipe, cluster, selection("l0moe", "moe", "moe"))
     assert "\n" not in str(caught.value)
-    check_memory(recipe, cluster.model_copy(update={"gpu": None}), selection("moe", "moe"))
-    check_memory(recipe, cluster, selection("export", None))
+    check_memory(recipe, cluster.model_copy(update={"gpu": None}), selection("l0moe", "moe", "moe"))
+    check_memory(recipe, cluster, selection("l0moe", "export", None))
 
 
 @pytest.mark.parametrize(

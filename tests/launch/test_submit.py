@@ -38,7 +38,7 @@ def submit(
 ) -> list[str]:
     said: list[str] = []
     request = Request(
-        run=run, selected=selection(first, last), cluster=cluster, cluster_file=Path("cluster.yaml")
+        run=run, selected=selection("l0moe", first, last), cluster=cluster, cluster_file=Path("cluster.yaml")
     )
     submit_chain(request, said.append)
     return said
@@ -48,7 +48,7 @@ def complete(run: Run, name: str, *indices: int) -> None:
     """Leave a stage, or some experts, as if they were done."""
     for k, stage in enumerate(stages(run, name)):
         if not indices or k in indices:
-            begin(stage, spec_of(name).restart)
+            begin(stage, spec_of(name, "l0moe").restart)
             finish(stage, ["by hand"], {})
 
 
