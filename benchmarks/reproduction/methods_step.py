@@ -14,15 +14,16 @@ from runs_table import Case, RunsTable, chain_run
 from settings import Place
 from steps import do
 from tokenizer_step import llama_config
-from training_record import record_dense, record_l0moe
+from training_record import record_chain, record_dense
 
 from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_dense
 from megatron_l0moe.data.manifest import MARKER, Stage, is_done, write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, stages
-from megatron_l0moe.planning.parameters import count_parameters
+from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.recipe_methods import ModelMethod
 from megatron_l0moe.reports.collect import Json
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
     run = chain_run(place, table, case)
     if case.settings.kind == "l0moe":
         _chain(place, run, until="export")
-        measure(place, case.name, run.stage_folder("export"), tokens_of(run))
-        record_l0moe(place, run)
+        measure(place, case.name, run.stage_folder("export"), tokens_of(run), case.settings.method)
+        record_chain(place, run)
         return
     _chain(place, run, until="curate")
     model = place.root / "base"
@@ -49,9 +50,11 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
 
 
 def tokens_of(run: Run) -> int:
-    """Return the tokens that an L0-MoE run learns from: K expert runs or calibration passes, then MoE training."""
+    """Return the tokens that a run learns from: of an L0-MoE K expert runs or calibration passes, then its training."""
     recipe = run.recipe
-    if recipe.expert_training.method == "l0":
+    if recipe.method != "l0moe":
+        sequences = 0
+    elif recipe.expert_training.method == "l0":
         sequences = recipe.expert_steps * recipe.expert_training.global_batch_size
     else:
         sequences = recipe.calibration_sequences
@@ -158,29 +161,35 @@ def _take_over_curate(place: Place, run: Run) -> None:
             return
 
 
-def measure(place: Place, name: str, model: Path, tokens: int) -> None:
+def measure(place: Place, name: str, model: Path, tokens: int, method: ModelMethod = "l0moe") -> None:
     """Write results/NAME: perplexity on the common held-out sequences, router load, parameters, tokens."""
     made = model.parent if model.name == "hf" else model  # the folder that has a manifest
     inputs = (made, place.root / "tokens")
-    save(place, name, HELDOUT, section_hash(tokens), inputs, lambda: _measured(place, model, tokens))
+    save(place, name, HELDOUT, section_hash(tokens), inputs, lambda: _measured(place, model, tokens, method))
 
 
-def _measured(place: Place, folder: Path, tokens: int) -> Json:
+def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> Json:
     from megatron_l0moe.evaluation import perplexity
+    from megatron_l0moe.evaluation.block_load import OpenBlocks
     from megatron_l0moe.evaluation.hardware import describe_machine
     from megatron_l0moe.evaluation.heldout import read_heldout
     from megatron_l0moe.evaluation.models import load_model
     from megatron_l0moe.evaluation.router_load import RouterLoad
 
     model, sequences = load_model(folder), read_heldout(place.root / "tokens" / "heldout.jsonl")
-    counts = count_parameters(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     result: Json = {}
-    if counts.num_experts:
+    if method == "dsmoe":
+        with OpenBlocks(model) as blocks:
+            table = perplexity.measure(model, sequences, batch=BATCH, router_load=blocks)
+        result["open_blocks"] = blocks.mean_open()
+    elif "moe_num_experts" in config:
         with RouterLoad(model) as load:
             table = perplexity.measure(model, sequences, batch=BATCH, router_load=load)
         result["router_load"] = {str(layer): shares for layer, shares in load.fractions().items()}
     else:
         table = perplexity.measure(model, sequences, batch=BATCH)
+    counts = exported_counts(method, config, result.get("open_blocks"))
     return {
         "perplexity": table.to_json(),
         **result,

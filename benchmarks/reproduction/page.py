@@ -30,7 +30,7 @@ FLOPs are those of matrix products and causal attention scores, a multiply-add a
 (`megatron_l0moe/planning/flops.py`). A token's forward pass takes two for each weight that it is multiplied with and,
 in each layer, two for each position of the sequence and channel of the query heads; the backward pass takes twice that,
 but for an expert run, in which nothing below the lowest mask is trained. A calibration pass counts as its forward
-passes; what a method computes from them is left out.
+passes; what a method computes from them is left out. In training DSMoE and Mixture-of-Masks compute the whole FFN.
 """
 SPEED_NOTE = """\
 Prefill and decode are times of the base over times of the row, median of pairs with the quartiles in brackets: above 1
@@ -153,9 +153,12 @@ class Tables:
             overlaps = [r.training["overlap"] for r in group if "overlap" in r.training]
             loads = [r.values["router_load"] for r in group if "router_load" in r.values]
             if overlaps or loads:
-                iou = [_mean([o["iou_mean"] for o in overlaps]), f"{overlaps[0]['iou_chance']:.3f}"]
-                share = [_mean([largest_share(load) for load in loads]), _uniform(loads[0])] if loads else []
-                body.append([row, *(iou if overlaps else [NONE] * 2), *(share or [NONE] * 2)])
+                iou, share = [NONE] * 2, [NONE] * 2
+                if overlaps:
+                    iou = [_mean([o["iou_mean"] for o in overlaps]), f"{overlaps[0]['iou_chance']:.3f}"]
+                if loads:
+                    share = [_mean([largest_share(load) for load in loads]), _uniform(loads[0])]
+                body.append([row, *iou, *share])
         head = ["row", "IoU of kept units", "by chance", "busiest expert's share", "even share"]
         note = (
             "IoU: mean over layers and pairs of experts, when they were made. Busiest expert's share: of a domain's "

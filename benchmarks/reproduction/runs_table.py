@@ -13,6 +13,7 @@ from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe_methods import ModelMethod, only_l0moe
 from megatron_l0moe.recipe_sections import Flags, RecipePart
 
 Kind = Literal["l0moe", "dense-further", "dense-small"]
@@ -26,6 +27,8 @@ class Row(RecipePart):
     """Where its results stand: like the paper's Table 2, 3 or 4."""
     kind: Kind = "l0moe"
     """dense-further: the base, trained on. dense-small: a dense model of the L0-MoE's active width."""
+    method: ModelMethod = "l0moe"
+    """Of the recipe; keys of the common recipe that the method does not have are left out."""
     seeds: list[int] | None = Field(default=None, min_length=1)
     recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Changes of the common recipe, section by section; of a yardstick, of the L0-MoE that it is compared with."""
@@ -112,12 +115,16 @@ def chain_run(place: Place, table: RunsTable, case: Case) -> Run:
     Raises:
         L0MoEError: the recipe is not valid.
     """
-    recipe = copy.deepcopy(table.recipe)
+    recipe, method = copy.deepcopy(table.recipe), case.settings.method
+    if method != "l0moe":
+        for section, key in only_l0moe():
+            recipe.get(section, {}).pop(key, None)
     for section, changes in case.settings.recipe.items():
         recipe.setdefault(section, {}).update(changes)
     recipe["model"]["path"] = str(place.base_model)
     recipe["data"]["corpus"] = str(place.root / "corpus" / "train")
     folder = place.root / "methods"
     file = folder / f"{case.name}.yaml"
-    write_text(file, yaml.safe_dump({"name": case.name, "seed": case.seed, **recipe}, sort_keys=False))
+    head = {"name": case.name, "seed": case.seed, "method": method}
+    write_text(file, yaml.safe_dump(head | recipe, sort_keys=False))
     return Run(recipe=load_recipe(file), recipe_file=file, runs_dir=folder)

@@ -1,13 +1,15 @@
 """Step `speed`: prefill and decode of what was made, each timed in pairs with the dense base, in one process."""
 
+import json
 import logging
 from pathlib import Path
 
 from results import HELDOUT, SPEED, folder, save
-from runs_table import RunsTable, chain_run
+from runs_table import Case, RunsTable, chain_run
 from settings import Place
 
 from megatron_l0moe.data.manifest import read_manifest
+from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json
 
@@ -31,24 +33,27 @@ def time_rows(place: Place, table: RunsTable) -> None:
         made = run.stage_folder("export") if case.settings.kind == "l0moe" else run.folder / "dense"
         model = made if case.settings.kind == "l0moe" else made / "hf"
 
-        def work(model: Path = model) -> Json:
-            return _time(place, model)
+        def work(model: Path = model, case: Case = case) -> Json:
+            return _time(place, model, case)
 
         save(place, case.name, SPEED, section_hash(settings), (made, base, heldout), work)
 
 
-def _time(place: Place, model: Path) -> Json:
+def _time(place: Place, model: Path, case: Case) -> Json:
     from megatron_l0moe.evaluation.evaluate import checkpoint_counts
     from megatron_l0moe.evaluation.heldout import read_heldout
     from megatron_l0moe.evaluation.models import load_model
     from megatron_l0moe.evaluation.speed import measure_speed
 
-    settings = place.settings.speed
+    settings, method = place.settings.speed, case.settings.method
+    heldout = json.loads((folder(place, case.name, HELDOUT) / HELDOUT).read_text(encoding="utf-8"))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    counts = exported_counts(method, config, heldout.get("open_blocks"))
     return measure_speed(
         load_model(place.base_model),
         load_model(model),
         read_heldout(place.root / "tokens" / "heldout.jsonl"),
-        counts=(checkpoint_counts(place.base_model), checkpoint_counts(model)),
+        counts=(checkpoint_counts(place.base_model), counts),
         prefill_tokens=settings.prefill_tokens,
         decode_tokens=settings.decode_tokens,
         repeats=settings.repeats,

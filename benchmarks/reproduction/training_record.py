@@ -45,18 +45,26 @@ def record_dense(place: Place, name: str, pretrained: Path, further: Path) -> No
     _save(place, name, further, work)
 
 
-def record_l0moe(place: Place, run: Run) -> None:
+def record_chain(place: Place, run: Run) -> None:
     """Write results/training/NAME of a run of the chain."""
     recipe = run.recipe
 
+    def whole_ffn() -> Json:
+        # in training DSMoE and Mixture-of-Masks compute the dense FFN; gates and routers are left out
+        model = dense_model(Architecture.from_hf(place.base_model))
+        phases = [_dense(place, place.root / "base", PRETRAINING), _moe(place, run, model)]
+        return {"iterations": recipe.data.iterations, "phases": phases}
+
     def work() -> Json:
+        if recipe.method != "l0moe":
+            return whole_ffn()
         files = [_expert_files(run, k) for k in range(recipe.model.num_experts)]
         pretraining = _dense(place, place.root / "base", PRETRAINING)
         channels = place.settings.model.ffn
         return {
             "num_experts": recipe.model.num_experts,
             "iterations": recipe.data.iterations,
-            "phases": [pretraining, _experts(place, run, files), _moe(place, run)],
+            "phases": [pretraining, _experts(place, run, files), _moe(place, run, _model(place, run, "moe"))],
             "retention": [expert_training(k, expert) for k, expert in enumerate(files) if expert.metrics],
             "overlap": experts_overlap(files, width=recipe.model.expert_ffn, channels=channels),
         }
@@ -116,9 +124,9 @@ def _experts(place: Place, run: Run, files: Sequence[ExpertFiles]) -> Json:
     }
 
 
-def _moe(place: Place, run: Run) -> Json:
+def _moe(place: Place, run: Run, model: StageModel) -> Json:
     rows = read_metrics(run.stage_folder("moe") / "metrics.jsonl", "moe")
-    return phase("moe", rows, _per_token(place, _model(place, run, "moe")))
+    return phase("moe", rows, _per_token(place, model))
 
 
 def _model(place: Place, run: Run, stage: TrainingStage) -> StageModel:

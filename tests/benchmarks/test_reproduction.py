@@ -250,6 +250,8 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
         "l0moe": {"table": "comparison"},
         "dense-further": {"table": "comparison", "kind": "dense-further"},
         "dense-small": {"table": "comparison", "kind": "dense-small"},
+        "dsmoe": {"table": "comparison", "method": "dsmoe"},
+        "mom": {"table": "comparison", "method": "mom", "recipe": {"mom": {"masks": 3, "target": 0.5}}},
     }
     table = {
         "seeds": [7],
@@ -283,6 +285,10 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert [phase["name"] for phase in by_row["l0moe"]["phases"]] == ["pretraining", "experts", "moe"]
     assert by_row["dense-further"]["phases"][0] == by_row["base"]["phases"][0]
     assert sum(phase["tokens"] for phase in by_row["l0moe"]["phases"][1:]) == by_row["l0moe"]["tokens"]
+    assert 1 <= by_row["dsmoe"]["open_blocks"] <= 8
+    assert by_row["dsmoe"]["active_parameters"] < by_row["dsmoe"]["parameters"]
+    for row in ("dsmoe", "mom"):
+        assert by_row[row]["tokens"] == sum(phase["tokens"] for phase in by_row[row]["phases"][1:]) == 2 * 256
     assert by_row["l0moe"]["speed"].keys() == by_row["dense-small"]["speed"].keys() == plots.MODES.keys()
     plotted = {"compute", "heldout", "iou", "retention_l0moe", "router_l0moe"}
     assert {
