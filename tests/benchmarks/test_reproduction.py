@@ -268,7 +268,7 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     words += ["--results", str(tmp_path / "results")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for again in (False, True):
-        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=900)
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=1800)
         assert done.returncode == 0, done.stderr[-4000:]
         assert ("base ..." in done.stderr) != again  # the second time nothing is left to do
     found = json.loads((tmp_path / "results" / "reproduction.json").read_text())

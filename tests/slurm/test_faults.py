@@ -28,7 +28,7 @@ from slurm.world import (
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 BEFORE_MOE = ("convert", "curate", "experts", "assemble")
-HELD_STEP = MOE_SAVE_INTERVAL + 3
+HELD_STEP = MOE_SAVE_INTERVAL + 2
 """After a checkpoint and before the next one, so that there is something to lose."""
 HUGE_LEARNING_RATE = 1e30
 TIMES = frozenset({"seconds", "tokens_per_second", "mfu"})
@@ -122,18 +122,23 @@ def curve(run: SlurmRun) -> list[dict[str, Any]]:
     return [{key: row[key] for key in row if key not in TIMES} for row in metrics(run.folder / "moe")]
 
 
-def assert_same_end(run: SlurmRun, chain: SlurmRun, *, how: str, saves: bool) -> None:
-    """The job was queued again once, after a first attempt that ended like this, and came to the undisturbed end."""
+def assert_same_end(run: SlurmRun, chain: SlurmRun, *, how: str, saves: bool, false_starts: int = 0) -> None:
+    """The job was queued again, after a first attempt that ended like this, and came to the undisturbed end.
+
+    It was so once, or with `false_starts` up to so many times more, for attempts that ended before their first step.
+    """
     record = run.wait("moe")
-    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), run.logs()
-    first, second = attempts(run.folder / "moe")
-    assert (first["how"], second["how"]) == (how, "finished")
+    first, *false, last = attempts(run.folder / "moe")
+    assert len(false) <= false_starts, run.logs()
+    assert all(attempt["last_step"] == attempt["start_step"] == last["start_step"] for attempt in false)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", str(1 + len(false))), run.logs()
+    assert (first["how"], last["how"]) == (how, "finished")
     judged = how in ("stopped", "crashed")  # a last phase could run
-    assert (first["verdict"], second["verdict"]) == ("again" if judged else "", "done")
+    assert (first["verdict"], last["verdict"]) == ("again" if judged else "", "done")
     if saves:
-        assert second["start_step"] == first["last_step"] >= HELD_STEP
+        assert last["start_step"] == first["last_step"] >= HELD_STEP
     else:
-        assert second["start_step"] == MOE_SAVE_INTERVAL < first["last_step"]
+        assert last["start_step"] == MOE_SAVE_INTERVAL < first["last_step"]
     assert (run.folder / "moe" / "DONE").is_file()
     assert difference(run, chain) is None
 
@@ -194,26 +199,27 @@ def test_preemption(moe: MoE, chain: SlurmRun, cluster: Cluster) -> None:
 
 def test_a_crashed_node_and_a_cut_network(moe: MoE, chain: SlurmRun, cluster: Cluster) -> None:
     """One job loses its first node, where its batch script runs, the other one the network of its second node."""
-    crashed = moe("crashed", sbatch={"nodelist": "n2,n3"})
+    crashed = moe("crashed", sbatch={"nodelist": "n1,n2"})
     hold(crashed)
-    cut = moe("cut", sbatch={"nodelist": "n1,n3"})
+    cut = moe("cut", sbatch={"nodelist": "n2,n3"})
     hold(cut)
-    pids = [process.pid for process in cluster.machines["n2"].processes()]
+    pids = [process.pid for process in cluster.machines["n1"].processes()]
     assert len(pids) > 5
-    cluster.crash_node("n2")
+    cluster.crash_node("n1")
     assert not any(alive(pid) for pid in pids)
     cluster.cut_network("n3")
     try:
-        for node in ("n2", "n3"):
+        for node in ("n1", "n3"):
             cluster.wait_for_dead_node(node)
         assert cluster.machines["n3"].running
-        assert "down" not in cluster.node_state("n1")
+        assert "down" not in cluster.node_state("n2")
     finally:
-        cluster.start_node("n2")
+        cluster.start_node("n1")
         cluster.restore_network("n3")
     assert_same_end(crashed, chain, how="vanished", saves=False)
-    # Its batch script lives and is told to end, when there is nobody left to save with.
-    assert_same_end(cut, chain, how="vanished", saves=False)
+    # Its batch script lives and is told to end, when there is nobody left to save with. Slurm ends what it finds of the
+    # job on the node that is back, which may be the new start already.
+    assert_same_end(cut, chain, how="vanished", saves=False, false_starts=1)
     assert attempts(cut.folder / "moe")[0]["reason"].startswith("Slurm lost one of its nodes")
 
 

@@ -16,8 +16,8 @@ from slurm.cluster import Cluster
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 
 EXPERTS = 2
-EXPERT_STEPS, MOE_STEPS = 10, 30
-MOE_SAVE_INTERVAL, EXPERT_SAVE_INTERVAL = 10, 4
+EXPERT_STEPS, MOE_STEPS = 10, 36
+MOE_SAVE_INTERVAL, EXPERT_SAVE_INTERVAL = 12, 4
 PATIENCE = 600.0  # seconds; a training job takes some 20 s on two free cores, and minutes on busy ones
 TWO_NODES = {"processes": 2, "nodes": 2}
 CLUSTER: dict[str, Any] = {
