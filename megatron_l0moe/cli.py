@@ -168,7 +168,10 @@ def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
         model = this.recipe.model
         files = [this.expert_folder(k) / "expert.safetensors" for k in range(model.num_experts)]
         dense = this.stage_folder("convert") / "megatron"
-        return assemble_experts(dense, files, stage.folder, top_k=model.top_k)
+        router_init = this.recipe.moe_training.router_init
+        return assemble_experts(
+            dense, files, stage.folder, top_k=model.top_k, router_init=router_init, seed=this.recipe.seed
+        )
 
     _stage("assemble", recipe, runs_dir, work)
 

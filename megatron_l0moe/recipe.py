@@ -29,12 +29,13 @@ from megatron_l0moe.recipe_sections import (
     MoETrainingSection,
     ParallelSection,
     RecipePart,
+    RouterInit,
 )
 from megatron_l0moe.settings_file import first_problem, load_settings
 
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
-CHECKED_SECTIONS = ("model", "expert_training", "export", "evaluation", *SECTIONS_OF_METHODS)
+CHECKED_SECTIONS = ("model", "expert_training", "moe_training", "export", "evaluation", *SECTIONS_OF_METHODS)
 """Sections with keys that not every method has."""
 
 
@@ -155,6 +156,17 @@ class Recipe(RecipePart):
         return settings
 
     @property
+    def set_passes(self) -> int | None:
+        """How often the ordered sets are gone through; None: once."""
+        return self.data.set_passes if self.data.set_passes > 1 else None
+
+    @property
+    def router_init(self) -> RouterInit | None:
+        """How the routers start; None: with domain means."""
+        init = self.moe_training.router_init
+        return None if init == "domain_mean" else init
+
+    @property
     def method_settings(self) -> dict[str, Any] | None:
         """What a method beside L0-MoE depends on; None for L0-MoE, whose hashes are older than `method`."""
         if self.method == "l0moe":
@@ -166,7 +178,7 @@ class Recipe(RecipePart):
     def moe_steps(self) -> int:
         """Optimizer steps of MoE training: whole global batches of every set."""
         batch = self.moe_global_batch_size * self.data.seq_length
-        sets = [self.data.tokens_per_set] * (self.data.iterations - 1)
+        sets = [self.data.tokens_per_set] * (self.data.iterations - 1) * self.data.set_passes
         if self.data.include_initial_tokens:
             sets.append(self.data.include_initial_tokens)
         return sum(tokens // batch for tokens in sets)

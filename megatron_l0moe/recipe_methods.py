@@ -10,6 +10,7 @@ from megatron_l0moe.recipe_sections import (
     ExpertTrainingSection,
     ExportSection,
     ModelSection,
+    MoETrainingSection,
     RecipePart,
 )
 
@@ -25,6 +26,7 @@ SHARED_EXPERT_KEYS = frozenset({"global_batch_size"})
 _SECTIONS: dict[str, type[RecipePart]] = {
     "model": ModelSection,
     "expert_training": ExpertTrainingSection,
+    "moe_training": MoETrainingSection,
     "export": ExportSection,
     "evaluation": EvaluationSection,
 }
@@ -71,6 +73,7 @@ def only_l0moe() -> list[tuple[str, str]]:
     """Return the keys, by section, that belong to method l0moe alone."""
     experts = [("expert_training", key) for key in ExpertTrainingSection.model_fields]
     others = [("model", "expert_ffn"), ("model", "top_k"), ("export", "target"), ("evaluation", "benchmarks")]
+    others.append(("moe_training", "router_init"))
     return [*others, *(pair for pair in experts if pair[1] not in SHARED_EXPERT_KEYS)]
 
 

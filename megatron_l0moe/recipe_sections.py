@@ -9,6 +9,7 @@ from megatron_l0moe.settings_file import Settings
 
 Flag = bool | int | float | str
 Method = Literal["l0", "random", "magnitude", "obs", "svd", "coactivation"]
+RouterInit = Literal["domain_mean", "normal"]
 
 
 def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
@@ -128,6 +129,8 @@ class DataSection(RecipePart):
     """Training tokens of each of the Q - 1 later sets, all K clusters together."""
     include_initial_tokens: int = Field(default=0, ge=0)
     """Tokens of D^(0), all clusters together, replayed before the ordered sets in MoE training."""
+    set_passes: int = Field(default=1, ge=1)
+    """How often MoE training goes through the ordered sets, in the same order; with iterations 2 one set repeated."""
     heldout_tokens_per_domain: int = Field(default=8192, ge=1)
     """Tokens of each source domain kept out of training for perplexity."""
     clustering: Literal["kmeans", "random"] = "kmeans"
@@ -258,6 +261,8 @@ class MoETrainingSection(RecipePart):
     learning_rate: float = Field(default=1e-4, gt=0)
     router_learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate of the routers; None: that of the other weights."""
+    router_init: RouterInit = "domain_mean"
+    """domain_mean: the centred, normalised mean of the layer's router input over each domain; normal: (0, 0.02)."""
     save_interval: int = Field(default=100, ge=1)
     parallel: ParallelSection = ParallelSection()
     flags: Flags = Field(default_factory=dict)

@@ -48,6 +48,11 @@ def test_steps_by_hand(tmp_path: Path) -> None:
     assert recipe.moe_steps == 2 * (1280 // (32 * 4))  # two sets of 10
 
 
+def test_passes_multiply_the_sets_but_not_the_replay(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, data__set_passes=3, data__include_initial_tokens=256))
+    assert recipe.moe_steps == 3 * 2 * 10 + 2
+
+
 def test_initial_tokens_add_steps(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, data__include_initial_tokens=256))
     assert recipe.moe_steps == 2 * 10 + 2

@@ -28,6 +28,7 @@ LAYOUTS = {1: {name: {"parallel": {}} for name in ("expert_training", "moe_train
         (of_method("mom", mom={"masks": 33}), r"mom: masks \(33\) by top_k \(2\) make 528 sets .* at most 512"),
         (of_method("mom", mom__target=1.0), r"mom\.target: Input should be less than 1"),
         (of_method("mom", expert_training__mask_learning_rate=0.1), r"expert_training\.mask_learning_rate is of"),
+        (of_method("mom", moe_training__router_init="normal"), r"moe_training\.router_init is of method l0moe"),
         (of_method("dsmoe", dsmoe__blocks=1), r"dsmoe\.blocks: Input should be greater than or equal to 2"),
         (of_method("dsmoe", dsmoe__threshold=1.0), r"dsmoe\.threshold: Input should be less than 1"),
         (of_method("dsmoe", dsmoe__treshold=0.1), r"unknown key 'dsmoe\.treshold' \(did you mean 'threshold'"),

@@ -1,11 +1,15 @@
-"""Steps `tokens` and `base`: a plain shuffled stream over all domains, and the dense base trained on it."""
+"""Steps `tokens` and `base`: a plain shuffled stream over all domains, and the dense base trained on it.
+
+Of a base that was there: the held-out sequences alone, and links to its files.
+"""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 from scanned import scan_corpus
-from settings import Place, TrainingSettings
+from settings import Place, PretrainedSettings, TrainingSettings
 
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.export import export_dense
@@ -17,28 +21,45 @@ from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.launch.run import run_command
+from megatron_l0moe.planning.layouts import Layout
 
 STREAM = "stream"
 
 
 def make_tokens(place: Place, out: Path) -> dict[str, object]:
-    """Write the base's index `stream` and heldout.jsonl."""
+    """Write heldout.jsonl and, where the base is pretrained here, its index `stream`."""
     data, base = place.settings.data, place.settings.base
-    tokenizer = CorpusTokenizer.load(place.root / "tokenizer")
+    tokenizer = CorpusTokenizer.load(place.base_model if place.is_pretrained else place.tokenizer_folder)
     held = scan_corpus(place.root / "corpus" / "heldout")
     split = hold_out(
         held,
         tokenizer,
         tokens_per_domain=data.heldout_tokens_per_domain,
         seq_length=data.seq_length,
-        seed=base.seed,
+        seed=base.heldout_seed if isinstance(base, PretrainedSettings) else base.training.seed,
     )
     # the cluster column: no clustering is known to the base, so it is the source domain
     write_heldout(out / "heldout.jsonl", split.sequences, [s.domain for s in split.sequences], held.domains)
-    catalog = scan_corpus(place.root / "corpus" / "train")
-    samples = base.steps * base.global_batch_size
-    numbers = write_stream(catalog, tokenizer, out, samples, data.seq_length, seed=base.seed)
-    return {**numbers, "heldout_sequences": len(split.sequences)}
+    numbers: dict[str, object] = {"heldout_sequences": len(split.sequences)}
+    if isinstance(base, PretrainedSettings):
+        return numbers
+    catalog, training = scan_corpus(place.root / "corpus" / "train"), base.training
+    samples = training.steps * training.global_batch_size
+    return numbers | write_stream(catalog, tokenizer, out, samples, data.seq_length, seed=training.seed)
+
+
+def link_base(model: Path, out: Path) -> dict[str, object]:
+    """Link the files of a Hugging Face folder into out/hf.
+
+    Raises:
+        L0MoEError: there is no such model.
+    """
+    if not (model / "config.json").is_file():
+        raise L0MoEError(f"base.path ({model}) is no Hugging Face folder: it has no config.json; name one.")
+    (out / "hf").mkdir(parents=True)
+    for file in model.iterdir():
+        os.symlink(file.resolve(), out / "hf" / file.name)
+    return {}
 
 
 def write_stream(
@@ -101,7 +122,8 @@ def train_and_export(
             index=index,
             start=start,
             seq_length=seq_length,
-            **training.model_dump(),
+            layout=Layout(processes=training.processes),
+            **training.model_dump(exclude={"processes"}),
         ),
         Architecture.from_hf(model),
     )

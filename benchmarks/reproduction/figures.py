@@ -10,29 +10,31 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from results import Result
 from runs_table import RunsTable
+from training_record import PRETRAINING
 
 from megatron_l0moe.reports import plots
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.reports.loads import router_numbers
 
-PREFIX = "reproduction_"
 BASE_LABEL = "base"
 UNIT = 1e12
 """FLOPs of one unit on the axes."""
 
 
-def write_figures(base: Result, results: Sequence[Result], table: RunsTable, out: Path) -> dict[str, str]:
-    """Write all plots for which there are results; those of an earlier time are removed.
+def write_figures(
+    page: str, base: Result, results: Sequence[Result], table: RunsTable, out: Path
+) -> dict[str, str]:
+    """Write all plots for which there are results as PAGE_*.png; those of an earlier time are removed.
 
     Returns:
         {file name: caption}, in the order of the page.
     """
-    for old in out.glob(f"{PREFIX}*.png"):
+    for old in out.glob(f"{page}_*.png"):
         old.unlink()
     captions = {}
     with mpl.rc_context(plots.STYLE):
         for name, figure, caption in _figures(base, results, table):
-            file = f"{PREFIX}{name}.png"
+            file = f"{page}_{name}.png"
             figure.savefig(out / file, metadata={"Software": None})
             captions[file] = caption
     return captions
@@ -44,8 +46,8 @@ def _figures(base: Result, results: Sequence[Result], table: RunsTable) -> list[
     found: list[tuple[str, Figure, str]] = []
     if base.training:
         caption = (
-            "Training loss against training FLOPs: means over stretches of steps, first seed. Left: pretraining. "
-            "Right: what came after it; dotted: mean of the K expert runs, their FLOPs together."
+            "Training loss against training FLOPs: means over stretches of steps, first seed. Pretraining, and what "
+            "came after it; dotted: mean of the K expert runs, their FLOPs together."
         )
         found.append(("compute", compute_curves(base, compared), caption))
     recorded = [result for result in results if result.training]
@@ -78,19 +80,19 @@ def _figures(base: Result, results: Sequence[Result], table: RunsTable) -> list[
 def compute_curves(base: Result, compared: Sequence[Result]) -> Figure:
     """Training loss over FLOPs: the pretrainings, and what each row of the comparison added."""
     figure = _figure(3.8)
-    left, right = figure.subplots(1, 2)
-    pretrainings = {BASE_LABEL: base.training["phases"][0]}
-    for result in compared:
-        own = result.training["phases"][0]
-        if own not in pretrainings.values():
-            pretrainings[result.row] = own
+    pretrainings: dict[str, Json] = {}
+    for name, training in ((BASE_LABEL, base.training), *((one.row, one.training) for one in compared)):
+        own = pretraining(training)
+        if own and own not in pretrainings.values():
+            pretrainings[name] = own
+    *before, right = figure.subplots(1, 1 + bool(pretrainings), squeeze=False)[0]
     for name, one in pretrainings.items():
-        left.plot(
+        before[0].plot(
             _units(one["curve"]["flops"]), one["curve"]["lm_loss"], label=name, **_style(compared, name)
         )
     for result in compared:
         start = 0.0
-        for one in result.training["phases"][1:]:
+        for one in _later(result.training):
             curve, last = one["curve"], one is result.training["phases"][-1]
             style = _style(compared, result.row) | ({} if last else {"ls": ":", "lw": 1.0})
             label = result.row if last and result.row not in pretrainings else None
@@ -99,10 +101,10 @@ def compute_curves(base: Result, compared: Sequence[Result]) -> Figure:
             )
             start += one["flops"]
     figure.legend(loc="outside upper center", ncols=5)
-    left.set_title("pretraining")
-    right.set_title("after it")
-    left.set_ylabel("training loss (nats per token)")
-    for axes in (left, right):
+    for axes, title in zip((*before, right), ("pretraining", "after it")[-1 - len(before) :], strict=True):
+        axes.set_title(title)
+    figure.axes[0].set_ylabel("training loss (nats per token)")
+    for axes in figure.axes:
         axes.set_xlabel("training FLOPs (1e12)")
         axes.locator_params(axis="x", nbins=5)
     return figure
@@ -154,7 +156,16 @@ def overlap_lines(by_row: dict[str, Result]) -> Figure:
 
 def flops_after(training: Json) -> float:
     """Return the FLOPs of all phases but pretraining."""
-    return math.fsum(phase["flops"] for phase in training["phases"][1:])
+    return math.fsum(phase["flops"] for phase in _later(training))
+
+
+def pretraining(training: Json) -> Json | None:
+    """Return the phase of pretraining; None of a base that was there."""
+    return next((phase for phase in training.get("phases", ()) if phase["name"] == PRETRAINING), None)
+
+
+def _later(training: Json) -> list[Json]:
+    return [phase for phase in training["phases"] if phase["name"] != PRETRAINING]
 
 
 def _style(compared: Sequence[Result], row: str) -> Json:

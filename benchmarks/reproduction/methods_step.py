@@ -1,5 +1,6 @@
 """Step `methods`: every run of the table, from the same base, and its held-out perplexity."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,15 +13,23 @@ from joined_index import join
 from results import HELDOUT, save
 from runs_table import Case, RunsTable, chain_run
 from settings import Place
-from steps import do
+from steps import alone, do
 from tokenizer_step import llama_config
 from training_record import record_chain, record_dense
 
 from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_dense
-from megatron_l0moe.data.manifest import MARKER, Stage, is_done, write_json, write_text
+from megatron_l0moe.data.manifest import (
+    MARKER,
+    Stage,
+    input_digests,
+    is_done,
+    read_manifest,
+    write_json,
+    write_text,
+)
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.run import run_command
-from megatron_l0moe.launch.stages import Run, stages
+from megatron_l0moe.launch.stages import Run, chain, stages
 from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.recipe_methods import ModelMethod
@@ -28,6 +37,10 @@ from megatron_l0moe.reports.collect import Json
 
 logger = logging.getLogger(__name__)
 
+METHODS = "methods"
+"""Folder of the runs."""
+SHARED_STAGES = ("convert", "curate", "experts")
+"""Stages that rows may have in common, in the chain's order."""
 BATCH = 16
 """Sequences of one forward pass over the held-out text."""
 CONVERTED = "converted"
@@ -38,11 +51,13 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
     """Do one run of the table, as far as it is not done."""
     run = chain_run(place, table, case)
     if case.settings.kind == "l0moe":
-        _chain(place, run, until="export")
+        for name in SHARED_STAGES:
+            _shared(place, run, name)
+        _chain(run, "--until", "export")
         measure(place, case.name, run.stage_folder("export"), tokens_of(run), case.settings.method)
         record_chain(place, run)
         return
-    _chain(place, run, until="curate")
+    _shared(place, run, "curate")
     model = place.root / "base"
     if case.settings.kind == "dense-small":
         model = pretrained_small(place, run)
@@ -68,7 +83,7 @@ def mean_active_ffn(run: Run, place: Place) -> int:
     Raises:
         L0MoEError: it is no whole number, so no dense model of one width has it.
     """
-    model, base = run.recipe.model, place.settings.model
+    model, base = run.recipe.model, place.own_base.model
     units = (
         model.dense_layers * base.ffn + (base.layers - model.dense_layers) * model.top_k * model.expert_ffn
     )
@@ -83,11 +98,11 @@ def mean_active_ffn(run: Run, place: Place) -> int:
 def pretrained_small(place: Place, run: Run) -> Path:
     """Pretrain a dense model of the L0-MoE's active width exactly as the base was; return its folder."""
     width = mean_active_ffn(run, place)
-    model = place.settings.model.model_copy(update={"ffn": width})
-    base = place.settings.base
-    asked = section_hash(model, base.model_dump(exclude={"save_interval"}))
+    own, base = place.own_base, place.own_base.training
+    model = own.model.model_copy(update={"ffn": width})
+    asked = section_hash(model, base.decisive)
     inputs = (place.root / "tokenizer", place.root / "tokens")
-    stage = Stage("dense-small", place.root / "methods" / f"dense-small-{width}", asked, inputs)
+    stage = Stage("dense-small", place.root / METHODS / f"dense-small-{width}", asked, inputs)
 
     def work(out: Path) -> dict[str, object]:
         untrained = out / "untrained"
@@ -108,7 +123,7 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
     sequences = tokens_of(run) // seq_length
     # a last batch that would not be full is left out
     training = table.dense.training(sequences // table.dense.global_batch_size, case.seed)
-    asked = section_hash(case.settings.kind, training.model_dump(exclude={"save_interval"}))
+    asked = section_hash(case.settings.kind, training.decisive)
     stage = Stage(case.name, run.folder / "dense", asked, (model, run.stage_folder("curate")))
 
     def work(out: Path) -> dict[str, object]:
@@ -129,9 +144,21 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
     record_dense(place, case.name, model, stage.folder)
 
 
-def _chain(place: Place, run: Run, *, until: str) -> None:
-    """Run the chain in a process of its own; what another run curated with the same settings is taken over."""
-    _take_over_curate(place, run)
+def _shared(place: Place, run: Run, name: str) -> None:
+    """Do one of the shared stages, or take it from a run with the same settings, one process at a time."""
+    if name not in (spec.name for spec in chain(run.recipe.method)):
+        return
+    made = stages(run, name)
+    with alone(place.root / METHODS / f"{name}-{made[0].config_hash}"):
+        for own in made:
+            if not is_done(own):
+                _link_twin(place, own)
+        if not all(is_done(own) for own in made):
+            _chain(run, "--from", name, "--until", name)
+
+
+def _chain(run: Run, *stages_of_it: str) -> None:
+    """Run a part of the chain in a process of its own."""
     words = [
         sys.executable,
         "-m",
@@ -141,24 +168,30 @@ def _chain(place: Place, run: Run, *, until: str) -> None:
         "--runs-dir",
         str(run.runs_dir),
     ]
-    first = ["--from", "curate"] if until == "curate" else []  # the yardsticks need the data alone
-    logger.info("%s: the chain until %s ...", run.recipe.name, until)
-    run_command([*words, *first, "--until", until], log=run.runs_dir / f"{run.recipe.name}.log")
+    logger.info("%s: the chain, %s ...", run.recipe.name, " ".join(stages_of_it))
+    run_command([*words, *stages_of_it], log=run.runs_dir / f"{run.recipe.name}.log")
 
 
-def _take_over_curate(place: Place, run: Run) -> None:
-    (own,) = stages(run, "curate")
-    if is_done(own):
+def _link_twin(place: Place, own: Stage) -> None:
+    relative = own.folder.relative_to(place.root / METHODS).parts[1:]
+    for marker in sorted((place.root / METHODS).glob("/".join(("*", *relative, MARKER)))):
+        found = dataclasses.replace(own, folder=marker.parent)
+        if marker.read_text(encoding="utf-8").strip() != own.config_hash or not _is_from_these(found):
+            continue
+        logger.info("%s: as in %s", own.folder.relative_to(place.root), marker.parent.relative_to(place.root))
+        partial = own.folder.with_name(f".{own.folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(own.folder, ignore_errors=True)
+        shutil.copytree(marker.parent, partial, copy_function=os.link)
+        partial.rename(own.folder)
         return
-    for marker in sorted((place.root / "methods").glob(f"*/curate/{MARKER}")):
-        if marker.read_text(encoding="utf-8").strip() == own.config_hash:
-            logger.info("%s: data of %s", run.recipe.name, marker.parent.parent.name)
-            partial = own.folder.with_name(".curate")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(own.folder, ignore_errors=True)
-            shutil.copytree(marker.parent, partial, copy_function=os.link)
-            partial.rename(own.folder)
-            return
+
+
+def _is_from_these(found: Stage) -> bool:
+    """Say whether a finished stage of another run was made from the inputs that this run has."""
+    if not all((folder / MARKER).is_file() for folder in found.inputs):
+        return False
+    return read_manifest(found.folder).get("inputs") == input_digests(found)
 
 
 def measure(place: Place, name: str, model: Path, tokens: int, method: ModelMethod = "l0moe") -> None:

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import get_args
 
-from figures import flops_after
+from figures import flops_after, pretraining
 from results import BASE, Result
-from runs_table import RunsTable
+from runs_table import RunsTable, TableName
 from speed_step import TIMED_TABLES
 
 from megatron_l0moe.reports.collect import Json
@@ -19,8 +20,6 @@ from megatron_l0moe.reports.plots import MODES
 NONE = "-"
 """A cell for which nothing was measured, or that has no meaning in its row."""
 INTRODUCTION = """\
-# Results of the reproduction in small
-
 Written by `benchmarks/reproduction/run.py tables` from the result folders. Perplexity is that on held-out text as a
 ratio to the dense base (below 1 is better), mean over the seeds with the sample standard deviation in brackets; all
 seeds start from one base. The column `/ NAME` is the ratio to that row's run of the same seed. How tokens and active
@@ -40,7 +39,11 @@ the same held-out text.
 
 
 def markdown(
-    base: Result, results: Sequence[Result], table: RunsTable, figures: Mapping[str, str] | None = None
+    title: str,
+    base: Result,
+    results: Sequence[Result],
+    table: RunsTable,
+    figures: Mapping[str, str] | None = None,
 ) -> str:
     """Return the page; `figures` are {file name: caption}."""
     by_row = {row: list(group) for row, group in groupby(results, key=lambda result: result.row)}
@@ -48,9 +51,9 @@ def markdown(
     tables = Tables(base, table.reference, reference)
     of = {
         name: {row: group for row, group in by_row.items() if table.rows[row].table == name}
-        for name in ("comparison", "ablations", "sweeps")
+        for name in get_args(TableName)
     }
-    lines = [INTRODUCTION, *_provenance([base, *results]), ""]
+    lines = [f"# {title}", "", INTRODUCTION, *_provenance([base, *results]), ""]
     lines += ["## Against dense models (in the form of the paper's Table 2)", ""]
     lines += tables.comparison(of["comparison"])
     lines += ["", SPEED_NOTE, *_speed_lines(results)]
@@ -58,6 +61,9 @@ def markdown(
     if of["ablations"]:
         lines += ["", "## Ablations of construction and data (Table 3)", ""]
         lines += tables.ablations(shared | of["ablations"])
+    if of["changes"]:
+        lines += ["", "## Single settings changed (not in the paper)", ""]
+        lines += tables.ablations(shared | of["changes"])
     if of["sweeps"]:
         lines += ["", "## Sweeps of Q and K (Table 4)", "", *tables.sweeps(shared | of["sweeps"])]
     lines += ["", "## By domain", "", *tables.domains(by_row)]
@@ -106,12 +112,12 @@ class Tables:
         head = ["model", "seeds", "tokens", "FLOPs of pretraining", "FLOPs after it", "parameters", "active"]
         base = self._base
         perplexity = f"{BASE} (perplexity {base.values['perplexity']['overall']:.2f})"
-        cells = [perplexity, str(base.training.get("seed", NONE)), _millions(base, "tokens")]
-        cells += [_flops(base.training, 0), NONE, *_sizes(base), "1"]
+        cells = [perplexity, str(base.training.get("seed") or NONE), _millions(base, "tokens")]
+        cells += [_pretraining(base.training), NONE, *_sizes(base), "1"]
         body = [cells + ["1"] * len(MODES)]
         for row, group in rows.items():
             first = group[0]
-            cells = [row, _seeds(group), _millions(first, "tokens"), _flops(first.training, 0)]
+            cells = [row, _seeds(group), _millions(first, "tokens"), _pretraining(first.training)]
             cells += [_flops(first.training), *_sizes(first), self._to_base(group)]
             body.append(cells + _speeds(group))
         return _table([*head, "all domains", *MODES.values()], body)
@@ -249,12 +255,15 @@ def _seeds(group: Sequence[Result]) -> str:
     return ", ".join(str(result.seed) for result in group)
 
 
-def _flops(training: Json, phase: int | None = None) -> str:
-    """Return the FLOPs of one phase, or of all after pretraining."""
-    if not training:
-        return NONE
-    flops = flops_after(training) if phase is None else training["phases"][phase]["flops"]
-    return f"{flops:.2e}"
+def _flops(training: Json) -> str:
+    """Return the FLOPs of all phases after pretraining."""
+    return f"{flops_after(training):.2e}" if training else NONE
+
+
+def _pretraining(training: Json) -> str:
+    """Return the FLOPs of pretraining, of a base that was there none."""
+    found = pretraining(training)
+    return f"{found['flops']:.2e}" if found else NONE
 
 
 def _sizes(result: Result) -> list[str]:
@@ -262,7 +271,7 @@ def _sizes(result: Result) -> list[str]:
 
 
 def _millions(result: Result, key: str) -> str:
-    return f"{result.values[key] / 1e6:.2f} M"
+    return f"{result.values[key] / 1e6:.2f} M" if result.values[key] else NONE
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

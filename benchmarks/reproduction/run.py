@@ -21,8 +21,8 @@ import tables_step
 import tokenizer_step
 from results import BASE
 from runs_table import load_table
-from settings import Place, load_settings
-from steps import do
+from settings import Place, PretrainedSettings, load_settings
+from steps import alone, do
 from training_record import record_base
 
 from megatron_l0moe.errors import L0MoEError
@@ -38,28 +38,38 @@ def corpus(place: Place, arguments: argparse.Namespace) -> None:
 
 
 def tokenizer(place: Place, arguments: argparse.Namespace) -> None:
-    """Train the tokenizer and write the model's config."""
-    settings, train = place.settings, place.root / "corpus" / "train"
+    """Train the tokenizer and write the model's config; a base that was there has them."""
+    if place.is_pretrained:
+        return
+    own, train = place.own_base, place.root / "corpus" / "train"
     do(
         place.tokenizer(),
         "clear",
         lambda out: tokenizer_step.make_model_folder(
-            train, out, settings.tokenizer, settings.model, settings.data
+            train, out, own.tokenizer, own.model, place.settings.data
         ),
     )
 
 
 def base(place: Place, arguments: argparse.Namespace) -> None:
-    """Tokenise, then pretrain, export and measure the base."""
-    training, seq_length = place.settings.base, place.settings.data.seq_length
-    index = place.root / "tokens" / base_step.STREAM
-    do(place.tokens(), "clear", lambda out: base_step.make_tokens(place, out))
-    do(
-        place.base(),
-        "resume",
-        lambda out: base_step.train_and_export(out, place.root / "tokenizer", index, training, seq_length),
-    )
-    tokens = training.steps * training.global_batch_size * seq_length
+    """Tokenise, then pretrain and export the base, or link one that was there; measure it."""
+    settings = place.settings
+    if isinstance(settings.base, PretrainedSettings):
+        model, tokens = Path(settings.base.path), 0
+        do(place.base(), "clear", lambda out: base_step.link_base(model, out))
+        do(place.tokens(), "clear", lambda out: base_step.make_tokens(place, out))
+    else:
+        training, seq_length = settings.base.training, settings.data.seq_length
+        index = place.root / "tokens" / base_step.STREAM
+        do(place.tokens(), "clear", lambda out: base_step.make_tokens(place, out))
+        do(
+            place.base(),
+            "resume",
+            lambda out: base_step.train_and_export(
+                out, place.root / "tokenizer", index, training, seq_length
+            ),
+        )
+        tokens = training.steps * training.global_batch_size * seq_length
     methods_step.measure(place, BASE, place.base_model, tokens)
     record_base(place)
 
@@ -67,8 +77,12 @@ def base(place: Place, arguments: argparse.Namespace) -> None:
 def methods(place: Place, arguments: argparse.Namespace) -> None:
     """Do the runs of the table."""
     table = load_table(arguments.runs)
-    for case in table.cases(arguments.only):
-        methods_step.run_case(place, table, case)
+    cases = table.cases(arguments.only)
+    for wait in (False, True):  # what another process does is left to it, and waited for in the end
+        for case in cases:
+            with alone(place.root / methods_step.METHODS / case.name, wait=wait) as mine:
+                if mine:
+                    methods_step.run_case(place, table, case)
 
 
 def speed(place: Place, arguments: argparse.Namespace) -> None:
@@ -104,7 +118,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduction"))
     parser.add_argument("--settings", type=Path, default=HERE / "settings.yaml")
     parser.add_argument("--runs", type=Path, default=HERE / "runs.yaml", help="the table of runs")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows of the table that `methods` does")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", help="rows or runs (ROW-SEED) that `methods` does"
+    )
     parser.add_argument("--results", type=Path, default=HERE.parents[1] / "docs" / "results")
     arguments = parser.parse_args()
     if unknown := set(arguments.steps) - STEPS.keys():

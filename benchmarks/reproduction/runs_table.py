@@ -17,14 +17,14 @@ from megatron_l0moe.recipe_methods import ModelMethod, only_l0moe
 from megatron_l0moe.recipe_sections import Flags, RecipePart
 
 Kind = Literal["l0moe", "dense-further", "dense-small"]
-PaperTable = Literal["comparison", "ablations", "sweeps"]
+TableName = Literal["comparison", "ablations", "changes", "sweeps"]
 
 
 class Row(RecipePart):
     """One method."""
 
-    table: PaperTable
-    """Where its results stand: like the paper's Table 2, 3 or 4."""
+    table: TableName
+    """Where its results stand: like the paper's Table 2, 3 or 4; changes are of single settings, and ours."""
     kind: Kind = "l0moe"
     """dense-further: the base, trained on. dense-small: a dense model of the L0-MoE's active width."""
     method: ModelMethod = "l0moe"
@@ -42,6 +42,7 @@ class DenseSettings(RecipePart):
     learning_rate: float = Field(gt=0)
     warmup_share: float = Field(ge=0, lt=1)
     save_interval: int = Field(ge=1)
+    processes: int = Field(default=1, ge=1)
     flags: Flags = Field(default_factory=dict)
 
     def training(self, steps: int, seed: int) -> TrainingSettings:
@@ -69,21 +70,19 @@ class RunsTable(RecipePart):
         return self
 
     def cases(self, only: list[str] | None = None) -> list["Case"]:
-        """Return the runs of all rows, or of those named, one seed of every row before the next seed.
+        """Return the runs of all rows, or those named as ROW or ROW-SEED, one seed of every row before the next.
 
         Raises:
-            L0MoEError: a name is no row.
+            L0MoEError: a name is no row and no run.
         """
+        rows = list(self.rows)
+        cases = [Case(row, seed, one) for row, one in self.rows.items() for seed in one.seeds or self.seeds]
+        names = {name for case in cases for name in (case.row, case.name)}
         for name in only or []:
-            if name not in self.rows:
-                raise L0MoEError(f"runs.yaml has no row {name!r}; its rows are {', '.join(self.rows)}.")
-        names = only or list(self.rows)
-        cases = [
-            Case(name, seed, self.rows[name])
-            for name in names
-            for seed in self.rows[name].seeds or self.seeds
-        ]
-        return sorted(cases, key=lambda case: (case.seed, names.index(case.row)))
+            if name not in names:
+                raise L0MoEError(f"runs.yaml has no row {name!r}; its rows are {', '.join(rows)}.")
+        wanted = [case for case in cases if not only or case.row in only or case.name in only]
+        return sorted(wanted, key=lambda case: (case.seed, rows.index(case.row)))
 
     def first_cases(self) -> list["Case"]:
         """Return the first seed of every row."""

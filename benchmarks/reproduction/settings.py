@@ -50,8 +50,15 @@ class TrainingSettings(RecipePart):
     learning_rate: float = Field(gt=0)
     warmup_share: float = Field(ge=0, lt=1)
     save_interval: int = Field(ge=1)
+    processes: int = Field(default=1, ge=1)
+    """Data-parallel; the result does not depend on it."""
     seed: int = 1
     flags: Flags = Field(default_factory=dict)
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What the trained weights depend on."""
+        return self.model_dump(exclude={"save_interval", "processes"})
 
 
 class DataSettings(RecipePart):
@@ -70,14 +77,32 @@ class SpeedSettings(RecipePart):
     """Pairs that count."""
 
 
+class PretrainedSettings(RecipePart):
+    """A dense base that is there already."""
+
+    path: str
+    """Hugging Face folder."""
+    heldout_seed: int = 1
+
+
+class OwnBaseSettings(RecipePart):
+    """A dense base that is pretrained here."""
+
+    tokenizer: TokenizerSettings
+    model: ModelSettings
+    training: TrainingSettings
+
+
 class Settings(RecipePart):
     """Everything but the table of runs."""
 
+    page: str = Field(pattern="^[a-z0-9-]+$")
+    """Name of the page of results and, before an underscore, of its plots."""
+    title: str
+    """Of the page."""
     corpus: CorpusSettings
-    tokenizer: TokenizerSettings
-    model: ModelSettings
     data: DataSettings
-    base: TrainingSettings
+    base: OwnBaseSettings | PretrainedSettings
     speed: SpeedSettings
 
 
@@ -95,6 +120,31 @@ class Place:
         """Hugging Face folder of the trained base."""
         return self.root / "base" / "hf"
 
+    @property
+    def own_base(self) -> OwnBaseSettings:
+        """How the base is made.
+
+        Raises:
+            L0MoEError: it is a model that was there.
+        """
+        base = self.settings.base
+        if isinstance(base, PretrainedSettings):
+            raise L0MoEError(
+                f"The base is {base.path}, which was not pretrained here, so no dense-small can be pretrained as it "
+                "was; remove the row."
+            )
+        return base
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the base is a model that was there."""
+        return isinstance(self.settings.base, PretrainedSettings)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The step that has the tokenizer."""
+        return self.root / ("base" if self.is_pretrained else "tokenizer")
+
     def corpus(self) -> Stage:
         """train/ and heldout/, a shard a domain."""
         files = sorted((file.name, file.stat().st_size) for file in self.source.glob("*.jsonl*"))
@@ -106,19 +156,28 @@ class Place:
 
     def tokenizer(self) -> Stage:
         """The untrained model's folder: config.json and the tokenizer."""
-        asked = section_hash(self.settings.tokenizer, self.settings.model, self.settings.data.seq_length)
+        own = self.own_base
+        asked = section_hash(own.tokenizer, own.model, self.settings.data.seq_length)
         return Stage("tokenizer", self.root / "tokenizer", asked, (self.root / "corpus",))
 
     def tokens(self) -> Stage:
-        """The base's sample index, and the held-out sequences on which every model is measured."""
-        base = self.settings.base
-        asked = section_hash(self.settings.data, base.steps * base.global_batch_size, base.seed)
-        return Stage("tokens", self.root / "tokens", asked, (self.root / "corpus", self.root / "tokenizer"))
+        """The held-out sequences on which every model is measured, and the sample index of a base's pretraining."""
+        base, data = self.settings.base, self.settings.data
+        if isinstance(base, PretrainedSettings):
+            asked = section_hash(data, base.heldout_seed)
+        else:
+            training = base.training
+            asked = section_hash(data, training.steps * training.global_batch_size, training.seed)
+        inputs = (self.root / "corpus", self.tokenizer_folder)
+        return Stage("tokens", self.root / "tokens", asked, inputs)
 
     def base(self) -> Stage:
-        """The base's training, and its export."""
-        asked = section_hash(self.settings.base.model_dump(exclude={"save_interval"}))
-        return Stage("base", self.root / "base", asked, (self.root / "tokens", self.root / "tokenizer"))
+        """The base's training and its export, or the links to a base that was there."""
+        base = self.settings.base
+        if isinstance(base, PretrainedSettings):
+            return Stage("base", self.root / "base", section_hash(base.path))
+        inputs = (self.root / "tokens", self.root / "tokenizer")
+        return Stage("base", self.root / "base", section_hash(base.training.decisive), inputs)
 
 
 def load_settings(file: Path) -> Settings:

@@ -1,4 +1,4 @@
-"""Step `tables`: docs/results/reproduction.md, .json and plots out of the result folders; nothing is typed by hand."""
+"""Step `tables`: the page, its numbers as JSON and its plots out of the result folders; nothing is typed by hand."""
 
 from pathlib import Path
 
@@ -25,10 +25,11 @@ def write_tables(place: Place, table: RunsTable, out: Path) -> None:
         raise L0MoEError(f"{place.root} has no results; run the steps base and methods first.")
     results = read_results(place, table)
     out.mkdir(parents=True, exist_ok=True)
-    figures = write_figures(base, results, table, out)
-    write_text(out / "reproduction.md", markdown(base, results, table, figures))
+    page = place.settings.page
+    figures = write_figures(page, base, results, table, out)
+    write_text(out / f"{page}.md", markdown(place.settings.title, base, results, table, figures))
     missing = {"not_run": not_run(table, results), "not_timed": not_timed(table, results)}
-    write_json(out / "reproduction.json", {"results": [record(r) for r in (base, *results)], **missing})
+    write_json(out / f"{page}.json", {"results": [record(r) for r in (base, *results)], **missing})
 
 
 def record(result: Result) -> Json:

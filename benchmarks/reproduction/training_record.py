@@ -30,7 +30,8 @@ def record_base(place: Place) -> None:
     made = place.root / "base"
 
     def work() -> Json:
-        return {"seed": place.settings.base.seed, "phases": [_dense(place, made, PRETRAINING)]}
+        seed = None if place.is_pretrained else place.own_base.training.seed
+        return {"seed": seed, "phases": _pretraining(place, made)}
 
     _save(place, BASE, made, work)
 
@@ -39,8 +40,7 @@ def record_dense(place: Place, name: str, pretrained: Path, further: Path) -> No
     """Write results/training/NAME of a yardstick: its pretraining, which may be the base's, then its training."""
 
     def work() -> Json:
-        phases = [_dense(place, pretrained, PRETRAINING), _dense(place, further, "further")]
-        return {"phases": phases}
+        return {"phases": [*_pretraining(place, pretrained), _dense(place, further, "further")]}
 
     _save(place, name, further, work)
 
@@ -52,19 +52,19 @@ def record_chain(place: Place, run: Run) -> None:
     def whole_ffn() -> Json:
         # in training DSMoE and Mixture-of-Masks compute the dense FFN; gates and routers are left out
         model = dense_model(Architecture.from_hf(place.base_model))
-        phases = [_dense(place, place.root / "base", PRETRAINING), _moe(place, run, model)]
+        phases = [*_pretraining(place, place.root / "base"), _moe(place, run, model)]
         return {"iterations": recipe.data.iterations, "phases": phases}
 
     def work() -> Json:
         if recipe.method != "l0moe":
             return whole_ffn()
         files = [_expert_files(run, k) for k in range(recipe.model.num_experts)]
-        pretraining = _dense(place, place.root / "base", PRETRAINING)
-        channels = place.settings.model.ffn
+        channels = Architecture.from_hf(place.base_model).ffn_hidden_size
+        made = [_experts(place, run, files), _moe(place, run, _model(place, run, "moe"))]
         return {
             "num_experts": recipe.model.num_experts,
             "iterations": recipe.data.iterations,
-            "phases": [pretraining, _experts(place, run, files), _moe(place, run, _model(place, run, "moe"))],
+            "phases": [*_pretraining(place, place.root / "base"), *made],
             "retention": [expert_training(k, expert) for k, expert in enumerate(files) if expert.metrics],
             "overlap": experts_overlap(files, width=recipe.model.expert_ffn, channels=channels),
         }
@@ -96,6 +96,11 @@ def phase(name: str, rows: Sequence[Json], flops_per_token: float, *, runs: int 
             "lm_loss": [statistics.fmean(row["lm_loss"] for row in b) for b in bins],
         },
     }
+
+
+def _pretraining(place: Place, folder: Path) -> list[Json]:
+    """Return the phase of a base's pretraining, none of a base that was there."""
+    return [] if place.is_pretrained else [_dense(place, folder, PRETRAINING)]
 
 
 def _dense(place: Place, folder: Path, name: str) -> Json:

@@ -227,7 +227,9 @@ def write_indexes(
             rotate=False,
             **common,
         )
-    moe = [IterationBlock(n, shards[n], blocks[n], budgets[n].sequences) for n in order]
+    moe = [
+        IterationBlock(n, shards[n], blocks[n], budgets[n].sequences) for n in order
+    ] * recipe.data.set_passes
     if replay:
         moe.insert(0, IterationBlock(0, shards[0], blocks[0], replay))
     write_index(

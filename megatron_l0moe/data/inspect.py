@@ -164,7 +164,10 @@ def _check_lists(folder: CurateFolder) -> None:
         ("ccm.json", _read_json(folder.path / "ccm.json")),
         ("summary.json", folder.summary),
     ):
-        if content and content.get("order") != order:
+        listed = content.get("order") or [] if content else order
+        if (
+            listed * (len(order) // max(len(listed), 1)) != order
+        ):  # the sets may be gone through several times
             raise L0MoEError(
                 f"{folder.path / name} says the order {content.get('order')}, but the index moe has {order}; run "
                 "curate again."
@@ -211,7 +214,9 @@ def _sets(folder: CurateFolder) -> Table:
 
 def _shards_of(folder: CurateFolder, number: int) -> list[Any]:
     header = folder.moe if number else folder.headers["expert_000"]
-    return [shard for shard in header.shards if Path(shard.path).parent.name == f"iter_{number:03d}"]
+    # a set that is gone through several times is listed as often
+    shards = {shard.path: shard for shard in header.shards}.values()
+    return [shard for shard in shards if Path(shard.path).parent.name == f"iter_{number:03d}"]
 
 
 def _domains(folder: CurateFolder) -> Table:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -28,11 +27,11 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap
+from megatron_l0moe.recipe_sections import RouterInit
 from megatron_l0moe.runtime.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-RouterInit = Literal["domain_mean", "normal"]
 NORMAL_STD = 0.02
 LOG_SECONDS = 5.0
 _MLP_TENSOR = re.compile(r"decoder\.layers\.(\d+)\.mlp\.(.+)")

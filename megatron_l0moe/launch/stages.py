@@ -54,6 +54,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.global_batch_size",
             "moe_training.sequences_per_domain",
         ),
+        added=("set_passes",),
         restart="own",
     ),
     StageSpec(
@@ -79,6 +80,7 @@ CHAIN: tuple[StageSpec, ...] = (
         does="put the K experts and a start for the routers into one Megatron MoE checkpoint",
         inputs=("convert", "experts"),
         settings=("model.dense_layers", "model.num_experts", "model.expert_ffn", "model.top_k"),
+        added=("router_init",),
     ),
     StageSpec(
         name="moe",
@@ -116,6 +118,8 @@ CHAIN: tuple[StageSpec, ...] = (
     ),
 )
 """The chain of method l0moe, which has all stages there are."""
+HASHED_APART = {"executor", "set_passes"}
+"""Keys that a section's hash leaves out: the executor changes no result, the others stand in `added`."""
 STAGE_NAMES: tuple[str, ...] = tuple(spec.name for spec in CHAIN)
 ONLY_L0MOE = ("experts", "assemble")
 """Stages that other methods lack: their training starts from the dense checkpoint."""
@@ -230,4 +234,4 @@ def _setting(recipe: Recipe, path: str) -> Any:
         value = getattr(value, part)
     if path.endswith(".flags"):
         return {name: flag for name, flag in value.items() if not name.startswith(FREE_FLAGS)}
-    return value.model_dump(exclude={"executor"}) if isinstance(value, BaseModel) else value
+    return value.model_dump(exclude=HASHED_APART) if isinstance(value, BaseModel) else value

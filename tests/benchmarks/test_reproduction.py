@@ -1,7 +1,9 @@
 """The reproduction's driver: its parts by hand, and the whole of it at a size at which its numbers mean nothing."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,16 +20,20 @@ ROOT = Path(__file__).parent.parent.parent
 HERE = ROOT / "benchmarks" / "reproduction"
 sys.path.append(str(HERE))
 
+import base_step  # noqa: E402
 import corpus_step  # noqa: E402
+import figures  # noqa: E402
 import joined_index  # noqa: E402
 import methods_step  # noqa: E402
 import page  # noqa: E402
 import results  # noqa: E402
 import runs_table  # noqa: E402
 import settings as reproduction_settings  # noqa: E402
+import steps  # noqa: E402
 import tables_step  # noqa: E402
 import training_record  # noqa: E402
 
+from megatron_l0moe.data import manifest  # noqa: E402
 from megatron_l0moe.data.curriculum import CurriculumDataset  # noqa: E402
 from megatron_l0moe.errors import L0MoEError  # noqa: E402
 from megatron_l0moe.reports import plots  # noqa: E402
@@ -78,14 +84,14 @@ def test_every_row_is_a_valid_recipe_of_the_same_tokens(tmp_path: Path) -> None:
     table, here = runs_table.load_table(RUNS), place(tmp_path)
     runs = {case.row: runs_table.chain_run(here, table, case) for case in table.cases()}
     tokens = {row: methods_step.tokens_of(run) for row, run in runs.items()}
-    # 8 experts x 100 steps x 4 sequences, 4 sets x 25 steps x 32 sequences; 256 tokens each
-    assert tokens["l0moe"] == (8 * 100 * 4 + 4 * 25 * 32) * 256
+    # 8 experts x 100 steps x 2 sequences, 4 sets x 25 steps x 16 sequences; 256 tokens each
+    assert tokens["l0moe"] == (8 * 100 * 2 + 4 * 25 * 16) * 256
     trained = {row for row, run in runs.items() if run.recipe.expert_training.method == "l0"}
     assert {tokens[row] for row in trained} == {tokens["l0moe"]}
-    # calibration takes all of a domain's 102400 tokens: as many as an expert run
-    assert {tokens[row] for row in runs.keys() - trained} == {8 * 102_400 + 100 * 32 * 256}
-    assert methods_step.mean_active_ffn(runs["dense-small"], here) == (2 * 768 + 4 * 2 * 96) // 6
-    narrow = table.rows["l0moe"].model_copy(update={"recipe": {"model": {"expert_ffn": 97}}})
+    # calibration takes all of a domain's 51200 tokens: as many as an expert run
+    assert {tokens[row] for row in runs.keys() - trained} == {8 * 51_200 + 100 * 16 * 256}
+    assert methods_step.mean_active_ffn(runs["dense-small"], here) == (2 * 512 + 4 * 2 * 64) // 6
+    narrow = table.rows["l0moe"].model_copy(update={"recipe": {"model": {"expert_ffn": 65}}})
     uneven = runs_table.chain_run(here, table, runs_table.Case("uneven", 1, narrow))
     with pytest.raises(L0MoEError, match="do not spread evenly"):
         methods_step.mean_active_ffn(uneven, here)
@@ -94,7 +100,8 @@ def test_every_row_is_a_valid_recipe_of_the_same_tokens(tmp_path: Path) -> None:
 def test_one_seed_of_every_row_comes_before_the_next_seed() -> None:
     table = runs_table.load_table(RUNS)
     names = [case.name for case in table.cases(["dense-further", "l0moe"])]
-    assert names == [f"{row}-{seed}" for seed in (1, 2, 3) for row in ("dense-further", "l0moe")]
+    assert names == [f"{row}-{seed}" for seed in (1, 2, 3) for row in ("l0moe", "dense-further")]
+    assert [case.name for case in table.cases(["random-2", "obs"])] == ["obs-1", "random-2"]
     with pytest.raises(L0MoEError, match="has no row 'nonsense'"):
         table.cases(["nonsense"])
 
@@ -139,7 +146,8 @@ def table_of(rows: dict[str, dict[str, Any]]) -> runs_table.RunsTable:
 
 
 def phases(*flops: float) -> list[dict[str, Any]]:
-    return [{"name": str(i), "flops": count, "curve": {}} for i, count in enumerate(flops)]
+    names = ("pretraining", "experts", "moe")
+    return [{"name": name, "flops": count, "curve": {}} for name, count in zip(names, flops, strict=False)]
 
 
 SPEED = {
@@ -179,7 +187,7 @@ def test_tables_by_hand() -> None:
             "k4": {"table": "sweeps", "seeds": [1]},
         }
     )
-    text = page.markdown(base, rows, table, {"reproduction_x.png": "What x shows."})
+    text = page.markdown("Results", base, rows, table, {"reproduction_x.png": "What x shows."})
     lines = text.splitlines()
     # overall: 10.5 / 15 and 11.5 / 15
     ratio, speeds = "0.733 (0.047)", "2.00 [1.50, 2.50]"
@@ -221,20 +229,106 @@ def test_curves_and_flops_by_hand() -> None:
     assert short["curve"] == {"flops": [10.0, 20.0, 30.0], "lm_loss": [0.0, 1.0, 2.0]}
 
 
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with steps.alone(tmp_path / "made") as mine:
+        assert mine
+        with steps.alone(tmp_path / "made", wait=False) as second:
+            assert not second
+        with steps.alone(tmp_path / "other", wait=False) as other:
+            assert other
+    with steps.alone(tmp_path / "made", wait=False) as free:
+        assert free
+
+
+def test_what_another_run_made_is_taken_over_only_if_it_is_the_same(tmp_path: Path) -> None:
+    here = place(tmp_path)
+
+    def stage(run: str, name: str, digest: str, *inputs: str) -> manifest.Stage:
+        folder = tmp_path / "methods" / run
+        return manifest.Stage(name, folder / name, digest, tuple(folder / one for one in inputs))
+
+    def make(one: manifest.Stage, text: str) -> None:
+        manifest.begin(one, "clear")
+        (one.folder / "file").write_text(text)
+        manifest.finish(one, ["command"], {"text": text})
+
+    make(stage("a", "convert", "c"), "a's")
+    make(stage("a", "experts", "e", "convert"), "a's experts")
+    own = stage("b", "convert", "c")
+    methods_step._link_twin(here, dataclasses.replace(own, config_hash="other"))
+    assert not own.folder.exists()
+    methods_step._link_twin(here, own)
+    assert manifest.is_done(own)
+    assert (own.folder / "file").read_text() == "a's"
+    methods_step._link_twin(here, stage("b", "experts", "e", "convert"))
+    assert manifest.is_done(stage("b", "experts", "e", "convert"))
+    # the same settings, but c converted anew: a's experts were made from another file
+    make(stage("c", "convert", "c"), "c's")
+    methods_step._link_twin(here, stage("c", "experts", "e", "convert"))
+    assert not (tmp_path / "methods" / "c" / "experts").exists()
+
+
+def test_a_base_that_was_there(tmp_path: Path) -> None:
+    here = dataclasses.replace(
+        place(tmp_path),
+        settings=reproduction_settings.load_settings(HERE / "smollm2_settings.yaml"),
+    )
+    model = tmp_path / "model"
+    model.mkdir()
+    with pytest.raises(L0MoEError, match=r"no config\.json"):
+        base_step.link_base(model, tmp_path / "base")
+    (model / "config.json").write_text("{}")
+    base_step.link_base(model, here.base_model.parent)
+    assert (here.base_model / "config.json").read_text() == "{}"
+    assert here.tokens().inputs == (tmp_path / "corpus", tmp_path / "base")
+    with pytest.raises(L0MoEError, match="no dense-small"):
+        _ = here.own_base
+    runs = runs_table.load_table(HERE / "smollm2_runs.yaml")
+    tokens = {
+        case.row: methods_step.tokens_of(runs_table.chain_run(here, runs, case)) for case in runs.cases()
+    }
+    assert set(tokens.values()) == {(4 * 72 + 48 * 4) * 512}
+
+    after = phases(1.0, 2e14, 3e14)[1:]
+    for one in after:
+        one["curve"] = {"flops": [1e14, 2e14], "lm_loss": [3.0, 2.0]}
+    base = result("base", None, {"a": 10.0, "b": 20.0}, training={"seed": None, "phases": []})
+    base.values["tokens"] = 0
+    moe = result("m", 1, {"a": 11.0, "b": 10.0}, training={"phases": after})
+    text = page.markdown("T", base, [moe], table_of({"m": {"table": "comparison"}}))
+    assert text.startswith("# T\n\nWritten by")
+    assert "| base (perplexity 15.00) | - | - | - | - | 4.00 M | 3.00 M | 1 | 1 | 1 | 1 |" in text
+    assert "| m | 1 | 2.00 M | - | 5.00e+14 | 4.00 M | 3.00 M | 0.700 | - | - | - |" in text
+    (axes,) = figures.compute_curves(base, [moe]).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[100.0, 200.0], [300.0, 400.0]]
+
+
 TINY_SETTINGS: dict[str, Any] = {
+    "page": "tiny",
+    "title": "Tiny",
     "corpus": {"heldout_chars": 4000, "document_chars": 500},
-    "tokenizer": {"vocab_size": 300, "chars_per_domain": 4000},
-    "model": {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2},
     "data": {"seq_length": 32, "heldout_tokens_per_domain": 128},
     "base": {
-        "steps": 4, "global_batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "warmup_share": 0.25,
-        "save_interval": 2, "flags": {"bf16": True},
+        "tokenizer": {"vocab_size": 300, "chars_per_domain": 4000},
+        "model": {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2},
+        "training": {
+            "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "processes": 2, "learning_rate": 1e-3,
+            "warmup_share": 0.25, "save_interval": 2, "flags": {"bf16": True},
+        },
     },
     "speed": {"prefill_tokens": 16, "decode_tokens": 4, "repeats": 1},
 }  # fmt: skip
 TINY_DENSE = {
     "global_batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "warmup_share": 0.1, "save_interval": 10,
 }  # fmt: skip
+
+
+def run_all(commands: list[list[str]], env: dict[str, str]) -> str:
+    """Run commands at the same time; return the messages of all of them, without their times."""
+    started = [subprocess.Popen(words, env=env, stderr=subprocess.PIPE, text=True) for words in commands]
+    texts = [process.communicate(timeout=1800)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), texts
+    return re.sub(r"^\S+ \S+ ", "", "\n" + "".join(texts), flags=re.M)
 
 
 @pytest.mark.slow
@@ -267,11 +361,18 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     words += ["--settings", str(tmp_path / "settings.yaml"), "--runs", str(tmp_path / "runs.yaml")]
     words += ["--results", str(tmp_path / "results")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for again in (False, True):
-        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=1800)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert ("base ..." in done.stderr) != again  # the second time nothing is left to do
-    found = json.loads((tmp_path / "results" / "reproduction.json").read_text())
+    first = run_all([[*words, "corpus", "tokenizer", "base"]], env)
+    assert "base ..." in first
+    both = run_all([[*words, "methods"]] * 2, env)  # two processes share the runs
+    for row in rows:
+        # a dense model is trained and then measured under the same name
+        assert both.count(f"\n{row}-7 ...\n") == (2 if row.startswith("dense") else 1)
+    assert len(re.findall(r"--from curate --until curate", both)) == 1  # all rows have the same data
+    again = run_all([words], env)
+    assert "speed of l0moe-7 ..." in again
+    assert all(f"{row}-7: done" in again for row in rows)
+    assert "base ..." not in again
+    found = json.loads((tmp_path / "results" / "tiny.json").read_text())
     by_row = {one["row"]: one for one in found["results"]}
     assert set(by_row) == {"base", *rows}
     assert found["not_run"] == found["not_timed"] == []
@@ -291,13 +392,15 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
         assert by_row[row]["tokens"] == sum(phase["tokens"] for phase in by_row[row]["phases"][1:]) == 2 * 256
     assert by_row["l0moe"]["speed"].keys() == by_row["dense-small"]["speed"].keys() == plots.MODES.keys()
     plotted = {"compute", "heldout", "iou", "retention_l0moe", "router_l0moe"}
-    assert {
-        file.stem.removeprefix("reproduction_") for file in (tmp_path / "results").glob("*.png")
-    } == plotted
+    assert {file.stem.removeprefix("tiny_") for file in (tmp_path / "results").glob("*.png")} == plotted
     # the tables need nothing but results/
     shutil.copytree(tmp_path / "out" / "results", tmp_path / "copy" / "results")
     tables_step.write_tables(
-        place(tmp_path / "copy"), runs_table.load_table(tmp_path / "runs.yaml"), tmp_path / "again"
+        dataclasses.replace(
+            place(tmp_path / "copy"), settings=reproduction_settings.load_settings(tmp_path / "settings.yaml")
+        ),
+        runs_table.load_table(tmp_path / "runs.yaml"),
+        tmp_path / "again",
     )
     for file in (tmp_path / "results").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()

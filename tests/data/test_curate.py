@@ -141,6 +141,25 @@ def test_replay_of_the_initial_set(corpus, tiny_lm, tiny_encoder, tmp_path) -> N
         assert mine == [expert[i]["tokens"].tolist() for i in range(P)]
 
 
+def test_several_passes_through_the_sets(corpus, tiny_lm, tiny_encoder, tmp_path) -> None:
+    """A second pass is the first again, set by set; more than that is not repeated."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    curate(make_recipe(corpus, tiny_lm, tiny_encoder), once)
+    curate(make_recipe(corpus, tiny_lm, tiny_encoder, set_passes=2), twice)
+    one, two = CurriculumDataset(once / "moe"), CurriculumDataset(twice / "moe")
+    assert two.header.order == one.header.order * 2
+    assert len(two) == 2 * len(one)
+    for domain in range(K):
+
+        def of_domain(moe: CurriculumDataset, samples: range, domain: int = domain) -> list[list[int]]:
+            items = [moe[i] for i in samples]
+            return [item["tokens"].tolist() for item in items if int(item["domain"]) == domain]
+
+        first = of_domain(one, range(len(one)))
+        assert of_domain(two, range(len(one))) == of_domain(two, range(len(one), len(two))) == first
+        assert len({tuple(tokens) for tokens in first}) == len(first)  # control
+
+
 def test_without_matching_labels_stay(corpus, tiny_lm, tiny_encoder, tmp_path) -> None:
     curate(make_recipe(corpus, tiny_lm, tiny_encoder, matching="none"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "ccm.json").read_text())["permutation"] == [[0, 1, 2], [0, 1, 2]]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,8 @@ from megatron_l0moe.recipe import Recipe
 K, Q, S, P = 3, 3, 16, 2
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path, tiny_encoder: Path, topic_text) -> Path:
-    """A run folder with a finished curate stage; some lines of its corpus are bad."""
-    folder = tmp_path_factory.mktemp("run")
+def write_corpus(folder: Path, topic_text) -> None:
+    """Some lines of it are bad."""
     lines = [
         json.dumps(
             {"text": topic_text(domain, seed, 40 + seed), "meta": {"source": domain, "language": "en"}}
@@ -31,24 +30,38 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path, tiny_encod
     lines += ["broken", lines[0], json.dumps({"text": "----", "meta": {"source": "cooking"}})]
     (folder / "corpus").mkdir()
     (folder / "corpus" / "a.jsonl").write_text("\n".join(lines))
-    recipe = Recipe.model_validate(
+
+
+def recipe_of(corpus: Path, tiny_lm: Path, tiny_encoder: Path, **data: Any) -> Recipe:
+    return Recipe.model_validate(
         {
             "name": "test",
             "seed": 11,
             "model": {"path": str(tiny_lm), "dense_layers": 1, "num_experts": K, "expert_ffn": 8},
             "data": {
-                "corpus": str(folder / "corpus"), "embedding_model": str(tiny_encoder), "embedding_max_tokens": 16,
+                "corpus": str(corpus), "embedding_model": str(tiny_encoder), "embedding_max_tokens": 16,
                 "iterations": Q, "seq_length": S, "tokens_per_expert": 8 * S, "tokens_per_set": K * P * S * 2,
                 "include_initial_tokens": K * P * S, "heldout_tokens_per_domain": 2 * S, "max_quarantined": 0.1,
-                "filters": {"languages": ["en"]},
+                "filters": {"languages": ["en"]}, **data,
             },
             "expert_training": {"global_batch_size": 4},
             "moe_training": {"sequences_per_domain": P},
         }
     )  # fmt: skip
+
+
+def finish_curate(folder: Path, recipe: Recipe) -> Path:
     stage = Stage("curate", folder / "curate", "0" * 16)
-    numbers = curate(recipe, stage.folder)
-    finish(stage, ["test"], numbers)
+    finish(stage, ["test"], curate(recipe, stage.folder))
+    return stage.folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_lm: Path, tiny_encoder: Path, topic_text) -> Path:
+    """A run folder with a corpus and a finished curate stage."""
+    folder = tmp_path_factory.mktemp("run")
+    write_corpus(folder, topic_text)
+    finish_curate(folder, recipe_of(folder / "corpus", tiny_lm, tiny_encoder))
     return folder
 
 
@@ -95,6 +108,22 @@ def test_what_is_shown(finished: Path) -> None:
     text = (finished / "corpus" / "a.jsonl").read_text()
     assert all(row[2].split()[1] in text for row in heads)  # decoded with the recipe's tokenizer
     assert not any(row[2].replace(" ", "").isdigit() for row in heads)
+
+
+def test_sets_that_are_gone_through_twice(
+    finished: Path, tiny_lm: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    folder = finish_curate(tmp_path, recipe_of(finished / "corpus", tiny_lm, tiny_encoder, set_passes=2))
+    code, out, _ = inspect(folder, "--verify")
+    assert code == 0
+    order = json.loads((folder / "summary.json").read_text())["order"]
+    sets = [row for row in rows(out) if row[1].startswith("MoE, place")]
+    assert [row[0] for row in sets] == ["0", *map(str, order * 2)]
+    assert sets[1][2:] == sets[1 + len(order)][2:]  # as many documents in each pass
+    # control: another order in the list
+    (folder / "manifest.json").unlink()
+    (folder / "ccm.json").write_text(json.dumps({"order": order[::-1]}))
+    assert "says the order" in inspect(folder, "--verify")[2]
 
 
 def test_sample_heads_without_a_tokenizer(run: Path, tiny_lm: Path, tmp_path: Path) -> None:

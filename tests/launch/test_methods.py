@@ -46,6 +46,16 @@ def test_hashes_of_l0moe_are_those_from_before(tmp_path):
     assert chain("l0moe") == CHAIN
 
 
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [({"data__set_passes": 2}, "curate"), ({"moe_training__router_init": "normal"}, "assemble")],
+)
+def test_where_a_later_key_changes_the_chain(tmp_path, changes, first):
+    recipe = make_run(tmp_path, **changes).recipe
+    changed = {name for name in STAGE_NAMES if config_hash(name, recipe) != OLD_HASHES[name]}
+    assert changed == set(STAGE_NAMES[STAGE_NAMES.index(first) :])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_stages(tmp_path, method):
     recipe = make_run(tmp_path, **of_method(method)).recipe
