@@ -150,7 +150,10 @@ def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path,
     assert whole.stat().st_size > 3 * EXPERT_FILE_BYTES  # control: with weights
 
 
-@pytest.mark.parametrize(("method", "until"), [("obs", "report"), ("coactivation", "assemble")])
+@pytest.mark.parametrize(
+    ("method", "until"),
+    [("obs", "report"), *((method, "assemble") for method in ("random", "magnitude", "svd", "coactivation"))],
+)
 def test_experts_without_training_go_through_the_same_chain(straight, recipe, tmp_path, method, until):
     """From the straight run's data: the same files as L0's, so that what follows does not see the difference."""
     changed = toy.change_recipe(recipe, tmp_path / "method.yaml", "expert_training", method=method)
