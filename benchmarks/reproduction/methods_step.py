@@ -111,7 +111,8 @@ def pretrained_small(place: Place, run: Run) -> Path:
         seq_length = place.settings.data.seq_length
         changed = llama_config(model, config["vocab_size"], seq_length, config["eos_token_id"])
         write_json(untrained / "config.json", changed)
-        return train_and_export(out, untrained, place.root / "tokens" / STREAM, base, seq_length)
+        training = base.model_copy(update={"processes": 1})  # a run of the table takes one core
+        return train_and_export(out, untrained, place.root / "tokens" / STREAM, training, seq_length)
 
     do(stage, "resume", work)
     return stage.folder
