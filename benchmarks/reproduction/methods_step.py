@@ -123,7 +123,7 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
     seq_length = run.recipe.data.seq_length
     sequences = tokens_of(run) // seq_length
     # a last batch that would not be full is left out
-    training = table.dense.training(sequences // table.dense.global_batch_size, case.seed)
+    training = table.dense.training(case.settings, sequences // table.dense.global_batch_size, case.seed)
     asked = section_hash(case.settings.kind, training.decisive)
     stage = Stage(case.name, run.folder / "dense", asked, (model, run.stage_folder("curate")))
 

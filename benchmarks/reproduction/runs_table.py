@@ -32,6 +32,8 @@ class Row(RecipePart):
     seeds: list[int] | None = Field(default=None, min_length=1)
     recipe: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Changes of the common recipe, section by section; of a yardstick, of the L0-MoE that it is compared with."""
+    dense: dict[str, Any] = Field(default_factory=dict)
+    """Changes of the yardsticks' common training."""
 
 
 class DenseSettings(RecipePart):
@@ -45,9 +47,9 @@ class DenseSettings(RecipePart):
     processes: int = Field(default=1, ge=1)
     flags: Flags = Field(default_factory=dict)
 
-    def training(self, steps: int, seed: int) -> TrainingSettings:
+    def training(self, row: Row, steps: int, seed: int) -> TrainingSettings:
         """Return the settings of one run."""
-        return TrainingSettings(**self.model_dump(), steps=steps, seed=seed)
+        return TrainingSettings.model_validate(self.model_dump() | row.dense | {"steps": steps, "seed": seed})
 
 
 class RunsTable(RecipePart):
