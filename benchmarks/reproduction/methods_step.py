@@ -29,7 +29,7 @@ from megatron_l0moe.data.manifest import (
 )
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.run import run_command
-from megatron_l0moe.launch.stages import Run, chain, stages
+from megatron_l0moe.launch.stages import Run, selection, stages
 from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.recipe_methods import ModelMethod
@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 METHODS = "methods"
 """Folder of the runs."""
-SHARED_STAGES = ("convert", "curate", "experts")
-"""Stages that rows may have in common, in the chain's order."""
+LAST = "export"
+"""Stage until which a run of the chain goes."""
 BATCH = 16
 """Sequences of one forward pass over the held-out text."""
 CONVERTED = "converted"
@@ -51,9 +51,8 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
     """Do one run of the table, as far as it is not done."""
     run = chain_run(place, table, case)
     if case.settings.kind == "l0moe":
-        for name in SHARED_STAGES:
-            _shared(place, run, name)
-        _chain(run, "--until", "export")
+        for spec in selection(run.recipe.method, None, LAST):
+            _shared(place, run, spec.name)
         measure(place, case.name, run.stage_folder("export"), tokens_of(run), case.settings.method)
         record_chain(place, run)
         return
@@ -146,31 +145,17 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
 
 
 def _shared(place: Place, run: Run, name: str) -> None:
-    """Do one of the shared stages, or take it from a run with the same settings, one process at a time."""
-    if name not in (spec.name for spec in chain(run.recipe.method)):
-        return
+    """Do one stage, or take it from a run with the same settings and inputs, one process at a time."""
     made = stages(run, name)
     with alone(place.root / METHODS / f"{name}-{made[0].config_hash}"):
         for own in made:
             if not is_done(own):
                 _link_twin(place, own)
         if not all(is_done(own) for own in made):
-            _chain(run, "--from", name, "--until", name)
-
-
-def _chain(run: Run, *stages_of_it: str) -> None:
-    """Run a part of the chain in a process of its own."""
-    words = [
-        sys.executable,
-        "-m",
-        "megatron_l0moe",
-        "run",
-        str(run.recipe_file),
-        "--runs-dir",
-        str(run.runs_dir),
-    ]
-    logger.info("%s: the chain, %s ...", run.recipe.name, " ".join(stages_of_it))
-    run_command([*words, *stages_of_it], log=run.runs_dir / f"{run.recipe.name}.log")
+            logger.info("%s: %s ...", run.recipe.name, name)
+            words = [sys.executable, "-m", "megatron_l0moe", "run", str(run.recipe_file)]
+            words += ["--runs-dir", str(run.runs_dir), "--from", name, "--until", name]
+            run_command(words, log=run.runs_dir / f"{run.recipe.name}.log")
 
 
 def _link_twin(place: Place, own: Stage) -> None:

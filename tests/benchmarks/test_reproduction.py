@@ -367,7 +367,7 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     for row in rows:
         # a dense model is trained and then measured under the same name
         assert both.count(f"\n{row}-7 ...\n") == (2 if row.startswith("dense") else 1)
-    assert len(re.findall(r"--from curate --until curate", both)) == 1  # all rows have the same data
+    assert len(re.findall(r": curate \.\.\.", both)) == 1  # all rows have the same data
     again = run_all([words], env)
     assert "speed of l0moe-7 ..." in again
     assert all(f"{row}-7: done" in again for row in rows)
