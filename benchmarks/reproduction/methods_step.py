@@ -188,6 +188,8 @@ def measure(place: Place, name: str, model: Path, tokens: int, method: ModelMeth
 
 
 def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> Json:
+    import torch
+
     from megatron_l0moe.evaluation import perplexity
     from megatron_l0moe.evaluation.block_load import OpenBlocks
     from megatron_l0moe.evaluation.hardware import describe_machine
@@ -215,5 +217,5 @@ def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> J
         "tokens": tokens,
         "parameters": counts.total,
         "active_parameters": counts.active,
-        "machine": describe_machine(device="cpu", threads=1),
+        "machine": describe_machine(device="cpu", threads=torch.get_num_threads()),
     }

@@ -199,7 +199,8 @@ def _provenance(results: Sequence[Result]) -> list[str]:
     commands = sorted({public_command(result.manifest["command"]) for result in results})
     versions = results[0].values["machine"].get("versions", {})
     return [
-        f"- hardware: {distinct(lambda result: result.values['machine']['cpu'])}, one thread",
+        f"- hardware: {distinct(lambda result: result.values['machine']['cpu'])}, "
+        f"{distinct(lambda result: result.values['machine']['threads'])} thread(s)",
         f"- software: {', '.join(f'{name} {number}' for name, number in versions.items())}",
         f"- measured: {dates[0]} to {dates[-1]}",
         f"- commits: {distinct(lambda result: result.manifest['commit'])}",

@@ -131,7 +131,7 @@ def result(row: str, seed: int | None, perplexities: dict[str, float], **more: A
         "tokens": 2_000_000,
         "parameters": 4_000_000,
         "active_parameters": 3_000_000,
-        "machine": {"cpu": "some processor"},
+        "machine": {"cpu": "some processor", "threads": 1},
     }
     words = ["/home/somebody/run.py", "--corpus", "/data/corpus", "--out=/data/out/", "base"]
     manifest = {"finished": "2026-01-01", "commit": "abc", "command": words}
