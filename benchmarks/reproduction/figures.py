@@ -22,7 +22,12 @@ UNIT = 1e12
 
 
 def write_figures(
-    page: str, base: Result, results: Sequence[Result], table: RunsTable, out: Path
+    page: str,
+    base: Result,
+    results: Sequence[Result],
+    controls: Sequence[Json],
+    table: RunsTable,
+    out: Path,
 ) -> dict[str, str]:
     """Write all plots for which there are results as PAGE_*.png; those of an earlier time are removed.
 
@@ -33,7 +38,14 @@ def write_figures(
         old.unlink()
     captions = {}
     with mpl.rc_context(plots.STYLE):
-        for name, figure, caption in _figures(base, results, table):
+        found = _figures(base, results, table)
+        if controls:
+            caption = (
+                "Expected retention of one expert of all domains, mean over its MoE layers, first seed, by the way in "
+                "which it is held; dashed: the schedule."
+            )
+            found.append(("control", control_lines(controls), caption))
+        for name, figure, caption in found:
             file = f"{page}_{name}.png"
             figure.savefig(out / file, metadata={"Software": None})
             captions[file] = caption
@@ -151,6 +163,22 @@ def overlap_lines(by_row: dict[str, Result]) -> Figure:
     axes.set_xlabel("layer")
     axes.set_ylabel("IoU of kept units (0 to 1)")
     figure.legend(loc="outside right upper", fontsize=9)
+    return figure
+
+
+def control_lines(controls: Sequence[Json]) -> Figure:
+    """Retention over steps, a line a control of the first seed, and the schedule."""
+    figure = _figure(3.4)
+    axes = figure.subplots()
+    first = min(one["seed"] for one in controls)
+    shown = [one for one in controls if one["seed"] == first]
+    for number, one in enumerate(shown):
+        axes.plot(one["retention"], label=one["control"], color=_colour(number), lw=1.4)
+    axes.plot(shown[0]["target"], label="schedule", color="black", ls="--", lw=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step of the expert run")
+    axes.set_ylabel("expected retention (0 to 1)")
+    figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 

@@ -52,11 +52,11 @@ def run_case(place: Place, table: RunsTable, case: Case) -> None:
     run = chain_run(place, table, case)
     if case.settings.kind == "l0moe":
         for spec in selection(run.recipe.method, None, LAST):
-            _shared(place, run, spec.name)
+            share_stage(place, run, spec.name)
         measure(place, case.name, run.stage_folder("export"), tokens_of(run), case.settings.method)
         record_chain(place, run)
         return
-    _shared(place, run, "curate")
+    share_stage(place, run, "curate")
     model = place.root / "base"
     if case.settings.kind == "dense-small":
         model = pretrained_small(place, run)
@@ -144,7 +144,7 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
     record_dense(place, case.name, model, stage.folder)
 
 
-def _shared(place: Place, run: Run, name: str) -> None:
+def share_stage(place: Place, run: Run, name: str) -> None:
     """Do one stage, or take it from a run with the same settings and inputs, one process at a time."""
     made = stages(run, name)
     with alone(place.root / METHODS / f"{name}-{made[0].config_hash}"):

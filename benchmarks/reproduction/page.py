@@ -31,6 +31,15 @@ in each layer, two for each position of the sequence and channel of the query he
 but for an expert run, in which nothing below the lowest mask is trained. A calibration pass counts as its forward
 passes; what a method computes from them is left out. In training DSMoE and Mixture-of-Masks compute the whole FFN.
 """
+CONTROL_COLUMNS = {
+    "mean_distance": "mean distance",
+    "largest_distance": "largest",
+    "frozen_loss": "loss with the frozen mask",
+}
+CONTROL_NOTE = """\
+Distance: of the expected retention of a layer from the schedule, over layers and the steps before the mask is frozen.
+Loss: nats per token in training, mean over the steps after that. All train on the same sequences; the seeds are those
+of the gates' noise."""
 SPEED_NOTE = """\
 Prefill and decode are times of the base over times of the row, median of pairs with the quartiles in brackets: above 1
 the row is faster. Each row was timed in pairs with the base in one process, by transformers in fp32 and one thread, on
@@ -44,6 +53,7 @@ def markdown(
     results: Sequence[Result],
     table: RunsTable,
     figures: Mapping[str, str] | None = None,
+    controls: Sequence[Json] = (),
 ) -> str:
     """Return the page; `figures` are {file name: caption}."""
     by_row = {row: list(group) for row, group in groupby(results, key=lambda result: result.row)}
@@ -64,6 +74,8 @@ def markdown(
     if of["changes"]:
         lines += ["", "## Single settings changed (not in the paper)", ""]
         lines += tables.ablations(shared | of["changes"])
+    if controls:
+        lines += ["", "## Ways to hold the retention (one expert of all domains)", "", *_controls(controls)]
     if of["sweeps"]:
         lines += ["", "## Sweeps of Q and K (Table 4)", "", *tables.sweeps(shared | of["sweeps"])]
     lines += ["", "## By domain", "", *tables.domains(by_row)]
@@ -178,6 +190,17 @@ class Tables:
     def _to_reference(self, group: Sequence[Result]) -> str:
         pairs = [(result, self._reference[result.seed]) for result in group if result.seed in self._reference]
         return _mean([_perplexity(one, None) / _perplexity(other, None) for one, other in pairs])
+
+
+def _controls(controls: Sequence[Json]) -> list[str]:
+    body = []
+    for name in dict.fromkeys(one["control"] for one in controls):
+        group = [one for one in controls if one["control"] == name]
+        measured = [_mean([one[key] for one in group]) for key in CONTROL_COLUMNS]
+        body.append(
+            [name, str(len(group[0]["target"])), ", ".join(str(one["seed"]) for one in group), *measured]
+        )
+    return [*_table(["control", "steps", "seeds", *CONTROL_COLUMNS.values()], body), "", CONTROL_NOTE]
 
 
 def largest_share(load: Json) -> float:

@@ -5,6 +5,7 @@
 | `results/NAME` | `result.json` | `measure` of methods_step.py |
 | `results/training/NAME` | `training.json` | training_record.py |
 | `results/speed/NAME` | `speed.json` | speed_step.py |
+| `results/control/NAME` | `control.json` | control_step.py |
 """
 
 import json
@@ -20,8 +21,8 @@ from megatron_l0moe.data.manifest import Stage, read_manifest, write_json
 from megatron_l0moe.reports.collect import Json
 
 BASE = "base"
-HELDOUT, TRAINING, SPEED = "result.json", "training.json", "speed.json"
-FOLDERS = {HELDOUT: ".", TRAINING: "training", SPEED: "speed"}
+HELDOUT, TRAINING, SPEED, CONTROL = "result.json", "training.json", "speed.json", "control.json"
+FOLDERS = {HELDOUT: ".", TRAINING: "training", SPEED: "speed", CONTROL: "control"}
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,16 @@ def read_results(place: Place, table: RunsTable) -> list[Result]:
     return sorted((result for result in found if result), key=lambda result: rows.index(result.row))
 
 
+def read_controls(place: Place) -> list[Json]:
+    """Return what each control of the retention did, by name and seed."""
+    return [_json(file) for file in sorted(folder(place, "", CONTROL).glob(f"*/{CONTROL}"))]
+
+
 def _read(place: Place, row: str, seed: int | None, name: str) -> Result | None:
     manifest = read_manifest(folder(place, name, HELDOUT))
     if not manifest:
         return None
-    values, training, speed = (_json(folder(place, name, file) / file) for file in FOLDERS)
+    values, training, speed = (_json(folder(place, name, file) / file) for file in (HELDOUT, TRAINING, SPEED))
     return Result(row, seed, values, manifest, training, speed)
 
 

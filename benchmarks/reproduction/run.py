@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The reproduction in small, one command: steps corpus, tokenizer, base, methods, speed, tables; see README.md.
+"""The reproduction in small, one command; steps corpus, tokenizer, base, methods, control, speed, tables: README.md.
 
     python benchmarks/reproduction/run.py --corpus FOLDER [--out runs/reproduction] [STEP ...]
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import base_step
+import control_step
 import corpus_step
 import methods_step
 import speed_step
@@ -85,6 +86,11 @@ def methods(place: Place, arguments: argparse.Namespace) -> None:
                     methods_step.run_case(place, table, case)
 
 
+def control(place: Place, arguments: argparse.Namespace) -> None:
+    """Compare the ways to hold the retention."""
+    control_step.run_controls(place, load_table(arguments.runs))
+
+
 def speed(place: Place, arguments: argparse.Namespace) -> None:
     """Time what has been made against the base."""
     speed_step.time_rows(place, load_table(arguments.runs))
@@ -100,6 +106,7 @@ STEPS: dict[str, Callable[[Place, argparse.Namespace], None]] = {
     "tokenizer": tokenizer,
     "base": base,
     "methods": methods,
+    "control": control,
     "speed": speed,
     "tables": tables,
 }

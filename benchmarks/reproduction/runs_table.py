@@ -52,6 +52,16 @@ class DenseSettings(RecipePart):
         return TrainingSettings.model_validate(self.model_dump() | row.dense | {"steps": steps, "seed": seed})
 
 
+class ControlSettings(RecipePart):
+    """Ways to hold the retention, compared on one expert of all domains."""
+
+    steps: int = Field(ge=10)
+    seeds: list[int] = Field(min_length=1)
+    """Of the gates' noise."""
+    flags: dict[str, Flags]
+    """By name, on top of the common recipe's for an expert run."""
+
+
 class RunsTable(RecipePart):
     """All rows."""
 
@@ -63,6 +73,8 @@ class RunsTable(RecipePart):
     drawn: list[str]
     """Rows whose retention and router load are plotted."""
     rows: dict[str, Row]
+    control: ControlSettings | None = None
+    """None: the step `control` does nothing."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

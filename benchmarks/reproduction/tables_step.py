@@ -4,7 +4,7 @@ from pathlib import Path
 
 from figures import write_figures
 from page import largest_share, markdown, not_run, not_timed
-from results import Result, read_base, read_results
+from results import Result, read_base, read_controls, read_results
 from runs_table import RunsTable
 from settings import Place
 
@@ -26,10 +26,16 @@ def write_tables(place: Place, table: RunsTable, out: Path) -> None:
     results = read_results(place, table)
     out.mkdir(parents=True, exist_ok=True)
     page = place.settings.page
-    figures = write_figures(page, base, results, table, out)
-    write_text(out / f"{page}.md", markdown(place.settings.title, base, results, table, figures))
+    controls = read_controls(place)
+    figures = write_figures(page, base, results, controls, table, out)
+    text = markdown(place.settings.title, base, results, table, figures, controls)
+    write_text(out / f"{page}.md", text)
     missing = {"not_run": not_run(table, results), "not_timed": not_timed(table, results)}
-    write_json(out / f"{page}.json", {"results": [record(r) for r in (base, *results)], **missing})
+    kept = [
+        {key: value for key, value in one.items() if key not in ("target", "retention")} for one in controls
+    ]
+    records = [record(result) for result in (base, *results)]
+    write_json(out / f"{page}.json", {"results": records, "controls": kept, **missing})
 
 
 def record(result: Result) -> Json:

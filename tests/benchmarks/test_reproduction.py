@@ -21,6 +21,7 @@ HERE = ROOT / "benchmarks" / "reproduction"
 sys.path.append(str(HERE))
 
 import base_step  # noqa: E402
+import control_step  # noqa: E402
 import corpus_step  # noqa: E402
 import figures  # noqa: E402
 import joined_index  # noqa: E402
@@ -229,6 +230,28 @@ def test_curves_and_flops_by_hand() -> None:
     assert short["curve"] == {"flops": [10.0, 20.0, 30.0], "lm_loss": [0.0, 1.0, 2.0]}
 
 
+def test_how_far_a_control_is_from_its_schedule() -> None:
+    def row(target: float, retention: dict[str, float], loss: float, frozen: bool = False) -> dict[str, Any]:
+        return {"retention_target": target, "retention": retention, "lm_loss": loss, "frozen": frozen}
+
+    rows = [
+        row(1.0, {"2": 1.0, "3": 1.0}, 9.0),
+        row(0.5, {"2": 0.75, "3": 0.25}, 8.0),
+        row(0.5, {"2": 0.5, "3": 0.5}, 3.0, frozen=True),
+        row(0.5, {"2": 0.5, "3": 0.5}, 2.0, frozen=True),
+    ]
+    found = control_step.summary(rows)
+    assert (found["mean_distance"], found["largest_distance"], found["frozen_loss"]) == (0.125, 0.25, 2.5)
+    assert found["retention"] == [1.0, 0.5, 0.5, 0.5]
+    controls = [{"control": "a", "seed": seed, **found} for seed in (1, 2)]
+    controls[1]["frozen_loss"] = 3.5
+    base = result("base", None, {"a": 10.0, "b": 20.0})
+    text = page.markdown("T", base, [], table_of({"m": {"table": "comparison"}}), {}, controls)
+    assert "| a | 4 | 1, 2 | 0.125 (0.000) | 0.250 (0.000) | 3.000 (0.707) |" in text.splitlines()
+    (axes,) = figures.control_lines(controls).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [found["retention"], found["target"]]
+
+
 def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
     with steps.alone(tmp_path / "made") as mine:
         assert mine
@@ -354,6 +377,7 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
         "rows": rows,
         "reference": "l0moe",
         "drawn": ["l0moe"],
+        "control": {"steps": 10, "seeds": [1], "flags": {"budget": {"l0-retention-control": "budget"}}},
     }
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(TINY_SETTINGS))
     (tmp_path / "runs.yaml").write_text(yaml.safe_dump(table))
@@ -391,7 +415,9 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     for row in ("dsmoe", "mom"):
         assert by_row[row]["tokens"] == sum(phase["tokens"] for phase in by_row[row]["phases"][1:]) == 2 * 256
     assert by_row["l0moe"]["speed"].keys() == by_row["dense-small"]["speed"].keys() == plots.MODES.keys()
-    plotted = {"compute", "heldout", "iou", "retention_l0moe", "router_l0moe"}
+    assert [one["control"] for one in found["controls"]] == ["budget"]
+    assert found["controls"][0]["largest_distance"] < 1e-3  # the exact budget
+    plotted = {"control", "compute", "heldout", "iou", "retention_l0moe", "router_l0moe"}
     assert {file.stem.removeprefix("tiny_") for file in (tmp_path / "results").glob("*.png")} == plotted
     # the tables need nothing but results/
     shutil.copytree(tmp_path / "out" / "results", tmp_path / "copy" / "results")
