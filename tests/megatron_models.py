@@ -20,7 +20,8 @@ def plan(stage: str, **retention: Any) -> LayerPlan:
         stage=stage,  # type: ignore[arg-type]
         dense_layers=DENSE,
         gate=HardConcreteConfig(),
-        retention=RetentionConfig(**{"l0_expert_ffn": 8, **retention}),
+        # eq. 2, whose lambdas most tests look at; those of the budget ask for it
+        retention=RetentionConfig(**{"l0_expert_ffn": 8, "l0_retention_control": "lagrangian", **retention}),
         router=RouterConfig(),
     )
 

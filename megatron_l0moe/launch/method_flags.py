@@ -56,6 +56,7 @@ def method_flags(recipe: Recipe) -> Flags:
             "l0-masks-target": masks.target,
             "l0-masks-balance-coeff": masks.balance_coefficient,
             "l0-masks-seed": recipe.seed,
+            "l0-retention-control": "lagrangian",  # the budget is one of a single mask
             "l0-mask-lr": masks.mask_learning_rate,
             "l0-noise-seed": recipe.seed,
         }

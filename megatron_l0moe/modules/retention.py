@@ -42,8 +42,8 @@ class RetentionConfig:
     """Fraction of the steps after which r has fallen linearly from 1 to its target (the paper: 0.2)."""
     l0_freeze_fraction: float = 0.1
     """Last fraction of the steps, trained with the hard top-k mask."""
-    l0_retention_control: Literal["lagrangian", "budget"] = "lagrangian"
-    """lagrangian: eq. 2 with a pair of lambdas per layer. budget: log_alpha shifted so that r-hat equals r."""
+    l0_retention_control: Literal["lagrangian", "budget"] = "budget"
+    """budget: log_alpha shifted so that r-hat equals r. lagrangian: eq. 2 with a pair of lambdas per layer."""
     l0_retention_estimate: Literal["expected", "sampled"] = "expected"
     """r-hat of eq. 2: mean P(z != 0), or the mean of the sampled z as printed."""
 

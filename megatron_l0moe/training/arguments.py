@@ -158,6 +158,11 @@ def _check(args: argparse.Namespace, stage: StageConfig, retention: RetentionCon
                 "--l0-train-weights off needs --l0-freeze-fraction above 0, because an expert is then a list of units, "
                 "which has no place for the gates' values."
             )
+        if retention.l0_retention_control == "budget" and retention.l0_freeze_fraction == 0:
+            raise L0MoEError(
+                "--l0-freeze-fraction 0 needs --l0-retention-control lagrangian, because the budget's gates are those "
+                "of a shifted log_alpha, which is not stored; raise it, or take lagrangian."
+            )
         _check_steps(args.train_iters, retention)
     if stage.l0_stage == "moe" and args.num_experts is None:
         raise L0MoEError("--l0-stage moe needs --num-experts.")
@@ -213,7 +218,7 @@ def _check_masks(args: argparse.Namespace, stage: StageConfig, plan: LayerPlan) 
     if retention.l0_retention_control == "budget":
         raise L0MoEError(
             "--l0-retention-control budget shifts the gates of one mask and cannot hold the activated fraction of "
-            "several; --l0-stage mom takes lagrangian."
+            "several; --l0-stage mom takes --l0-retention-control lagrangian."
         )
     if stage.l0_train_weights == "off":
         raise L0MoEError(

@@ -69,7 +69,7 @@ def build(args, settings, parallel=None):
         stage=settings["stage"],
         dense_layers=settings.get("dense_layers", args.num_layers),
         gate=HardConcreteConfig(),
-        retention=RetentionConfig(),
+        retention=RetentionConfig(l0_retention_control="lagrangian"),
         router=RouterConfig(),
         blocks=BlockGateConfig(**{key: settings[key] for key in settings if key.startswith("l0_block")}),
         masks=MaskConfig(**{key: settings[key] for key in settings if key.startswith("l0_masks")}),

@@ -140,7 +140,9 @@ def build_gate(**retention) -> hc.HardConcreteGate:
     return hc.HardConcreteGate(
         config,
         gate_config=CONFIG,
-        retention_config=RetentionConfig(l0_expert_ffn=3, **retention),
+        retention_config=RetentionConfig(
+            **{"l0_expert_ffn": 3, "l0_retention_control": "lagrangian", **retention}
+        ),
         layer=2,
         local_width=8,
         tp_group=parallel_state.get_tensor_model_parallel_group(),

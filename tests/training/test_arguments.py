@@ -64,6 +64,9 @@ def test_flags_reach_the_configs(parser):
     assert stored["l0_temperature"] == 0.5
 
 
+MOM = ("--l0-stage", "mom", "--l0-retention-control", "lagrangian")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -81,18 +84,18 @@ def test_flags_reach_the_configs(parser):
         (("--l0-stage", "dsmoe", "--l0-blocks", "1"), "l0_blocks must be at least 2, got 1"),
         (("--l0-stage", "dsmoe", "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
         (("--l0-stage", "dsmoe", "--calculate-per-token-loss"), "does not take --calculate-per-token-loss"),
-        (("--l0-stage", "mom", "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
-        (("--l0-stage", "mom", "--l0-masks-top-k", "1"), "l0_masks_top_k must be at least 2 and below"),
-        (("--l0-stage", "mom", "--fp16"), "neither --fp16 nor"),
-        (("--l0-stage", "mom", "--overlap-grad-reduce"), "--overlap-grad-reduce needs a gradient"),
-        (("--l0-stage", "mom", "--l0-retention-control", "budget"), "--l0-stage mom takes lagrangian"),
+        ((*MOM, "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
+        ((*MOM, "--l0-masks-top-k", "1"), "l0_masks_top_k must be at least 2 and below"),
+        ((*MOM, "--fp16"), "neither --fp16 nor"),
+        ((*MOM, "--overlap-grad-reduce"), "--overlap-grad-reduce needs a gradient"),
+        (("--l0-stage", "mom"), "--l0-stage mom takes --l0-retention-control lagrangian"),
         (
-            ("--l0-stage", "mom", "--l0-train-weights", "off"),
+            (*MOM, "--l0-train-weights", "off"),
             "--l0-train-weights off is for the expert stage",
         ),
-        (("--l0-stage", "mom", "--l0-freeze-fraction", "0"), "needs --l0-freeze-fraction above 0"),
-        (("--l0-stage", "mom", "--l0-masks-target", "0.01"), "at least one channel of .*, that is 1 / 64"),
-        (("--l0-stage", "mom", "--train-iters", "4"), "leaves no step between open gates and the freeze"),
+        ((*MOM, "--l0-freeze-fraction", "0"), "needs --l0-freeze-fraction above 0"),
+        ((*MOM, "--l0-masks-target", "0.01"), "at least one channel of .*, that is 1 / 64"),
+        ((*MOM, "--train-iters", "4"), "leaves no step between open gates and the freeze"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(parser, words, message):
@@ -111,7 +114,7 @@ def test_blocks_are_cut_out_of_dense_layers_only(parser):
 
 
 def test_masks_are_laid_over_dense_layers_only(parser):
-    args = parse(parser, "--l0-stage", "mom", "--l0-masks", "6")
+    args = parse(parser, *MOM, "--l0-masks", "6")
     stored = arguments.settings_as_dict(arguments.settings_from_args(args))
     names = ("stage", "l0_masks", "l0_masks_top_k", "l0_masks_target")
     assert [stored[name] for name in names] == ["mom", 6, 2, 0.5]
