@@ -42,7 +42,7 @@ def write_figures(
         if controls:
             caption = (
                 "Expected retention of one expert of all domains, mean over its MoE layers, first seed, by the way in "
-                "which it is held; dashed: the schedule."
+                "which it is held; dashed: the schedule, on which the budget lies."
             )
             found.append(("control", control_lines(controls), caption))
         for name, figure, caption in found:
