@@ -23,7 +23,7 @@ class RankParameters:
     trained_dense: int
     trained_experts: int
     gates: int
-    """Masks and lambdas: trained, always fp32."""
+    """Masks: trained, always fp32. The lambdas of eq. 2, two a layer where it is asked for, are left out."""
     gate_buffers: int
     """Hard masks, input means and loads, always fp32 (or as wide)."""
 
@@ -119,7 +119,7 @@ def rank_parameters(model: StageModel, layout: Layout, rank: int) -> RankParamet
         experts=0,
         trained_dense=upper * ffn if model.trains_weights else 0,
         trained_experts=0,
-        gates=upper * (a.ffn_hidden_size // t + 2),
+        gates=upper * (a.ffn_hidden_size // t),
         gate_buffers=upper * (a.ffn_hidden_size // t + a.hidden_size + 3),
     )
 
