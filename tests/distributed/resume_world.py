@@ -35,6 +35,7 @@ TRAINING = [
 STAGES = {
     "expert": [
         "--l0-stage", "expert", "--l0-dense-layers", str(DENSE), "--l0-expert-ffn", str(EXPERT_FFN),
+        "--l0-retention-control", "lagrangian",  # its lambdas are more to restore
         "--l0-open-steps", "1", "--l0-freeze-fraction", "0.25", "--l0-log-alpha-init", "0.5",
     ],
     "moe": [

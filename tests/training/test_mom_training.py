@@ -22,6 +22,7 @@ STEPS, STOP, HARD, BATCH, DENSE_LAYERS, MASKS = 7, 3, 6, 4, 1, 4
 ATOL = 1e-5  # fp32 sums in other orders; losses and norms are of size 1 to 4
 FLAGS = [
     "--l0-stage", "mom", "--l0-dense-layers", str(DENSE_LAYERS), "--l0-masks", str(MASKS), "--l0-masks-init-std", "0.3",
+    "--l0-retention-control", "lagrangian",
     "--l0-open-steps", "1", "--l0-retention-ramp", "0.5", "--l0-freeze-fraction", "0.4", "--l0-mask-lr", "1.0",
     "--l0-router-lr", "3e-2", "--train-iters", str(STEPS), "--lr-wsd-decay-iters", "1", "--min-lr", "0", "--lr", "1e-2",
     "--lr-decay-style", "WSD", "--lr-wsd-decay-style", "cosine", "--lr-warmup-iters", "1", "--clip-grad", "1.0",
