@@ -335,7 +335,7 @@ TINY_SETTINGS: dict[str, Any] = {
         "tokenizer": {"vocab_size": 300, "chars_per_domain": 4000},
         "model": {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4, "kv_heads": 2},
         "training": {
-            "steps": 4, "global_batch_size": 4, "micro_batch_size": 2, "processes": 2, "learning_rate": 1e-3,
+            "steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "processes": 2, "learning_rate": 1e-3,
             "warmup_share": 0.25, "save_interval": 2, "flags": {"bf16": True},
         },
     },
