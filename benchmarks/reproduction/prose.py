@@ -39,7 +39,7 @@ class Numbers:
     def ratio(self, row: str, to: str = "base", *, domain: str | None = None, page: str = MAIN) -> str:
         """Return perplexity over that of another row, of the same seed where both have seeds."""
         values = self._ratios(row, to, domain, page)
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.3f}{spread}"
 
     def perplexity(self, row: str, *, page: str = MAIN) -> str:

@@ -40,7 +40,7 @@ def numbers() -> prose.Numbers:
 def test_numbers_by_hand() -> None:
     n = numbers()
     # 1.5 and 1.3
-    assert n.ratio("m") == "1.400 ± 0.141"
+    assert n.ratio("m") == "1.400 +- 0.141"
     assert n.ratio("m", domain="a") == n.ratio("m")
     assert n.ratio("m", "other") == "1.500"  # seed 1 alone is in both
     assert n.ratio("other", "m") == "0.667"
