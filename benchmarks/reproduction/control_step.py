@@ -4,7 +4,6 @@ The run is an expert run's in every respect but its data, the base's pretraining
 many steps as an expert has in the paper. L = MoE layers.
 """
 
-import logging
 import shutil
 import statistics
 
@@ -22,8 +21,6 @@ from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.recipe_sections import Flags
 from megatron_l0moe.reports.collect import Json, read_metrics
-
-logger = logging.getLogger(__name__)
 
 
 def run_controls(place: Place, table: RunsTable) -> None:

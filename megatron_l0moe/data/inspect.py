@@ -165,9 +165,8 @@ def _check_lists(folder: CurateFolder) -> None:
         ("summary.json", folder.summary),
     ):
         listed = content.get("order") or [] if content else order
-        if (
-            listed * (len(order) // max(len(listed), 1)) != order
-        ):  # the sets may be gone through several times
+        passes = len(order) // max(len(listed), 1)
+        if listed * passes != order:
             raise L0MoEError(
                 f"{folder.path / name} says the order {content.get('order')}, but the index moe has {order}; run "
                 "curate again."

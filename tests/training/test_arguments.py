@@ -84,6 +84,10 @@ MOM = ("--l0-stage", "mom", "--l0-retention-control", "lagrangian")
         (("--l0-stage", "dsmoe", "--l0-blocks", "1"), "l0_blocks must be at least 2, got 1"),
         (("--l0-stage", "dsmoe", "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
         (("--l0-stage", "dsmoe", "--calculate-per-token-loss"), "does not take --calculate-per-token-loss"),
+        (
+            ("--l0-stage", "expert", "--l0-expert-ffn", "8", "--l0-freeze-fraction", "0"),
+            "--l0-freeze-fraction 0 needs --l0-retention-control lagrangian",
+        ),
         ((*MOM, "--l0-dense-layers", "4"), r"\(4\) must be below --num-layers \(4\)"),
         ((*MOM, "--l0-masks-top-k", "1"), "l0_masks_top_k must be at least 2 and below"),
         ((*MOM, "--fp16"), "neither --fp16 nor"),
