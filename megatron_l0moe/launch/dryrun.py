@@ -147,6 +147,7 @@ def _convert(plan: Plan) -> list[Row]:
 def _curate(plan: Plan) -> list[Row]:
     data, k = plan.run.recipe.data, plan.run.recipe.model.num_experts
     out = plan.run.stage_folder("curate")
+    passes = f" gone through {data.set_passes} times" if data.set_passes > 1 else ""
     use = (
         "for the experts"
         if plan.run.recipe.method == "l0moe"
@@ -162,7 +163,7 @@ def _curate(plan: Plan) -> list[Row]:
         (
             "tokens",
             f"{data.tokens_per_expert * k:,} {use} ({data.tokens_per_expert:,} each), "
-            f"{data.iterations - 1} ordered sets of {data.tokens_per_set:,}, "
+            f"{data.iterations - 1} ordered sets of {data.tokens_per_set:,}{passes}, "
             f"{data.heldout_tokens_per_domain:,} held out of each source domain",
         ),
         (

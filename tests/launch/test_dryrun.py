@@ -29,6 +29,12 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     ]
 
 
+def test_sets_gone_through_again_are_said(tmp_path: Path) -> None:
+    text = "\n".join(describe(make_run(tmp_path, data__set_passes=3), CHAIN))
+    assert "2 ordered sets of 1,280 gone through 3 times, " in text
+    assert "60 steps of 4 sequences" in text
+
+
 def test_commands_are_those_that_run(tmp_path: Path) -> None:
     run = with_model(tmp_path)
     lines = describe(run, CHAIN)
