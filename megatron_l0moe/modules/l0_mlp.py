@@ -7,32 +7,13 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcreteGate
 from megatron_l0moe.modules.retention import RetentionConfig
-
-
-class AttachPenalty(torch.autograd.Function):
-    """Pass ``output`` through and give ``penalty`` the gradient ``scale``.
-
-    The penalty depends on parameters only, so it is added once for each micro-batch on the rank that owns the layer,
-    without travelling through the pipeline to the loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, penalty: Tensor, scale: float) -> Tensor:
-        """Return `output`; `scale` is that of the penalty's gradient."""
-        ctx.scale = scale
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return the gradients of output and penalty."""
-        (gradient,) = gradients
-        return gradient, torch.full((), ctx.scale, dtype=torch.float32, device=gradient.device), None
+from megatron_l0moe.modules.scaled_mlp import AttachPenalty, ScaledMLP
 
 
 class _ApplyGate(torch.autograd.Function):
@@ -59,12 +40,8 @@ class _ApplyGate(torch.autograd.Function):
         return gradient * z, z_gradient
 
 
-class L0MLP(MLP):
-    """MLP whose intermediate activation [s, b, F/p] is multiplied by the gate z [F/p] just before fc2.
-
-    MLP.forward is monolithic, so the gate is placed by a forward pre-hook of `linear_fc2`; it commutes with
-    everything that comes before, and gate and up see the same mask because it acts on their product.
-    """
+class L0MLP(ScaledMLP):
+    """MLP whose intermediate activation [s, b, F/p] is multiplied by the gate z [F/p] just before fc2."""
 
     def __init__(
         self,
@@ -77,13 +54,7 @@ class L0MLP(MLP):
         layer: int,
         name: str | None = None,
     ) -> None:
-        super().__init__(
-            config,
-            submodules,
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=pg_collection.tp,
-            name=name,
-        )
+        super().__init__(config, submodules, pg_collection=pg_collection, name=name)
         self.gate = HardConcreteGate(
             config,
             gate_config=gate_config,
@@ -94,7 +65,6 @@ class L0MLP(MLP):
             dp_cp_group=pg_collection.dp_cp,
         )
         self._z: Tensor | None = None
-        self.linear_fc2.register_forward_pre_hook(self._apply_gate)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -109,33 +79,9 @@ class L0MLP(MLP):
             output = AttachPenalty.apply(output, penalty, self.gate.step.penalty_scale)
         return output, bias
 
-    def _apply_gate(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def scale(self, activation: Tensor) -> Tensor:
+        """[s, b, F/p] times z."""
         assert self._z is not None, "fc2 of an L0MLP ran outside its forward"
-        z = self._z.to(args[0].dtype)
-        gated: Tensor = _ApplyGate.apply(args[0], z) if z.requires_grad else args[0] * z
-        return (gated, *args[1:])
-
-    @classmethod
-    def as_mlp_submodule(
-        cls,
-        submodules: MLPSubmodules,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        is_mtp_layer: bool,
-        *,
-        gate_config: HardConcreteConfig,
-        retention_config: RetentionConfig,
-        layer: int,
-        name: str | None = None,
-    ) -> "L0MLP":
-        """Build the MLP of a TransformerLayer; the signature that core/transformer/transformer_layer.py:433 calls."""
-        del is_mtp_layer
-        return cls(
-            config,
-            submodules,
-            pg_collection=pg_collection,
-            gate_config=gate_config,
-            retention_config=retention_config,
-            layer=layer,
-            name=name,
-        )
+        z = self._z.to(activation.dtype)
+        gated: Tensor = _ApplyGate.apply(activation, z) if z.requires_grad else activation * z
+        return gated

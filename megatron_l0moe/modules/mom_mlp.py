@@ -9,27 +9,24 @@ b = micro-batch, h = hidden, F = FFN channels, E = masks, k = masks of a token, 
 
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_l0moe.modules.collectives import copy_to_shards
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
-from megatron_l0moe.modules.l0_mlp import AttachPenalty
 from megatron_l0moe.modules.mask_gate import MaskConfig, channel_factors, choose_masks
 from megatron_l0moe.modules.mom_masks import MaskGate
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import balance_loss
+from megatron_l0moe.modules.scaled_mlp import AttachPenalty, ScaledMLP
+from megatron_l0moe.modules.token_gate import TokenGate, keyed_start
 
 
-class MaskRouter(MegatronModule):
-    """The router of one layer: weight [E, h], the same on all tensor-parallel ranks; logits in float32."""
+class MaskRouter(TokenGate):
+    """The router of one layer: weight [E, h]; its sums are the balance loss, and micro-batches."""
 
     def __init__(
         self,
@@ -39,21 +36,15 @@ class MaskRouter(MegatronModule):
         layer: int,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
-        super().__init__(config)
+        start = keyed_start(
+            mask_config.l0_masks,
+            config.hidden_size,
+            std=mask_config.l0_masks_init_std,
+            seed=mask_config.l0_masks_seed,
+            layer=layer,
+        )
+        super().__init__(config, layer=layer, start=start, counts=2, tp_group=tp_group)
         self.mask_config = mask_config
-        self.layer = layer
-        self.tp_group = tp_group
-        self.is_sequence_sharded = bool(config.sequence_parallel) and tp_group.size() > 1
-        start = initial_weight(mask_config, layer=layer, hidden=config.hidden_size)
-        device = torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(start.to(device=device, dtype=config.params_dtype))
-        # each rank sees its own part of the sequence: Megatron sums the gradients of so marked weights over the ranks
-        setattr(self.weight, "sequence_parallel", self.is_sequence_sharded)  # noqa: B010  # Megatron reads this name
-        self.begin_iteration()
-
-    def begin_iteration(self) -> None:
-        """Start the sums of a global batch: balance loss, and micro-batches of this rank; float64 [2]."""
-        self.sums = torch.zeros(2, dtype=torch.float64)
 
     def forward(self, hidden_states: Tensor, mask_load: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the masks' weights for all tokens of the tensor-parallel group, this rank's choices, and the loss.
@@ -63,28 +54,19 @@ class MaskRouter(MegatronModule):
             mask_load: [E], of the last global batch.
 
         Returns:
-            Weights [S, b, E] float32, chosen masks [s, b, k], and a scalar whose gradient, summed over the ranks where
-            the sequence is cut, is that of the micro-batch's balance loss times its coefficient.
+            Weights [S, b, E] float32, chosen masks [s, b, k], and the scalar of `hand_out`.
         """
-        logits = router_gating_linear(hidden_states, self.weight, None, torch.float32)
+        logits = self.logits(hidden_states)
         weights, chosen = choose_masks(logits, self.mask_config.l0_masks_top_k)
         probability = torch.softmax(logits, dim=-1).flatten(0, -2).mean(dim=0)
         loss = balance_loss(mask_load, probability)
-        if self.training and torch.is_grad_enabled():  # under recomputation a layer runs twice: count once
-            seen = loss.detach().double()
-            self.sums = self.sums.to(seen.device) + torch.stack([seen, torch.ones_like(seen)])
-        coefficient = self.mask_config.l0_masks_balance_coeff
-        if self.is_sequence_sharded:
-            weights = gather_from_sequence_parallel_region(weights, group=self.tp_group)
-            return weights, chosen, loss * (coefficient / self.tp_group.size())
-        return copy_to_shards(weights, self.tp_group), chosen, loss * coefficient
+        self.count(torch.stack([loss.double(), loss.new_ones((), dtype=torch.float64)]))
+        weights, loss = self.hand_out(weights, loss * self.mask_config.l0_masks_balance_coeff)
+        return weights, chosen, loss
 
 
-class MoMMLP(MLP):
-    """MLP whose intermediate activation [S, b, F/p] is multiplied by the token's mixture of masks just before fc2.
-
-    The place is that of `L0MLP`: fc2 is linear, and gate and up share the factor because it acts on their product.
-    """
+class MoMMLP(ScaledMLP):
+    """MLP whose intermediate activation [S, b, F/p] is multiplied by the token's mixture of masks just before fc2."""
 
     def __init__(
         self,
@@ -98,13 +80,7 @@ class MoMMLP(MLP):
         layer: int,
         name: str | None = None,
     ) -> None:
-        super().__init__(
-            config,
-            submodules,
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=pg_collection.tp,
-            name=name,
-        )
+        super().__init__(config, submodules, pg_collection=pg_collection, name=name)
         self.masks = MaskGate(
             config,
             mask_config=mask_config,
@@ -117,7 +93,6 @@ class MoMMLP(MLP):
         self.mask_router = MaskRouter(config, mask_config=mask_config, layer=layer, tp_group=pg_collection.tp)
         self._weights: Tensor | None = None
         self._z: Tensor | None = None
-        self.linear_fc2.register_forward_pre_hook(self._apply_masks)
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -137,43 +112,10 @@ class MoMMLP(MLP):
             output = AttachPenalty.apply(output, penalty, self.masks.step.penalty_scale)
         return output, bias
 
-    def _apply_masks(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def scale(self, activation: Tensor) -> Tensor:
+        """[S, b, F/p] times each token's factors of the channels."""
         assert self._weights is not None, "fc2 of a MoMMLP ran outside its forward"
         assert self._z is not None
         if self.masks.is_open:
-            return args
-        return (args[0] * channel_factors(self._weights, self._z).to(args[0].dtype), *args[1:])
-
-    @classmethod
-    def as_mlp_submodule(
-        cls,
-        submodules: MLPSubmodules,
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection,
-        is_mtp_layer: bool,
-        *,
-        mask_config: MaskConfig,
-        gate_config: HardConcreteConfig,
-        retention_config: RetentionConfig,
-        layer: int,
-        name: str | None = None,
-    ) -> "MoMMLP":
-        """Build the MLP of a TransformerLayer; the signature that core/transformer/transformer_layer.py:433 calls."""
-        del is_mtp_layer
-        return cls(
-            config,
-            submodules,
-            pg_collection=pg_collection,
-            mask_config=mask_config,
-            gate_config=gate_config,
-            retention_config=retention_config,
-            layer=layer,
-            name=name,
-        )
-
-
-def initial_weight(config: MaskConfig, *, layer: int, hidden: int) -> Tensor:
-    """Return the router's random start, the same in every layout; float32 [E, h]."""
-    key = np.random.SeedSequence([config.l0_masks_seed, layer]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(key) & (2**63 - 1))
-    return config.l0_masks_init_std * torch.randn(config.l0_masks, hidden, generator=generator)
+            return activation
+        return activation * channel_factors(self._weights, self._z).to(activation.dtype)

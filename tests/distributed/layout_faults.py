@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from megatron_l0moe.modules import dsmoe_mlp, hard_concrete, mom_mlp
+from megatron_l0moe.modules import hard_concrete, token_gate
 from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
 from megatron_l0moe.modules.mom_masks import MaskGate
 from megatron_l0moe.training import forward_step
@@ -79,10 +79,7 @@ def local_load(models: list[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def no_tensor_sum(models: list[Any]) -> Iterator[None]:
     """Give each rank's gates the gradient of its own channels alone."""
-    with (
-        mock.patch.object(dsmoe_mlp, "copy_to_shards", lambda value, group: value),
-        mock.patch.object(mom_mlp, "copy_to_shards", lambda value, group: value),
-    ):
+    with mock.patch.object(token_gate, "copy_to_shards", lambda value, group: value):
         yield
 
 

@@ -7,8 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_l0moe.modules import dsmoe_mlp
-from megatron_l0moe.modules.block_gate import BlockGateConfig
-from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP, initial_weight, local_segments
+from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP, local_segments
 from megatron_l0moe.runtime import cpu
 
 FLOAT32_SUM_ATOL = 2e-6  # sums of 24 float32 products of size 1, in another order
@@ -139,16 +138,6 @@ def test_blocks_go_with_the_channels_in_every_tensor_parallel_size():
     assert local_segments(24, 8, rank=1, ranks=2) == [4, 5, 6, 7]
     assert local_segments(24, 3, rank=1, ranks=2) == [1, 2, 2]  # channels 12-15, 16-19, 20-23
     assert local_segments(48, 2, rank=2, ranks=4) == [1]
-
-
-def test_the_start_is_random_and_keyed_by_layer_and_seed():
-    config = BlockGateConfig()
-    start = initial_weight(config, layer=3, hidden=4096)
-    assert start.shape == (8, 4096)
-    assert start.std().item() == pytest.approx(0.02, rel=0.02)
-    assert torch.equal(start, initial_weight(config, layer=3, hidden=4096))
-    assert not torch.equal(start, initial_weight(config, layer=4, hidden=4096))
-    assert not torch.equal(start, initial_weight(BlockGateConfig(l0_block_seed=1), layer=3, hidden=4096))
 
 
 def test_checkpoint_keys_are_the_dense_ones_and_the_gates():

@@ -7,8 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.modules.mask_gate import MaskConfig
-from megatron_l0moe.modules.mom_mlp import MoMMLP, initial_weight
+from megatron_l0moe.modules.mom_mlp import MoMMLP
 from megatron_l0moe.modules.retention import GateStep, Phase
 from megatron_l0moe.modules.router import balance_loss
 from megatron_l0moe.runtime import cpu
@@ -195,16 +194,6 @@ def test_the_penalty_alone_brings_the_activated_fraction_to_its_target():
         fractions.append(masks.expected_retention())
     assert fractions[0] > 0.95
     assert fractions[-1] == pytest.approx(0.5, abs=0.05)  # it swings on the way, as the lambdas do
-
-
-def test_the_start_is_random_and_keyed_by_layer_and_seed():
-    config = MaskConfig()
-    start = initial_weight(config, layer=3, hidden=4096)
-    assert start.shape == (8, 4096)
-    assert start.std().item() == pytest.approx(0.02, rel=0.02)
-    assert torch.equal(start, initial_weight(config, layer=3, hidden=4096))
-    assert not torch.equal(start, initial_weight(config, layer=4, hidden=4096))
-    assert not torch.equal(start, initial_weight(MaskConfig(l0_masks_seed=1), layer=3, hidden=4096))
 
 
 def test_checkpoint_keys_are_the_dense_ones_with_masks_and_router():

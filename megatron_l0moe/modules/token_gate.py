@@ -1,0 +1,84 @@
+"""What chooses parts of one MLP for a token: a weight that all tensor-parallel ranks hold, and float32 logits.
+
+Shapes: s = sequence (local under sequence parallelism), S = the sequence that the tensor-parallel ranks hold together,
+b = micro-batch, h = hidden, n = parts to choose from.
+"""
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_l0moe.modules.collectives import copy_to_shards
+
+
+class TokenGate(MegatronModule):
+    """The gate of one layer: weight [n, h].
+
+    Args:
+        config: Megatron's transformer config.
+        layer: global index of the layer, from 0.
+        start: first weight, float32 [n, h], the same in every layout.
+        counts: how many sums of a global batch the gate keeps.
+        tp_group: tensor-parallel group that shards the MLP.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        layer: int,
+        start: Tensor,
+        counts: int,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__(config)
+        self.layer = layer
+        self.tp_group = tp_group
+        self.is_sequence_sharded = bool(config.sequence_parallel) and tp_group.size() > 1
+        device = torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(start.to(device=device, dtype=config.params_dtype))
+        # each rank sees its own part of the sequence: Megatron sums the gradients of so marked weights over the ranks
+        setattr(self.weight, "sequence_parallel", self.is_sequence_sharded)  # noqa: B010  # Megatron reads this name
+        self._counts = counts
+        self.begin_iteration()
+
+    def begin_iteration(self) -> None:
+        """Start this rank's sums of a global batch: float64 [counts]."""
+        self.sums = torch.zeros(self._counts, dtype=torch.float64)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Return h Y, [s, b, h] -> [s, b, n], float32."""
+        logits: Tensor = router_gating_linear(hidden_states, self.weight, None, torch.float32)
+        return logits
+
+    def hand_out(self, weights: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of all tokens of the tensor-parallel group, and the loss to attach on each of its ranks.
+
+        Args:
+            weights: [s, b, n], of this rank's tokens.
+            loss: scalar, of this rank's tokens.
+
+        Returns:
+            Weights [S, b, n], whose gradient is summed over the ranks' shards of the MLP, and a scalar whose gradient,
+            summed over the ranks where the sequence is cut, is that of the micro-batch's loss.
+        """
+        if self.is_sequence_sharded:
+            gathered: Tensor = gather_from_sequence_parallel_region(weights, group=self.tp_group)
+            return gathered, loss / self.tp_group.size()
+        return copy_to_shards(weights, self.tp_group), loss
+
+    def count(self, seen: Tensor) -> None:
+        """Add to the sums what a micro-batch saw; under recomputation a layer runs twice, and counts once."""
+        if self.training and torch.is_grad_enabled():
+            self.sums = self.sums.to(seen.device) + seen.detach()
+
+
+def keyed_start(parts: int, hidden: int, *, std: float, seed: int, layer: int) -> Tensor:
+    """Return a random start, keyed by seed and layer and so the same in every layout; float32 [n, h]."""
+    key = np.random.SeedSequence([seed, layer]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(key) & (2**63 - 1))
+    return std * torch.randn(parts, hidden, generator=generator)
