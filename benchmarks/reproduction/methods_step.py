@@ -202,11 +202,11 @@ def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> J
     result: Json = {}
     if method == "dsmoe":
         with OpenBlocks(model) as blocks:
-            table = perplexity.measure(model, sequences, batch=BATCH, router_load=blocks)
+            table = perplexity.measure(model, sequences, batch=BATCH, counts=blocks)
         result["open_blocks"] = blocks.mean_open()
     elif "moe_num_experts" in config:
         with RouterLoad(model) as load:
-            table = perplexity.measure(model, sequences, batch=BATCH, router_load=load)
+            table = perplexity.measure(model, sequences, batch=BATCH, counts=load)
         result["router_load"] = {str(layer): shares for layer, shares in load.fractions().items()}
     else:
         table = perplexity.measure(model, sequences, batch=BATCH)

@@ -66,7 +66,7 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
     start = time.monotonic()
     made = load_model(export_dir, dtype=dtype, device=device())
     with OpenBlocks(made) if method == "dsmoe" else RouterLoad(made) as load:
-        record(method, measure(made, sequences, router_load=load), start)
+        record(method, measure(made, sequences, counts=load), start)
     open_blocks = _write_load(load, out)
 
     start = time.monotonic()

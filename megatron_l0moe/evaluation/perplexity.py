@@ -20,10 +20,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.block_load import OpenBlocks
 from megatron_l0moe.evaluation.heldout import HeldoutSequence, read_heldout
 from megatron_l0moe.evaluation.models import load_model
-from megatron_l0moe.evaluation.router_load import RouterLoad
+from megatron_l0moe.evaluation.module_hooks import DomainCounts
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +62,9 @@ def measure(
     sequences: Sequence[HeldoutSequence],
     *,
     batch: int = 4,
-    router_load: RouterLoad | OpenBlocks | None = None,
+    counts: DomainCounts | None = None,
 ) -> PerplexityTable:
-    """Measure a loaded model; `router_load`, if given, is told the domains of every batch.
+    """Measure a loaded model; `counts`, if given, are told the domains of every batch.
 
     Raises:
         L0MoEError: a token id outside the model's vocabulary, or a likelihood that is not a number.
@@ -79,8 +78,8 @@ def measure(
     totals = _Totals()
     done, last = 0, time.monotonic()
     for rows in _batches(sequences, batch):
-        if router_load is not None:
-            router_load.expect([row.domain for row in rows])
+        if counts is not None:
+            counts.expect([row.domain for row in rows])
         for row, nll in zip(rows, sequence_nll(model, [row.tokens for row in rows]), strict=True):
             totals.add(row, nll)
         done += len(rows)

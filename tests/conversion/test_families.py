@@ -6,13 +6,12 @@ docs/convert.md holds the result as tables; after a wanted change: L0MOE_UPDATE_
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from conversion.in_megatron import megatron_logits
 from conversion.toy_checkpoints import MODELS, VOCAB, WINDOW
 from conversion.toy_moe import assert_same_checkpoint, export, make_moe, rewrite_megatron
 from transformers import AutoModelForCausalLM
@@ -136,23 +135,10 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
 
 
-def megatron_logits(cases: list[Measured], ids: torch.Tensor, folder: Path) -> list[torch.Tensor]:
-    jobs = [
-        {"name": str(i), "checkpoint": str(case.megatron / "release"), "ids": ids.tolist()}
-        for i, case in enumerate(cases)
-    ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("megatron_logits.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "logits.pt")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    logits = torch.load(folder / "logits.pt")
-    return [logits[str(i)] for i in range(len(cases))]
+def in_megatron(cases: list[Measured], ids: torch.Tensor, folder: Path) -> list[torch.Tensor]:
+    checkpoints = {str(i): case.megatron / "release" for i, case in enumerate(cases)}
+    logits = megatron_logits(checkpoints, ids, folder)
+    return [logits[name] for name in checkpoints]
 
 
 def make_cases(root: Path) -> list[Measured]:
@@ -174,7 +160,7 @@ def measured(tmp_path_factory) -> list[Measured]:
     cases = make_cases(root)
     ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
     assert ids.shape[1] <= WINDOW
-    for case, got in zip(cases, megatron_logits(cases, ids, root), strict=True):
+    for case, got in zip(cases, in_megatron(cases, ids, root), strict=True):
         assert got.abs().max() > LOGITS_SIZE  # else the tolerance would mean little
         for name, folder in {**case.exports, **case.controls}.items():
             case.differences[name] = float((got - logits_of(folder, ids)).abs().max())
@@ -198,7 +184,7 @@ def test_logits_are_those_of_transformers_and_every_fault_is_seen(measured):
 def test_a_window_is_exact_up_to_its_length_and_no_further(measured, tmp_path):
     (case,) = (case for case in measured if (case.family, case.gates) == ("mistral-v0.1", "dense"))
     ids = torch.randint(0, VOCAB, (1, WINDOW + 16), generator=torch.Generator().manual_seed(1))
-    (got,) = megatron_logits([case], ids, tmp_path)
+    (got,) = in_megatron([case], ids, tmp_path)
     difference = (got - logits_of(case.exports["own"], ids)).abs().amax(dim=(0, 2))
     assert difference[:WINDOW].max() < LOGITS_TOLERANCE
     assert difference[WINDOW:].max() > NOTICEABLE

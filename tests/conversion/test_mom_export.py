@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conversion.in_megatron import megatron_logits
 from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, STD, VOCAB, save_model
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +18,6 @@ from megatron_l0moe.conversion.families import extra_states
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = {"llama": "llama3.1", "llama_tied": "llama-tied", "mistral": "mistral-v0.2"}
 DENSE_LAYERS, MASKS, TOP_K = 1, 4, 2
 SETTINGS = {"stage": "mom", "dense_layers": DENSE_LAYERS, "l0_masks": MASKS, "l0_masks_top_k": TOP_K}
@@ -65,34 +62,20 @@ def exported(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def megatron_logits(exported, tmp_path_factory) -> dict[str, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("logits")
-    jobs = [
-        {"name": family, "checkpoint": str(place / "mom/release"), "ids": IDS.tolist()}
-        for family, place in exported.items()
-    ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    program = Path(__file__).with_name("megatron_logits.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder / "jobs.json"), str(folder / "out.pt")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "out.pt")
+def expected_logits(exported, tmp_path_factory) -> dict[str, torch.Tensor]:
+    checkpoints = {family: place / "mom/release" for family, place in exported.items()}
+    return megatron_logits(checkpoints, IDS, tmp_path_factory.mktemp("logits"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_stock_transformers_computes_megatrons_logits(exported, megatron_logits, family):
+def test_stock_transformers_computes_megatrons_logits(exported, expected_logits, family):
     model, loading = AutoModelForCausalLM.from_pretrained(
         exported[family] / "export", output_loading_info=True
     )
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model).__name__ == "Ernie4_5_MoeForCausalLM"
-    expected = megatron_logits[family]
+    expected = expected_logits[family]
     tolerance = FP32_RELATIVE_TOLERANCE * expected.abs().max()
     assert (model(IDS).logits - expected).abs().max() < tolerance
     model.model.layers[-1].mlp.shared_experts.down_proj.weight.zero_()  # control

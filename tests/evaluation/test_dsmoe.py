@@ -62,7 +62,7 @@ def test_no_other_code_is_run(export, tmp_path):
 def test_open_blocks_by_hand(export, heldout):
     model, sequences = load_model(export), read_heldout(heldout)
     with OpenBlocks(model) as load:
-        table = measure(model, sequences, router_load=load)
+        table = measure(model, sequences, counts=load)
     assert measure(model, sequences).overall == table.overall  # counting changes nothing
     counts: dict[int, dict[str, torch.Tensor]] = {}
     tokens = dict.fromkeys(("code", "novel"), 0)

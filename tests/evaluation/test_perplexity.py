@@ -112,7 +112,7 @@ def test_bad_heldout_files(tmp_path, text, message):
 def test_router_load_against_router_logits(models, heldout):
     sequences, model = read_heldout(heldout), load_model(models[1])
     with RouterLoad(model) as load:
-        measure(model, sequences, batch=3, router_load=load)
+        measure(model, sequences, batch=3, counts=load)
     fractions = load.fractions()
     assert list(fractions) == [1, 2]
     logits = {1: [], 2: []}
