@@ -35,12 +35,21 @@ class Numbers:
             rows = self._rows[page] = {}
             for one in table["results"]:
                 rows.setdefault(one["row"], []).append(one)
+        self._controls: dict[str, list[Json]] = {}
+        for one in tables.get(MAIN, {}).get("controls", []):
+            self._controls.setdefault(one["control"], []).append(one)
+
+    def control(self, name: str, key: str = "frozen_loss") -> str:
+        """Return what a way to hold the retention ended with: loss with the frozen mask, or `largest_distance`."""
+        if name not in self._controls:
+            raise L0MoEError(
+                f"A template asks for the control {name!r}; there are {', '.join(self._controls)}."
+            )
+        return _mean([one[key] for one in self._controls[name]])
 
     def ratio(self, row: str, to: str = "base", *, domain: str | None = None, page: str = MAIN) -> str:
         """Return perplexity over that of another row, of the same seed where both have seeds."""
-        values = self._ratios(row, to, domain, page)
-        spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.3f}{spread}"
+        return _mean(self._ratios(row, to, domain, page))
 
     def perplexity(self, row: str, *, page: str = MAIN) -> str:
         """Return the held-out perplexity over all domains."""
@@ -119,6 +128,11 @@ class Numbers:
     def _after(self, row: str, page: str) -> float:
         phases = self._of(row, page)[0]["phases"]
         return float(sum(phase["flops"] for phase in phases if phase["name"] != "pretraining"))
+
+
+def _mean(values: list[float]) -> str:
+    spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def write_prose(docs: Path) -> None:

@@ -34,7 +34,9 @@ def numbers() -> prose.Numbers:
         one("other", 1, 20.0, phases=phases[:2]),
         one("alone", 3, 20.0),
     ]  # fmt: skip
-    return prose.Numbers({"reproduction": {"results": rows}, "second": {"results": rows[:1]}})
+    controls = [{"control": "held", "frozen_loss": loss, "largest_distance": 0.5} for loss in (4.0, 4.2)]
+    main = {"results": rows, "controls": controls}
+    return prose.Numbers({"reproduction": main, "second": {"results": rows[:1]}})
 
 
 def test_numbers_by_hand() -> None:
@@ -49,6 +51,8 @@ def test_numbers_by_hand() -> None:
     assert (n.seeds("m"), n.speed("m", "prefill"), n.active("m")) == (2, "1.26", "50 %")
     assert (n.size("m"), n.tokens("m"), n.parameters("m")) == ("1.50", "0.82", "3.0")
     assert n.flops("m", "other") == "1.33"
+    assert n.control("held") == "4.100 +- 0.141"
+    assert n.control("held", "largest_distance") == "0.500 +- 0.000"
 
 
 def test_what_is_not_there_is_refused() -> None:
@@ -58,6 +62,8 @@ def test_what_is_not_there_is_refused() -> None:
         numbers().ratio("m", page="third")
     with pytest.raises(L0MoEError, match="no seed in common"):
         numbers().ratio("m", "alone")
+    with pytest.raises(L0MoEError, match="control 'free'; there are held"):
+        numbers().control("free")
 
 
 def test_the_pages_are_those_that_the_tables_give() -> None:
