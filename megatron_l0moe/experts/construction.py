@@ -6,7 +6,6 @@ docs/experts.md.
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from megatron_l0moe.experts.coactivation import cluster_of
 from megatron_l0moe.experts.low_rank import keep_by_svd
 from megatron_l0moe.experts.optimal_brain import keep_by_obs
 from megatron_l0moe.experts.refit import refit, relative_error
+from megatron_l0moe.modules.keyed_random import keyed_generator
 
 PAIRS: dict[str, Pairs] = {
     "random": "none",
@@ -156,9 +156,7 @@ def _cluster(settings: ConstructionSettings, calibration: Calibration, fc2: Tens
 
 def random_units(seed: int, expert: int, layer: int, channels: int, width: int) -> Tensor:
     """Return E of the F units, all choices equally likely, keyed by seed, expert and layer; int64 [E], ascending."""
-    key = np.random.SeedSequence([seed, expert, layer]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(key) & (2**63 - 1))
-    return torch.randperm(channels, generator=generator)[:width].sort().values
+    return torch.randperm(channels, generator=keyed_generator(seed, expert, layer))[:width].sort().values
 
 
 def magnitude_scores(activation_squares: Tensor, fc2: Tensor) -> Tensor:

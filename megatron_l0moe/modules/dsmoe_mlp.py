@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_l0moe.modules.block_gate import BlockGateConfig, block_weights, open_blocks, sparsity_loss
 from megatron_l0moe.modules.scaled_mlp import ScaledMLP
-from megatron_l0moe.modules.token_gate import TokenGate, keyed_start
+from megatron_l0moe.modules.token_gate import TokenGate
 
 
 class BlockGate(TokenGate):
@@ -43,14 +43,15 @@ class BlockGate(TokenGate):
         gated_layers: int,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
-        start = keyed_start(
-            block_config.l0_blocks,
-            config.hidden_size,
+        super().__init__(
+            config,
+            layer=layer,
+            parts=block_config.l0_blocks,
             std=block_config.l0_block_init_std,
             seed=block_config.l0_block_seed,
-            layer=layer,
+            counts=3,
+            tp_group=tp_group,
         )
-        super().__init__(config, layer=layer, start=start, counts=3, tp_group=tp_group)
         self.block_config = block_config
         self.gated_layers = gated_layers
 
@@ -70,9 +71,11 @@ class BlockGate(TokenGate):
         scores = self.scores(hidden_states)
         is_open = open_blocks(scores, self.block_config.l0_block_threshold)
         weights, loss = block_weights(scores, is_open), sparsity_loss(scores, is_open)
-        tokens = is_open[..., 0].numel()
-        active = is_open.sum(dtype=torch.float64) / is_open.shape[-1]
-        self.count(torch.stack([active, loss.double() * tokens, active.new_tensor(float(tokens))]))
+        if self.is_counting:
+            tokens = is_open[..., 0].numel()
+            active = is_open.sum(dtype=torch.float64) / is_open.shape[-1]
+            total_loss = loss.detach().double() * tokens
+            self.count(torch.stack([active, total_loss, active.new_tensor(float(tokens))]))
         return self.hand_out(weights, loss * (self.block_config.l0_block_sparsity_coeff / self.gated_layers))
 
 

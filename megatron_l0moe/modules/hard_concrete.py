@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +18,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from megatron_l0moe.modules.collectives import gather_shards
+from megatron_l0moe.modules.keyed_random import keyed_generator
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig, RetentionController
 
 UNIFORM_EPSILON = 1e-6  # keeps log(u) and log(1 - u) finite in float32
@@ -89,9 +89,7 @@ def gate_noise(*, seed: int, iteration: int, layer: int, size: int, device: torc
     Keyed by (seed, iteration, layer) only, so that the noise does not depend on the layout, is the same under
     activation recomputation, and needs no generator state in checkpoints.
     """
-    key = np.random.SeedSequence([seed, iteration, layer]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(device=device)
-    generator.manual_seed(int(key) & (2**63 - 1))
+    generator = keyed_generator(seed, iteration, layer, device=device)
     u = torch.rand(size, generator=generator, device=device, dtype=torch.float32)
     return u.clamp(UNIFORM_EPSILON, 1 - UNIFORM_EPSILON)
 

@@ -22,7 +22,7 @@ from megatron_l0moe.modules.mom_masks import MaskGate
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import balance_loss
 from megatron_l0moe.modules.scaled_mlp import AttachPenalty, ScaledMLP
-from megatron_l0moe.modules.token_gate import TokenGate, keyed_start
+from megatron_l0moe.modules.token_gate import TokenGate
 
 
 class MaskRouter(TokenGate):
@@ -36,14 +36,15 @@ class MaskRouter(TokenGate):
         layer: int,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
-        start = keyed_start(
-            mask_config.l0_masks,
-            config.hidden_size,
+        super().__init__(
+            config,
+            layer=layer,
+            parts=mask_config.l0_masks,
             std=mask_config.l0_masks_init_std,
             seed=mask_config.l0_masks_seed,
-            layer=layer,
+            counts=2,
+            tp_group=tp_group,
         )
-        super().__init__(config, layer=layer, start=start, counts=2, tp_group=tp_group)
         self.mask_config = mask_config
 
     def forward(self, hidden_states: Tensor, mask_load: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +61,9 @@ class MaskRouter(TokenGate):
         weights, chosen = choose_masks(logits, self.mask_config.l0_masks_top_k)
         probability = torch.softmax(logits, dim=-1).flatten(0, -2).mean(dim=0)
         loss = balance_loss(mask_load, probability)
-        self.count(torch.stack([loss.double(), loss.new_ones((), dtype=torch.float64)]))
+        if self.is_counting:
+            seen = loss.detach().double()
+            self.count(torch.stack([seen, torch.ones_like(seen)]))
         weights, loss = self.hand_out(weights, loss * self.mask_config.l0_masks_balance_coeff)
         return weights, chosen, loss
 

@@ -4,7 +4,6 @@ Shapes: s = sequence (local under sequence parallelism), S = the sequence that t
 b = micro-batch, h = hidden, n = parts to choose from.
 """
 
-import numpy as np
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -13,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_l0moe.modules.collectives import copy_to_shards
+from megatron_l0moe.modules.keyed_random import keyed_generator
 
 
 class TokenGate(MegatronModule):
@@ -21,7 +21,9 @@ class TokenGate(MegatronModule):
     Args:
         config: Megatron's transformer config.
         layer: global index of the layer, from 0.
-        start: first weight, float32 [n, h], the same in every layout.
+        parts: n.
+        std: standard deviation of the random start, which is keyed by `seed` and layer and so the same in every layout.
+        seed: of the start.
         counts: how many sums of a global batch the gate keeps.
         tp_group: tensor-parallel group that shards the MLP.
     """
@@ -31,7 +33,9 @@ class TokenGate(MegatronModule):
         config: TransformerConfig,
         *,
         layer: int,
-        start: Tensor,
+        parts: int,
+        std: float,
+        seed: int,
         counts: int,
         tp_group: torch.distributed.ProcessGroup,
     ) -> None:
@@ -39,6 +43,7 @@ class TokenGate(MegatronModule):
         self.layer = layer
         self.tp_group = tp_group
         self.is_sequence_sharded = bool(config.sequence_parallel) and tp_group.size() > 1
+        start = std * torch.randn(parts, config.hidden_size, generator=keyed_generator(seed, layer))
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(start.to(device=device, dtype=config.params_dtype))
         # each rank sees its own part of the sequence: Megatron sums the gradients of so marked weights over the ranks
@@ -71,14 +76,11 @@ class TokenGate(MegatronModule):
             return gathered, loss / self.tp_group.size()
         return copy_to_shards(weights, self.tp_group), loss
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether this pass goes into the sums; under recomputation a layer runs twice, and counts once."""
+        return self.training and torch.is_grad_enabled()
+
     def count(self, seen: Tensor) -> None:
-        """Add to the sums what a micro-batch saw; under recomputation a layer runs twice, and counts once."""
-        if self.training and torch.is_grad_enabled():
-            self.sums = self.sums.to(seen.device) + seen.detach()
-
-
-def keyed_start(parts: int, hidden: int, *, std: float, seed: int, layer: int) -> Tensor:
-    """Return a random start, keyed by seed and layer and so the same in every layout; float32 [n, h]."""
-    key = np.random.SeedSequence([seed, layer]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(key) & (2**63 - 1))
-    return std * torch.randn(parts, hidden, generator=generator)
+        """Add to the sums what a micro-batch saw; float64 [counts]."""
+        self.sums = self.sums.to(seen.device) + seen
