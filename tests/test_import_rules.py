@@ -12,7 +12,7 @@ import megatron_l0moe
 
 PACKAGE = Path(megatron_l0moe.__file__).parent
 ROOT = PACKAGE.parent
-MAX_LINES = 350
+MAX_LINES = 500
 WITHOUT_TORCH = (
     "launch/",
     "reports/",
