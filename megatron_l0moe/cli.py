@@ -294,10 +294,11 @@ def _stage(
     phase: str | None = None,
 ) -> None:
     with one_sentence(runs_dir):
+        from megatron_l0moe.launch.machine import begun
         from megatron_l0moe.launch.pipeline import carry_out
 
         _log_to_stderr()
-        this = _load(recipe, runs_dir)
+        this = begun(_load(recipe, runs_dir))
         if phase is not None:
             from megatron_l0moe.launch.phases import run_phase
 

@@ -22,9 +22,11 @@ from megatron_l0moe.recipe_methods import (
 )
 from megatron_l0moe.recipe_sections import (
     DataSection,
+    Dtype,
     EvaluationSection,
     ExpertTrainingSection,
     ExportSection,
+    Flags,
     ModelSection,
     MoETrainingSection,
     ParallelSection,
@@ -33,8 +35,11 @@ from megatron_l0moe.recipe_sections import (
 )
 from megatron_l0moe.settings_file import first_problem, load_settings
 
+DtypeChoice = Literal["auto", Dtype]
 Section = Literal["expert_training", "moe_training"]
 SECTIONS: tuple[Section, ...] = ("expert_training", "moe_training")
+DTYPE_FLAGS = {"bfloat16": "bf16"}
+"""Megatron's flag of a dtype; it trains in float32 without one."""
 CHECKED_SECTIONS = ("model", "expert_training", "moe_training", "export", "evaluation", *SECTIONS_OF_METHODS)
 """Sections with keys that not every method has."""
 
@@ -47,6 +52,8 @@ class Recipe(RecipePart):
     method: ModelMethod = "l0moe"
     """What is made of the dense model; docs/methods.md has the methods beside L0-MoE."""
     seed: int = 1234
+    dtype: DtypeChoice = "auto"
+    """Of training and evaluation. auto: bfloat16 on GPUs; on a CPU the one that it multiplies matrices faster in."""
     model: ModelSection
     data: DataSection
     expert_training: ExpertTrainingSection = ExpertTrainingSection()
@@ -61,6 +68,7 @@ class Recipe(RecipePart):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         self._check_method()
+        self._check_dtype()
         k = self.model.num_experts
         if self.method == "l0moe" and self.model.top_k > k:
             raise ValueError(f"model.top_k ({self.model.top_k}) must be at most model.num_experts ({k})")
@@ -94,6 +102,35 @@ class Recipe(RecipePart):
                 f"moe_training.parallel.context ({self.moe_training.parallel.context}) must be 1 for method "
                 f"{self.method}, which was never run with more"
             )
+
+    def _check_dtype(self) -> None:
+        for section in SECTIONS:
+            flag = self._dtype_flag(section)
+            if flag and self.dtype != "auto" and flag != DTYPE_FLAGS.get(self.dtype):
+                raise ValueError(
+                    f"{section}.flags sets {flag!r}, but dtype is {self.dtype}; remove one of the two"
+                )
+
+    def _dtype_flag(self, section: Section) -> str | None:
+        flags = self.expert_training.flags if section == "expert_training" else self.moe_training.flags
+        return next((name for name in ("bf16", "fp16") if name in flags), None)
+
+    def dtype_flags(self, section: Section) -> Flags:
+        """Return Megatron's flag of the dtype that a section trains in; none for float32, or if its `flags` say it."""
+        name = None if self._dtype_flag(section) else DTYPE_FLAGS.get(self.dtype)
+        return {name: True} if name else {}
+
+    def trains_in_bf16(self, section: Section) -> bool:
+        """Say whether the weights of a training section are bfloat16."""
+        return "bf16" in (self._dtype_flag(section), *self.dtype_flags(section))
+
+    def settled(self, dtype: Dtype = "float32") -> "Recipe":
+        """Return the recipe with `dtype` in the place of every `auto`."""
+        of_run = dtype if self.dtype == "auto" else self.dtype
+        if self.evaluation.dtype != "auto":
+            return self.model_copy(update={"dtype": of_run})
+        evaluation = self.evaluation.model_copy(update={"dtype": of_run})
+        return self.model_copy(update={"dtype": of_run, "evaluation": evaluation})
 
     def parallel(self, section: Section) -> ParallelSection:
         """Return the layout's keys of a training section."""
@@ -159,6 +196,16 @@ class Recipe(RecipePart):
     def set_passes(self) -> int | None:
         """How often the ordered sets are gone through; None: once."""
         return self.data.set_passes if self.data.set_passes > 1 else None
+
+    @property
+    def expert_dtype(self) -> str | None:
+        """What `dtype` alone makes of the expert runs; None: float32, or what their `flags` say."""
+        return next(iter(self.dtype_flags("expert_training")), None) if self.construction is None else None
+
+    @property
+    def moe_dtype(self) -> str | None:
+        """What `dtype` alone makes of MoE training; None: float32, or what its `flags` say."""
+        return next(iter(self.dtype_flags("moe_training")), None)
 
     @property
     def router_init(self) -> RouterInit | None:

@@ -10,6 +10,7 @@ from megatron_l0moe.settings_file import Settings
 Flag = bool | int | float | str
 Method = Literal["l0", "random", "magnitude", "obs", "svd", "coactivation"]
 RouterInit = Literal["domain_mean", "normal"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
@@ -300,7 +301,8 @@ class BenchmarkSection(RecipePart):
 class EvaluationSection(RecipePart):
     """Perplexity per domain and speed, dense against L0-MoE, with transformers; and benchmarks where asked for."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of both models when they are measured; auto: that of the recipe."""
     prefill_tokens: int = Field(default=512, ge=1)
     decode_tokens: int = Field(default=32, ge=1)
     repeats: int = Field(default=5, ge=1)
@@ -308,6 +310,11 @@ class EvaluationSection(RecipePart):
     """Positions of real text on which Megatron's and the exported model's logits are compared."""
     benchmarks: BenchmarkSection | None = None
     """None: no benchmarks are run."""
+
+    @property
+    def settled_dtype(self) -> Dtype:
+        """The dtype; one that is still `auto`, outside of a run, is float32."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
 
 class ExportSection(RecipePart):

@@ -43,7 +43,7 @@ def run_on_slurm(
     run: "Run", selected: "tuple[StageSpec, ...]", cluster_file: Path | None, *, dry_run: bool
 ) -> None:
     """Submit a run, or show what would be submitted."""
-    from megatron_l0moe.launch import slurm_dryrun
+    from megatron_l0moe.launch import machine, slurm_dryrun
     from megatron_l0moe.launch.cluster import load_cluster
     from megatron_l0moe.launch.submit import Request, submit_chain
 
@@ -51,9 +51,9 @@ def run_on_slurm(
         raise L0MoEError(
             "--launcher slurm needs --cluster FILE; see slurm/clusters/ for files to start from."
         )
-    request = Request(
-        run=run, selected=selected, cluster=load_cluster(cluster_file), cluster_file=cluster_file
-    )
+    cluster = load_cluster(cluster_file)
+    run, _ = machine.settle(run, on_gpus=cluster.gpus_per_node > 0, keep=not dry_run)
+    request = Request(run=run, selected=selected, cluster=cluster, cluster_file=cluster_file)
     if dry_run:
         slurm_dryrun.show(request, typer.echo)
     else:

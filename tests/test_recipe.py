@@ -145,7 +145,7 @@ def test_broken_rule(tmp_path: Path, changes: dict[str, object], message: str) -
     ("text", "message"),
     [
         ("a: [1", "is not valid YAML"),
-        ("- 1\n- 2\n", "must be a mapping with the keys name, method, seed, model"),
+        ("- 1\n- 2\n", "must be a mapping with the keys name, method, seed, dtype, model"),
         ("name: a\nname: b\n", r"the key 'name' is there twice \(line 2\)"),
         ("", "must be a mapping"),
     ],

@@ -48,7 +48,7 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
         if not folder.is_dir():
             raise L0MoEError(f"{folder} does not exist; run the {stage} stage first.")
     sequences = read_heldout(run / "curate" / "heldout.jsonl")
-    dtype = recipe.evaluation.dtype
+    dtype = recipe.evaluation.settled_dtype
     tables: dict[str, PerplexityTable] = {}
     seconds: dict[str, float] = {}
 
@@ -62,11 +62,11 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
         record("l0moe_untrained", _untrained(recipe, run, out / "untrained", sequences), start)
     start = time.monotonic()
     dense = load_model(dense_dir, dtype=dtype, device=device())
-    record("dense", measure(dense, sequences), start)
+    record("dense", measure(dense, sequences, name="dense"), start)
     start = time.monotonic()
     made = load_model(export_dir, dtype=dtype, device=device())
     with OpenBlocks(made) if method == "dsmoe" else RouterLoad(made) as load:
-        record(method, measure(made, sequences, counts=load), start)
+        record(method, measure(made, sequences, counts=load, name=method), start)
     open_blocks = _write_load(load, out)
 
     start = time.monotonic()
@@ -123,8 +123,8 @@ def _untrained(
             top_k=recipe.model.top_k,
             target="transformers",
         )
-        model = load_model(folder, dtype=recipe.evaluation.dtype, device=device())
-        table = measure(model, sequences)
+        model = load_model(folder, dtype=recipe.evaluation.settled_dtype, device=device())
+        table = measure(model, sequences, name="l0moe_untrained")
         del model  # its files are mapped into memory: free them before the folder goes
         gc.collect()
     finally:

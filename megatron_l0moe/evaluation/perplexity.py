@@ -63,8 +63,9 @@ def measure(
     *,
     batch: int = 4,
     counts: DomainCounts | None = None,
+    name: str = "the model",
 ) -> PerplexityTable:
-    """Measure a loaded model; `counts`, if given, are told the domains of every batch.
+    """Measure a loaded model, called `name` in messages; `counts`, if given, are told the domains of every batch.
 
     Raises:
         L0MoEError: a token id outside the model's vocabulary, or a likelihood that is not a number.
@@ -85,7 +86,7 @@ def measure(
         done += len(rows)
         if time.monotonic() - last > PROGRESS_SECONDS:
             last = time.monotonic()
-            logger.info("perplexity: %d/%d sequences", done, len(sequences))
+            logger.info("perplexity of %s: %d/%d sequences", name, done, len(sequences))
     return totals.table()
 
 

@@ -8,8 +8,10 @@ from typing import Any
 from megatron_l0moe.conversion.architecture import Architecture, read_config
 from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch import jobs, machine, preflight
 from megatron_l0moe.launch.construction import construct_job
+from megatron_l0moe.launch.forecast import forecast
+from megatron_l0moe.launch.pipeline import outlook
 from megatron_l0moe.launch.stages import Run, StageSpec, chain, folders, stage_command
 from megatron_l0moe.planning.method_counts import dsmoe_counts
 from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters, l0moe_counts
@@ -122,8 +124,11 @@ def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
     Raises:
         L0MoEError: the recipe does not fit the model.
     """
+    run, this_machine = machine.settle(run, keep=False)
     plan = Plan(run)
     lines = [f"Run {run.recipe.name} in {run.folder}. This is a plan: nothing is started or written."]
+    ahead = forecast(run.recipe, plan.architecture, this_machine) if plan.architecture else None
+    lines += outlook(run, selected, this_machine, ahead)
     if plan.note:
         lines.append(f"Sizes and training commands are left out: {plan.note}")
     order = chain(run.recipe.method)

@@ -1,20 +1,26 @@
-"""How far a run is and how long it will still take, from what was measured in this run and nothing else.
+"""How far a run is and how long it will still take, from what was measured in this run and a forecast of the rest.
 
-Before the first training step nothing is known and nothing is claimed. Then the median time of the last steps
-gives the time of all training steps that are left; a stage that was not measured yet borrows the time per
-token of one that was, weighted by what a token costs there. Stages without tokens (convert, assemble, export,
-report) take seconds to minutes and are not counted, which is one reason why the display says "about".
+Once training steps were timed, they give the time of all steps that are left; a stage whose steps were not timed yet
+borrows the time per token of one whose were, weighted by what a token costs there. Everything else is the forecast's
+(see `forecast.py`), stretched by how much slower or faster this machine turned out to be than it. The stage under way
+tells by its own messages how much of it is done. Where there is no forecast, nothing is claimed before the first step.
 """
 
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_l0moe.data.manifest import MARKER, read_manifest
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.launch.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast, Parts
+from megatron_l0moe.launch.stages import Run, folders
 
 RECENT_STEPS = 20
+LEAST_SHARE = 0.1
+"""Of a stage that takes longer than was forecast, what is said to be left; and what has to be done before it counts."""
+MOST_OFF = 5.0
+"""Times that a stage may turn out slower or faster than was forecast."""
 TAIL_BYTES = 1 << 18
 EVALUATION_COST = 1.0
 """Held-out tokens pass three models forwards only, and a forward pass is a third of a training step."""
@@ -59,29 +65,108 @@ def moe(run: Run) -> Training:
     return training(run.stage_folder("moe"), run.recipe.moe_steps)
 
 
-def seconds_left(run: Run, names: tuple[str, ...]) -> float | None:
-    """Estimate the time that the stages `names` still take; None while no training step was measured."""
-    recipe = run.recipe
-    expert_runs, moe_run = experts(run), moe(run)
-    expert_tokens = recipe.data.seq_length * recipe.expert_training.global_batch_size
-    moe_tokens = recipe.data.seq_length * recipe.moe_global_batch_size
-    measured = [(r.seconds_per_step, expert_tokens) for r in expert_runs if r.seconds_per_step is not None]
-    expert_rate = statistics.median(s / t for s, t in measured) if measured else None
-    moe_rate = None if moe_run.seconds_per_step is None else moe_run.seconds_per_step / moe_tokens
-    known = [rate for rate in (expert_rate, moe_rate) if rate is not None]
-    if not known:
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where the stage under way is."""
+
+    spent: float = 0.0
+    """Seconds since it was started by this command."""
+    message: str = ""
+    """Its last message, such as `embedded documents: 160/1299 (7/s)`."""
+
+
+def seconds_left(
+    run: Run, names: tuple[str, ...], forecast: Forecast | None = None, at: Position | None = None
+) -> float | None:
+    """Estimate the time that the stages `names` still take.
+
+    Args:
+        names: the stage under way first.
+        forecast: of the whole run; None where there is none, as on GPUs.
+        at: where the stage under way is; None: it has not begun.
+
+    Returns:
+        Seconds; None without a forecast while no training step was measured.
+    """
+    rates = _Rates(run, forecast)
+    if rates.known is None:
         return None
     left = 0.0
-    if "experts" in names:
-        steps = sum(r.steps - r.done for r in expert_runs)
-        jobs = sum(not _done(run.expert_folder(k)) for k in range(recipe.model.num_experts))
-        alone = steps * expert_tokens * (expert_rate or known[0]) + jobs * _start_up(run)
-        left += alone / max(min(recipe.expert_training.at_once, jobs), 1)
-    if "moe" in names and not _done(run.stage_folder("moe")):
-        left += (moe_run.steps - moe_run.done) * moe_tokens * (moe_rate or known[0]) + _start_up(run)
-    if "evaluate" in names and not _done(run.stage_folder("evaluate")):
-        left += _heldout_tokens(run) * EVALUATION_COST * known[-1]
+    for name in names:
+        if all(_done(folder) for folder in folders(run, name)):
+            continue
+        if name == "experts" and run.recipe.construction is None:
+            left += _experts_left(run, rates)
+        elif name == "moe":
+            left += _moe_left(run, rates)
+        elif forecast is not None:
+            stretched = {part: rates.pace * seconds for part, seconds in forecast.stages[name].items()}
+            left += _part_left(stretched, at or Position()) if name == names[0] else sum(stretched.values())
+        elif name == "evaluate":
+            left += _heldout_tokens(run) * EVALUATION_COST * rates.known
     return left
+
+
+class _Rates:
+    """Seconds of a training token: measured where steps were timed, else forecast or borrowed."""
+
+    def __init__(self, run: Run, forecast: Forecast | None) -> None:
+        tokens = _step_tokens(run)
+        steps = [r.seconds_per_step for r in experts(run) if r.seconds_per_step is not None]
+        moe_step = moe(run).seconds_per_step
+        measured = {
+            "experts": statistics.median(steps) / tokens["experts"] if steps else None,
+            "moe": None if moe_step is None else moe_step / tokens["moe"],
+        }
+        paces = [rate / forecast.per_token[name] for name, rate in measured.items() if rate and forecast]
+        self.pace = paces[-1] if paces else 1.0
+        """How much longer things take here than was forecast."""
+        self.known = next((rate for rate in (measured["moe"], measured["experts"]) if rate is not None), None)
+        """Of any stage whose steps were timed, or forecast; None: nothing is known."""
+        if forecast is not None:
+            self._rates = {n: m or self.pace * forecast.per_token[n] for n, m in measured.items()}
+            self.known = self.known or self._rates["moe"]
+        else:
+            self._rates = {n: m or self.known or 0.0 for n, m in measured.items()}
+
+    def of(self, name: str) -> float:
+        """Return the seconds of a token of one job of a stage."""
+        return self._rates[name]
+
+
+def _experts_left(run: Run, rates: _Rates) -> float:
+    runs, count = experts(run), run.recipe.model.num_experts
+    jobs = sum(not _done(run.expert_folder(k)) for k in range(count))
+    steps = sum(r.steps - r.done for r in runs)
+    alone = steps * _step_tokens(run)["experts"] * rates.of("experts") + jobs * _start_up(run)
+    return alone / max(min(run.recipe.expert_training.at_once, jobs), 1)
+
+
+def _moe_left(run: Run, rates: _Rates) -> float:
+    position = moe(run)
+    steps = (position.steps - position.done) * _step_tokens(run)["moe"] * rates.of("moe")
+    return steps + (_start_up(run) if not position.done else 0.0)
+
+
+def _part_left(parts: Parts, at: Position) -> float:
+    """Return what is left of a stage, from the part and the count in its last message."""
+    total, before = sum(parts.values()), 0.0
+    for name, seconds in parts.items():
+        if at.message.startswith(name) and (count := re.search(r"(\d+)(?:/| of )(\d+)", at.message)):
+            share = min(int(count[1]) / max(int(count[2]), 1), 1.0)
+            before += share * seconds
+            pace = at.spent / before if before > LEAST_SHARE * total else 1.0
+            return (total - before) * min(max(pace, 1 / MOST_OFF), MOST_OFF)
+        before += seconds
+    return max(total - at.spent, LEAST_SHARE * total)
+
+
+def _step_tokens(run: Run) -> dict[str, int]:
+    recipe = run.recipe
+    return {
+        "experts": recipe.data.seq_length * recipe.expert_training.global_batch_size,
+        "moe": recipe.data.seq_length * recipe.moe_global_batch_size,
+    }
 
 
 def words(seconds: float) -> str:
@@ -93,7 +178,7 @@ def words(seconds: float) -> str:
 
 
 def _start_up(run: Run) -> float:
-    """Seconds of an expert job outside of its steps, median of those that are finished; 0 while unknown."""
+    """Seconds of an expert job outside of its steps: median of those that are finished, before that a guess."""
     overheads = []
     for k in range(run.recipe.model.num_experts):
         folder = run.expert_folder(k)
@@ -103,7 +188,7 @@ def _start_up(run: Run) -> float:
         if isinstance(process, dict) and path.is_file():
             stepping = sum(float(row.get("seconds", 0.0)) for row in _tail(path))
             overheads.append(max(float(process.get("seconds", 0.0)) - stepping, 0.0))
-    return statistics.median(overheads) if overheads else 0.0
+    return statistics.median(overheads) if overheads else COMMAND_SECONDS + JOB_SECONDS
 
 
 def _heldout_tokens(run: Run) -> int:

@@ -17,6 +17,7 @@ from megatron_l0moe.launch.method_flags import expert_flags, method_flags, stage
 from megatron_l0moe.launch.owned_flags import NOT_IN_A_TRIAL, OWNED_BY_THE_CHAIN
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe import Recipe, Section
 from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, Flags, MoETrainingSection
 
 PRETRAIN = "megatron_l0moe.training.pretrain"
@@ -86,7 +87,9 @@ def expert_job(
         | {"l0-mask-lr": training.mask_learning_rate, "l0-noise-seed": recipe.seed}
         | {"l0-train-weights": "on" if training.train_weights else "off"}
     )
-    return _job(python, training, architecture, flags, "expert_training", trial, name=f"expert_{k:03d}")
+    return _job(
+        python, training, architecture, flags, "expert_training", trial, recipe, name=f"expert_{k:03d}"
+    )
 
 
 def moe_job(
@@ -112,7 +115,7 @@ def moe_job(
         | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
         | method_flags(recipe)
     )
-    return _job(python, training, architecture, flags, "moe_training", trial)
+    return _job(python, training, architecture, flags, "moe_training", trial, recipe)
 
 
 def logits_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
@@ -245,8 +248,9 @@ def _job(
     training: ExpertTrainingSection | MoETrainingSection,
     architecture: Architecture,
     flags: Flags,
-    section: str,
+    section: Section,
     trial: Trial | None,
+    recipe: Recipe,
     name: str = "",
 ) -> Job:
     """Sum up a job; `name` tells it from the others that share its section of the recipe."""
@@ -258,7 +262,8 @@ def _job(
                 "remove it."
             )
     parallel = training.parallel
-    extra, processes, nodes = _told_apart(training.flags, name), parallel.processes, parallel.nodes
+    extra = recipe.dtype_flags(section) | _told_apart(training.flags, name)
+    processes, nodes = parallel.processes, parallel.nodes
     if trial:
         extra = {flag: value for flag, value in extra.items() if flag not in NOT_IN_A_TRIAL} | dict(
             trial.flags

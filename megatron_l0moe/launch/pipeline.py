@@ -28,8 +28,10 @@ from megatron_l0moe.data.manifest import (
 )
 from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, preflight, records
+from megatron_l0moe.launch import attempts, jobs, machine, preflight, records
 from megatron_l0moe.launch.construction import construct_job
+from megatron_l0moe.launch.estimate import seconds_left, words
+from megatron_l0moe.launch.forecast import Forecast, forecast
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 PARENT_GRACE_SECONDS = 75.0
 """For a process that gives its training job 30 s to stop; twice as long for one that waits for such processes."""
+LONG_SECONDS = 3600.0
+"""A run that takes longer than this is told what would shorten it."""
 Numbers = dict[str, object]
 
 
@@ -53,14 +57,18 @@ def run_chain(run: Run, *, first: str | None = None, last: str | None = None) ->
         KeyboardInterrupt: we were told to stop; every process of the run has ended by then.
     """
     selected = selection(run.recipe.method, first, last)
-    preflight.check(run.recipe)
+    architecture = preflight.check(run.recipe)
     preflight.check_machine(run.recipe)
+    run, this_machine = machine.settle(run)
     for spec in selected:  # refuse before the first hour of work, not after it
         for stage in stages(run, spec.name):
             has_marker(stage)
     with locked(run.folder) as lock:
         write_json(run.folder / "recipe.json", run.recipe.model_dump())
-        progress = Progress(run, selected)
+        ahead = forecast(run.recipe, architecture, this_machine)
+        progress = Progress(run, selected, forecast=ahead)
+        for line in outlook(run, selected, this_machine, ahead):
+            progress.say(line)
         try:
             for spec in selected:
                 _run_stage(run, spec, progress, lock)
@@ -68,6 +76,23 @@ def run_chain(run: Run, *, first: str | None = None, last: str | None = None) ->
             progress.stop()
         if selected[-1].name == "report":
             _say_where(run, progress)
+
+
+def outlook(
+    run: Run, selected: tuple[StageSpec, ...], this_machine: machine.Machine, ahead: Forecast | None
+) -> list[str]:
+    """Say how long what is missing will take on this machine, and what would shorten it where that is hours."""
+    lines = [f"Computing in {run.recipe.dtype} on {this_machine.words}."]
+    left = seconds_left(run, tuple(spec.name for spec in selected), ahead) if ahead else None
+    if left is None:
+        return lines
+    lines.append(f"This will take about {words(left)}, to a factor of two.")
+    if left > LONG_SECONDS:
+        lines.append(
+            "To shorten it: fewer tokens (data.tokens_per_expert, data.tokens_per_set), experts that are chosen and "
+            "not trained (expert_training.method: obs), a smaller model.path, or GPUs."
+        )
+    return lines
 
 
 def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: int | None = None) -> None:

@@ -108,7 +108,8 @@ def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float |
             f"use {gpus // GPUS_PER_NODE * GPUS_PER_NODE}."
         )
     architecture, source = find_architecture(recipe.model.path)
-    bf16 = recipe.moe_training.flags.get("bf16") is True
+    recipe = recipe.settled("bfloat16")  # the plan is one for GPUs
+    bf16 = recipe.trains_in_bf16("moe_training")
     models = {
         stage: stage_model(
             architecture,
@@ -219,7 +220,7 @@ def _stage(
         seq_length=recipe.data.seq_length,
         micro_batch=training.micro_batch_size,
         global_batch=sizes.global_batch or 1,
-        bf16=flags.get("bf16") is True,
+        bf16=recipe.trains_in_bf16(section),
         recompute=recompute,
         overlaps_gradients=flags.get("overlap-grad-reduce") is True,
     )

@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_l0moe.launch import estimate
+from megatron_l0moe.launch.forecast import Forecast
 from megatron_l0moe.launch.stages import Run, StageSpec
 
 PLAIN_SECONDS = 20.0
@@ -20,11 +21,19 @@ LOG_SEPARATOR = " | "
 class Progress:
     """Shows the chain's position; call `tick` often."""
 
-    def __init__(self, run: Run, selected: tuple[StageSpec, ...], console: Console | None = None) -> None:
-        """Start the clock of the whole command."""
+    def __init__(
+        self,
+        run: Run,
+        selected: tuple[StageSpec, ...],
+        console: Console | None = None,
+        *,
+        forecast: Forecast | None = None,
+    ) -> None:
+        """Start the clock of the whole command; `forecast` is what the stages will take, if that is known."""
         self._run = run
         self._names = tuple(spec.name for spec in selected)
         self._console = console or Console(highlight=False)
+        self._forecast = forecast
         self._live: Live | None = None
         self._started = time.monotonic()
         self._shown = 0.0
@@ -77,7 +86,12 @@ class Progress:
     def status(self, spec: StageSpec) -> str:
         """Return position, time spent and time left as one line."""
         so_far = estimate.words(time.monotonic() - self._started)
-        left = estimate.seconds_left(self._run, self._names[self._names.index(spec.name) :])
+        at = estimate.Position(
+            spent=time.monotonic() - self._stage_started,
+            message=last_message(self._run.log_file(spec.name), self._log_start),
+        )
+        names = self._names[self._names.index(spec.name) :]
+        left = estimate.seconds_left(self._run, names, self._forecast, at)
         remaining = "time left known once training starts"
         if left is not None:
             remaining = f"about {estimate.words(left)} left"

@@ -72,7 +72,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.train_weights",
             "expert_training.flags",
         ),
-        added=("construction",),
+        added=("construction", "expert_dtype"),
         restart="resume",
     ),
     StageSpec(
@@ -95,7 +95,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "moe_training.router_learning_rate",
             "moe_training.flags",
         ),
-        added=("method_settings",),
+        added=("method_settings", "moe_dtype"),
         restart="resume",
     ),
     StageSpec(
@@ -198,8 +198,12 @@ def selection(method: ModelMethod, first: str | None, last: str | None) -> tuple
 
 
 def config_hash(name: str, recipe: Recipe) -> str:
-    """Return the hash of the settings that decide a stage's result: its own and those of the stages before it."""
+    """Return the hash of the settings that decide a stage's result: its own and those of the stages before it.
+
+    A dtype that is still `auto` counts as float32; commands put the machine's choice in its place, see `machine.py`.
+    """
     spec = spec_of(name, recipe.method)
+    recipe = recipe.settled()
     own = {path: _setting(recipe, path) for path in spec.settings}
     own |= {path: value for path in spec.added if (value := _setting(recipe, path)) is not None}
     before = {previous: config_hash(previous, recipe) for previous in spec.inputs}

@@ -1,8 +1,13 @@
-"""The GPUs that this machine offers, asked without torch, whose import takes seconds."""
+"""The GPUs and cores that this machine offers, asked without torch, whose import takes seconds."""
 
 import os
 from collections.abc import Callable
 from typing import Any
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> int:

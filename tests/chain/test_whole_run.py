@@ -121,7 +121,7 @@ EXPERT_FILE_BYTES = 2_000  # 2 layers x (16 int32 units + a mean of 32 floats), 
 def test_masks_only_mode_goes_through_the_same_chain(straight, recipe, tmp_path, control):
     """From the straight run's data; expert files hold units alone, and the experts are cut out of the dense model."""
     until = "export" if control == "lagrangian" else "assemble"
-    flags = {"bf16": True, "l0-freeze-fraction": 0.3, "l0-retention-control": control}
+    flags = {"l0-freeze-fraction": 0.3, "l0-retention-control": control}
     masks = toy.change_recipe(
         recipe, tmp_path / "masks.yaml", "expert_training", train_weights=False, flags=flags
     )

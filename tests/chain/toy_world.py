@@ -31,6 +31,7 @@ def make_world(folder: Path) -> Path:
     _write_encoder(folder / "encoder")
     recipe: dict[str, Any] = {
         "name": "toy",
+        "dtype": "bfloat16",
         "model": {
             "path": str(folder / "model"),
             "dense_layers": DENSE,
@@ -53,16 +54,21 @@ def make_world(folder: Path) -> Path:
             "global_batch_size": 2,
             "learning_rate": 1e-3,
             "save_interval": 4,
-            "flags": {"bf16": True, "l0-freeze-fraction": 0.3},
+            "flags": {"l0-freeze-fraction": 0.3},
         },
         "moe_training": {
             "micro_batch_size": 2,
             "learning_rate": 1e-3,
             "router_learning_rate": 1e-2,
             "save_interval": 3,
-            "flags": {"bf16": True},
         },
-        "evaluation": {"prefill_tokens": 16, "decode_tokens": 4, "repeats": 2, "parity_positions": 24},
+        "evaluation": {
+            "dtype": "float32",
+            "prefill_tokens": 16,
+            "decode_tokens": 4,
+            "repeats": 2,
+            "parity_positions": 24,
+        },
     }
     file = folder / "toy.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
