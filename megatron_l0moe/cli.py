@@ -2,7 +2,7 @@
 
 import functools
 import logging
-import warnings
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 
 import megatron_l0moe
 from megatron_l0moe import bench_command, plan_command, slurm_command
-from megatron_l0moe.command_errors import one_sentence
+from megatron_l0moe.command_errors import VERBOSE, one_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,15 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", help="Show the warnings of other libraries too, before the command's name."
+        ),
+    ] = False,
 ) -> None:
+    if verbose:
+        os.environ[VERBOSE] = "1"
     if version:
         typer.echo(megatron_l0moe.__version__)
         raise typer.Exit
@@ -264,8 +272,6 @@ def inspect(
         from rich.console import Console
 
         _log_to_stderr()
-        # Megatron tells on import what it would use on a GPU, which matters to nobody who looks at data.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         from megatron_l0moe.data import inspect as inspection
 
         folder = inspection.open_folder(path)
@@ -297,8 +303,9 @@ def _stage(
         from megatron_l0moe.launch.machine import begun
         from megatron_l0moe.launch.pipeline import carry_out
 
-        _log_to_stderr()
-        this = begun(_load(recipe, runs_dir))
+        this = _load(recipe, runs_dir)
+        _log_to_stderr(this.log_file(name))
+        this = begun(this)
         if phase is not None:
             from megatron_l0moe.launch.phases import run_phase
 
@@ -313,10 +320,30 @@ def _load(recipe: Path, runs_dir: Path) -> "Run":
     return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir)
 
 
-def _log_to_stderr() -> None:
-    """Show our own messages, and only warnings of the libraries."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s | %(message)s", datefmt="%H:%M:%S")
+def _log_to_stderr(log: Path | None = None) -> None:
+    """Show our own messages, and of other libraries errors only; their warnings too where the output is a log.
+
+    Args:
+        log: file that takes the warnings that are not shown; None: they are dropped.
+    """
+    ours = logging.StreamHandler()
+    ours.setFormatter(logging.Formatter("%(asctime)s | %(message)s", datefmt="%H:%M:%S"))
+    handlers: list[logging.Handler] = [ours]
+    if os.environ.get(VERBOSE) != "1":
+        ours.addFilter(_is_ours_or_an_error)
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        logging.captureWarnings(True)
+        # torch gives its loggers a handler of their own, which no filter of ours sees
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log, encoding="utf-8", delay=True))
+    logging.basicConfig(level=logging.WARNING, handlers=handlers)
     logging.getLogger("megatron_l0moe").setLevel(logging.INFO)
+
+
+def _is_ours_or_an_error(record: logging.LogRecord) -> bool:
+    return record.name.startswith("megatron_l0moe") or record.levelno >= logging.ERROR
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ import typer
 
 from megatron_l0moe.errors import L0MoEError
 
+VERBOSE = "L0MOE_VERBOSE"
+"""Variable that is 1 where other libraries' warnings are shown: with --verbose, and where the output is a log."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_l0moe.command_errors import VERBOSE
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import (
     Stage,
@@ -250,7 +251,9 @@ def _side_by_side(run: Run, wanted: tuple[Stage, ...], lock: tuple[int, ...]) ->
     """Train the experts that are not done yet, several at the same time, each by a command of its own."""
     commands = [
         Command(
-            words=[*stage_command(run, "experts"), "--index", str(k)], log=run.log_file(f"expert_{k:03d}")
+            words=[*stage_command(run, "experts"), "--index", str(k)],
+            log=run.log_file(f"expert_{k:03d}"),
+            env={VERBOSE: "1"},
         )
         for k, stage in enumerate(wanted)
         if not is_done(stage)
@@ -286,6 +289,7 @@ def _run_stage(run: Run, spec: StageSpec, progress: Progress, lock: tuple[int, .
         run_command(
             stage_command(run, spec.name),
             log=run.log_file(spec.name),
+            env={VERBOSE: "1"},
             poll=lambda: progress.tick(spec),
             grace=2 * PARENT_GRACE_SECONDS,
             keep_open=lock,
