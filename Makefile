@@ -5,7 +5,7 @@ PY := .venv/bin/python
 RECIPE ?= examples/quickstart.yaml
 PYTEST_ARGS ?= -n 2 --dist loadfile # tests of one file share what they make
 
-.PHONY: help setup quickstart test test-slurm test-distributed check format wheel
+.PHONY: help setup quickstart test test-quickstart test-slurm test-distributed check format wheel
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,9 +23,13 @@ serve-setup: setup ## make the environment in .venv-serve that has vLLM's CPU bu
 serve-check: serve-setup ## serve an exported L0-MoE with vLLM and compare its log-probabilities; MODEL=folder
 	@$(PY) tools/serve_check.py $(if $(MODEL),--model $(MODEL))
 
-test: setup ## all tests; those on the test cluster come last and alone
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slurm"
+test: setup ## all tests; those on the test cluster and on the real model come last and alone
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slurm and not quickstart"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm --durations=10
+	@$(PY) -m pytest -m quickstart --durations=3
+
+test-quickstart: setup ## the quickstart's chain on its real model with next to no tokens; needs the network once
+	@$(PY) -m pytest -m quickstart --durations=3
 
 test-slurm: setup ## the tests on a real Slurm of three virtual nodes on this machine; needs root
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm --durations=10
