@@ -101,7 +101,7 @@ from megatron.core import dist_checkpointing
 path, planted = sys.argv[1], Path(sys.argv[2])
 try:
     dist_checkpointing.load_common_state_dict(path)
-except Exception as error:  # torch wraps the sentence
+except BaseException as error:  # as what torch passes the sentence on
     print("asks for posix.system" in str(error), planted.exists())
 torchs_own(FileSystemReader(path))
 print("torch's own:", planted.exists())
