@@ -9,7 +9,6 @@ The format is that of torch.distributed.checkpoint (DCP): `*.distcp` files hold 
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.conversion.saved_tensors import DAMAGED_PICKLE, SavedTensor
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
@@ -172,10 +172,7 @@ def _latest(folder: Path) -> Path:
 
 
 def _read_metadata(path: Path) -> Metadata:
-    try:
-        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise L0MoEError(f"{path / 'metadata.json'} is damaged; make the checkpoint again.") from error
+    backend = read_object(path / "metadata.json", "make the checkpoint again").get("sharded_backend")
     if backend != "torch_dist":
         raise L0MoEError(f"{path} has the format {backend!r}; save with Megatron's --ckpt-format torch_dist.")
     metadata = read_metadata(path)
