@@ -37,6 +37,7 @@ PROBES = (
 )
 """Texts that are encoded and decoded before a tokenizer counts as read."""
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # ours -> llama.cpp's
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # llama.cpp's defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +291,8 @@ def _chat_templates(fields: dict[str, Any], path: Path) -> dict[str, str]:
 def _ids(fields: dict[str, Any], path: Path, vocab_size: int) -> dict[str, int | None]:
     ids: dict[str, int | None] = {}
     for ours, theirs in _IDS.items():
-        number = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        default = _SENTENCEPIECE_IDS.get(ours) if fields.get("tokenizer.ggml.model") == "llama" else None
+        number = fields.get(f"tokenizer.ggml.{theirs}_token_id", default)
         if number is not None and (type(number) is not int or not 0 <= number < vocab_size):
             raise L0MoEError(
                 f"{path}: tokenizer.ggml.{theirs}_token_id must be below {vocab_size}, got {str(number)[:40]}."

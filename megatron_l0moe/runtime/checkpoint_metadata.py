@@ -12,7 +12,7 @@ from typing import Any, override
 import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint import metadata as torch_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -21,18 +21,39 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from megatron_l0moe.errors import L0MoEError
 
 METADATA_NAME = ".metadata"
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 _DATA_CLASSES = (
     *(Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata),
-    *(BytesStorageMetadata, ChunkStorageMetadata),
+    *(BytesStorageMetadata, ChunkStorageMetadata, torch_metadata._MEM_FORMAT_ENCODING),
+    *(_StorageInfo, _StoragePrefix),
+    # Megatron keeps the plans of all ranks too (dist_checkpointing/strategies/state_dict_saver.py).
+    *(SavePlan, WriteItem, WriteItemType, TensorWriteData, BytesIOWriteData),
 )
+
+
+class _MegatronMetadata(Metadata):
+    """Of Megatron-Core before 0.16, whose class is empty by now."""
+
+
+class _MegatronSavePlan(SavePlan):
+    """The same."""
+
+
 _KNOWN: dict[tuple[str, str], Any] = {
-    **{(torch_metadata.__name__, known.__name__): known for known in _DATA_CLASSES},
-    (torch_metadata.__name__, "_MEM_FORMAT_ENCODING"): torch_metadata._MEM_FORMAT_ENCODING,
-    (_StorageInfo.__module__, "_StorageInfo"): _StorageInfo,
+    **{(known.__module__, known.__name__): known for known in _DATA_CLASSES},
+    (_MEGATRON, "MCoreMetadata"): _MegatronMetadata,
+    (_MEGATRON, "MCoreSavePlan"): _MegatronSavePlan,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     # Of a checkpoint_id; only its text matters.

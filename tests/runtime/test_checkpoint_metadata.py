@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -18,6 +18,13 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
 )
 
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
@@ -128,12 +135,18 @@ def described(**changes):
     }
     facts |= changes
     tensor = TensorStorageMetadata(TensorProperties(facts["dtype"]), facts["size"], facts["chunks"])
-    return Metadata(
+    metadata = Metadata(
         {"a": tensor, "object": BytesStorageMetadata()},
         planner_data={"a": ("model", "a")},
         storage_data={MetadataIndex("a", [0, 0], 0): _StorageInfo(facts["path"], facts["offset"], 12)},
         storage_meta=StorageMeta(checkpoint_id=pathlib.Path("somewhere/else")),
     )
+    # As Megatron does, so that a later save can compare.
+    write = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size([3, 2]))
+    item = WriteItem(MetadataIndex("a", [0, 0]), WriteItemType.SHARD, None, write)
+    other = WriteItem(MetadataIndex("object"), WriteItemType.BYTE_IO, BytesIOWriteData(5))
+    metadata.all_local_plans = [SavePlan([item, other], _StoragePrefix("__0_"), None)]
+    return metadata
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.DEFAULT_PROTOCOL, pickle.HIGHEST_PROTOCOL])
@@ -143,6 +156,7 @@ def test_all_that_torch_writes_is_read(tmp_path, protocol):
     assert got.state_dict_metadata == expected.state_dict_metadata
     assert got.storage_data == expected.storage_data
     assert got.planner_data == expected.planner_data
+    assert got.all_local_plans == expected.all_local_plans
     assert got.state_dict_metadata["a"].properties.dtype is torch.bfloat16
 
 
@@ -176,4 +190,22 @@ def test_values_of_another_kind_are_damage(tmp_path, wrong):
 def test_other_bytes_are_damage(tmp_path, data):
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(L0MoEError, match=r"\.metadata is truncated or damaged"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["MCoreMetadata", "MCoreSavePlan"])
+def test_classes_of_older_megatrons_are_known(tmp_path, name):
+    """Their classes went, their checkpoints did not; the other class of this module's name is refused."""
+    module = "megatron.core.dist_checkpointing.strategies.torch"
+    data = pickle.dumps(described(), 2)
+    old = f"c{module}\n{name}\n".encode()
+    new = {
+        "MCoreMetadata": b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+        "MCoreSavePlan": b"ctorch.distributed.checkpoint.planner\nSavePlan\n",
+    }[name]
+    assert data.count(new) == 1
+    (tmp_path / ".metadata").write_bytes(data.replace(new, old))
+    assert read_metadata(tmp_path).state_dict_metadata == described().state_dict_metadata
+    (tmp_path / ".metadata").write_bytes(data.replace(new, old.replace(b"MCore", b"Score")))
+    with pytest.raises(L0MoEError, match=r"asks for megatron.*\.Score"):
         read_metadata(tmp_path)
