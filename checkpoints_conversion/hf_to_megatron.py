@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from megatron_l0moe.conversion.convert import convert_any
-from megatron_l0moe.conversion.gguf import gguf_to_hf
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -27,8 +26,12 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        convert = gguf_to_hf if arguments.source.suffix == ".gguf" else convert_any
-        result = convert(arguments.source, arguments.out)
+        if arguments.source.suffix == ".gguf":
+            from megatron_l0moe.conversion.gguf import gguf_to_hf  # imports the libraries of tokenizers
+
+            result = gguf_to_hf(arguments.source, arguments.out)
+        else:
+            result = convert_any(arguments.source, arguments.out)
     except L0MoEError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -3,11 +3,11 @@
 Sizes are global (not those of one tensor-parallel rank).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -57,6 +57,11 @@ MEGATRON_LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Bounds for what a file says, before tables grow with it; far above any model.
+MAX_LAYERS = 4096
+MAX_EXPERTS = 65536
+MAX_SIZE = 2**31 - 1
+_MAX_NUMBER = 1e15
 DEFAULT_SCALING_FACTOR = 8.0  # of Megatron's --rope-scaling-factor, without meaning where nothing is scaled
 
 
@@ -102,29 +107,31 @@ class Architecture:
     def from_config(cls, config: dict[str, Any], source: Path) -> "Architecture":
         """Build from the dictionary of a config.json; `source` names it in messages."""
         family = _family(config, source)
-        hidden = _integer(config, "hidden_size", source)
-        heads = _integer(config, "num_attention_heads", source)
+        hidden = integer(config, "hidden_size", source)
+        heads = integer(config, "num_attention_heads", source)
         groups = heads
         if config.get("num_key_value_heads") is not None:
-            groups = _integer(config, "num_key_value_heads", source)
+            groups = integer(config, "num_key_value_heads", source)
         base, scaling = _rope(config, source)
         _refuse_what_megatron_lacks(config, family, source)
         architecture = cls(
             family=family.model_type,
             hidden_size=hidden,
-            ffn_hidden_size=_integer(config, "intermediate_size", source),
-            num_layers=_integer(config, "num_hidden_layers", source),
+            ffn_hidden_size=integer(config, "intermediate_size", source),
+            num_layers=integer(config, "num_hidden_layers", source, most=MAX_LAYERS),
             num_attention_heads=heads,
             num_query_groups=groups,
             head_dim=_head_dim(config, hidden, heads, source),
-            vocab_size=_integer(config, "vocab_size", source),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            vocab_size=integer(config, "vocab_size", source),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6, source),
             rotary_base=base,
             rope_scaling=scaling,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tied_embeddings=_flag(config, "tie_word_embeddings", source),
             qkv_bias=family.qkv_bias,
-            max_position_embeddings=int(
-                config.get("max_position_embeddings", family.max_position_embeddings)
+            max_position_embeddings=integer(
+                {"max_position_embeddings": family.max_position_embeddings, **config},
+                "max_position_embeddings",
+                source,
             ),
             sliding_window=_sliding_window(config, family, source),
         )
@@ -238,19 +245,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, as "
             "`save_pretrained` or `hf download` writes it."
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise L0MoEError(f"{file} is not valid JSON ({error}); copy it again.") from error
-    if not isinstance(config, dict):
-        raise L0MoEError(f"{file} must hold a JSON object; copy it again.")
-    return config
+    return read_object(file)
 
 
 def first_architecture(config: dict[str, Any]) -> str:
     """Return the name of the model's class as config.json gives it."""
-    names = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-    return str(names[0])
+    names = config.get("architectures")
+    if isinstance(names, list) and names:
+        return str(names[0])
+    return f"model_type {config.get('model_type')}" if not names else str(names)[:80]
 
 
 def _family(config: dict[str, Any], source: Path) -> DenseFamily:
@@ -264,16 +267,39 @@ def _family(config: dict[str, Any], source: Path) -> DenseFamily:
     return known[name]
 
 
-def _integer(config: dict[str, Any], key: str, source: Path) -> int:
+def integer(config: dict[str, Any], key: str, source: Path, *, least: int = 1, most: int = MAX_SIZE) -> int:
+    """Return a whole number of a config.json; raise L0MoEError where it is something else or out of bounds."""
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise L0MoEError(f"{source}: {key} must be a whole number above 0, got {value!r}.")
+    if type(value) is not int or value < least:
+        raise L0MoEError(f"{source}: {key} must be a whole number above {least - 1}, got {str(value)[:40]}.")
+    if value > most:
+        raise L0MoEError(f"{source}: {key} must be at most {most}, got {str(value)[:40]}.")
     return value
+
+
+def _number(config: dict[str, Any], key: str, default: float, source: Path) -> float:
+    value: Any = config.get(key, default)
+    if not _is_positive(value):
+        raise L0MoEError(f"{source}: {key} must be a number above 0, got {str(value)[:40]}.")
+    return float(value)
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number above 0, neither infinite nor so large that it is a mistake, nor true."""
+    return type(value) in (int, float) and 0 < value < _MAX_NUMBER
+
+
+def _flag(config: dict[str, Any], key: str, source: Path) -> bool:
+    """Return a switch that is off where it is absent or null."""
+    value = config.get(key)
+    if value is not None and type(value) is not bool:
+        raise L0MoEError(f"{source}: {key} must be true or false, got {str(value)[:40]!r}.")
+    return bool(value)
 
 
 def _head_dim(config: dict[str, Any], hidden: int, heads: int, source: Path) -> int:
     if config.get("head_dim") is not None:
-        return _integer(config, "head_dim", source)
+        return integer(config, "head_dim", source)
     if hidden % heads:
         raise L0MoEError(
             f"{source}: hidden_size ({hidden}) must be divisible by num_attention_heads ({heads}) where head_dim "
@@ -284,15 +310,28 @@ def _head_dim(config: dict[str, Any], hidden: int, heads: int, source: Path) -> 
 
 def _rope(config: dict[str, Any], source: Path) -> tuple[float, dict[str, Any] | None]:
     """Return RoPE's base and its scaling (None or Llama-3.1's) from either form of config.json."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise L0MoEError(
+            f"{source}: rope_parameters or rope_scaling must be an object, got {str(found)[:40]}."
+        )
+    parameters = dict(found)
+    base = _number({"rope_theta": 10000.0, **config, **parameters}, "rope_theta", 10000.0, source)
+    if parameters.pop("rope_theta", base) != config.get("rope_theta", base):
+        raise L0MoEError(
+            f"{source}: rope_theta is {config['rope_theta']}, but {base} in rope_parameters, and transformers 4 and 5 "
+            "would take one each; remove the wrong one."
+        )
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
         raise L0MoEError(f"{source}: partial_rotary_factor {partial} is not supported, it must be 1.")
-    if float(base) != int(base):
+    if base != int(base):
         raise L0MoEError(f"{source}: rope_theta must be a whole number for Megatron, got {base}.")
+    unknown = sorted(parameters.keys() - {"factor", *MEGATRON_LLAMA3_SCALING})
+    if unknown and kind in ("default", "llama3"):
+        raise L0MoEError(f"{source}: RoPE with {unknown[0]} is not supported.")
     if kind == "default":
         return float(base), None
     if kind != "llama3":
@@ -305,8 +344,8 @@ def _rope(config: dict[str, Any], source: Path) -> tuple[float, dict[str, Any] |
                 f"{source}: RoPE scaling has {key} = {parameters.get(key)}, but Megatron computes with "
                 f"{value} only; other values cannot be expressed."
             )
-    factor = parameters.get("factor")
-    if not isinstance(factor, int | float) or factor <= 0:
+    factor: Any = parameters.get("factor")
+    if not _is_positive(factor):
         raise L0MoEError(
             f"{source}: RoPE scaling of type 'llama3' needs a number above 0 as factor, got {factor!r}; copy the "
             "checkpoint again."
@@ -319,20 +358,27 @@ def _rope(config: dict[str, Any], source: Path) -> tuple[float, dict[str, Any] |
 
 
 def _refuse_what_megatron_lacks(config: dict[str, Any], family: DenseFamily, source: Path) -> None:
+    if config.get("quantization_config") is not None:
+        raise L0MoEError(
+            f"{source} has a quantization_config, but quantised weights are not supported; take the model's checkpoint "
+            "in bfloat16."
+        )
+    if (weights := config.get("transformers_weights")) is not None:
+        raise L0MoEError(f"{source}: transformers_weights = {str(weights)[:80]!r} is not supported.")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise L0MoEError(f"{source}: hidden_act must be 'silu' (SwiGLU), got {activation!r}.")
     for key in ("attention_bias", "mlp_bias"):
-        if family.model_type != "qwen2" and config.get(key):
+        if family.model_type != "qwen2" and _flag(config, key, source):
             raise L0MoEError(f"{source}: {key} = true is not supported for {family.hf_architecture}.")
 
 
 def _sliding_window(config: dict[str, Any], family: DenseFamily, source: Path) -> int | None:
-    if family.model_type == "qwen2" and config.get("use_sliding_window", False):
+    if family.model_type == "qwen2" and _flag(config, "use_sliding_window", source):
         raise L0MoEError(
             f"{source}: use_sliding_window = true (a window in some layers) is not supported for "
             f"{family.hf_architecture}; set it to false in a copy of the checkpoint to use full attention."
         )
     if family.model_type != "mistral" or config.get("sliding_window", family.sliding_window) is None:
         return None
-    return _integer({"sliding_window": family.sliding_window, **config}, "sliding_window", source)
+    return integer({"sliding_window": family.sliding_window, **config}, "sliding_window", source)

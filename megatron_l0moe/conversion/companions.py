@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 GENERATION_CONFIG = "generation_config.json"
@@ -34,6 +35,11 @@ def copy_tokenizer(hf_base: Path, out: Path) -> None:
     """Copy the tokenizer's files, and warn when there are none: the export then needs token ids as input."""
     if not _copy(hf_base, out, TOKENIZER_FILES):
         logger.warning("%s holds no tokenizer, so the export has none either", hf_base)
+
+
+def tokenizer_files(hf_base: Path) -> list[Path]:
+    """Return the files that `copy_tokenizer` copies."""
+    return _matching(hf_base, TOKENIZER_FILES)
 
 
 def copy_licence(hf_base: Path, out: Path) -> None:
@@ -61,8 +67,14 @@ def token_ids(hf_base: Path) -> dict[str, Any]:
     return {key: base.get(key) for key in _TOKEN_IDS}
 
 
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
 def _copy(source: Path, target: Path, patterns: tuple[str, ...]) -> int:
-    files = [file for pattern in patterns for file in sorted(source.glob(pattern)) if file.is_file()]
+    files = _matching(source, patterns)
     for file in files:
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     return len(files)

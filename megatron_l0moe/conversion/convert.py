@@ -13,7 +13,13 @@ import torch
 
 from megatron_l0moe.conversion.architecture import Architecture, first_architecture, read_config
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
-from megatron_l0moe.conversion.families import MoEShape, dense_rules, extra_states, ignored_hf_names
+from megatron_l0moe.conversion.families import (
+    MoEShape,
+    dense_rules,
+    empty_hf_names,
+    extra_states,
+    ignored_hf_names,
+)
 from megatron_l0moe.conversion.mapping import ReadRows, Rule, blocks, check_names, check_shape, hf_shapes
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of, moe_arguments
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
@@ -23,6 +29,7 @@ from megatron_l0moe.runtime.memory import keep_freed_memory
 logger = logging.getLogger(__name__)
 
 MEGATRON_FOLDER = "megatron"
+_HEAD = "lm_head.weight"
 LOG_SECONDS = 5.0
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,9 +95,10 @@ def _convert(
     keep_freed_memory()
     source = SafetensorsFolder(hf)
     expected = hf_shapes(rules)
-    check_names(source.names - _redundant(architecture, source), set(expected), str(hf))
+    check_names(source.names - _redundant(architecture, moe, source), set(expected), str(hf))
     for name, shape in expected.items():
         check_shape(name, source.shape(name), {name: shape}, str(hf))
+    _check_tied(architecture, source)
 
     def read(name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         tensor = source.read(name, begin, end)
@@ -151,17 +159,22 @@ def _one_dtype(read: ReadRows) -> ReadRows:
     return checked
 
 
-def _redundant(architecture: Architecture, source: SafetensorsFolder) -> set[str]:
-    """Names of tensors that carry nothing: computed ones, and a tied output layer stored a second time."""
+def _redundant(architecture: Architecture, moe: MoEShape | None, source: SafetensorsFolder) -> set[str]:
+    """Names of tensors that carry nothing: computed or empty ones, and a tied output layer stored a second time."""
     names = source.names & ignored_hf_names(architecture)
-    if architecture.tied_embeddings and "lm_head.weight" in source.names:
-        if not _equal(source, "lm_head.weight", "model.embed_tokens.weight"):
-            raise L0MoEError(
-                f"{source.folder}: config.json says tie_word_embeddings = true, but lm_head.weight differs from "
-                "model.embed_tokens.weight; set it to false in a copy of the checkpoint."
-            )
-        names.add("lm_head.weight")
+    names |= {name for name in source.names & empty_hf_names(architecture, moe) if 0 in source.shape(name)}
+    if architecture.tied_embeddings:
+        names |= source.names & {_HEAD}
     return names
+
+
+def _check_tied(architecture: Architecture, source: SafetensorsFolder) -> None:
+    tied = architecture.tied_embeddings and _HEAD in source.names
+    if tied and not _equal(source, _HEAD, "model.embed_tokens.weight"):
+        raise L0MoEError(
+            f"{source.folder}: config.json says tie_word_embeddings = true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set it to false in a copy of the checkpoint."
+        )
 
 
 def _equal(source: SafetensorsFolder, one: str, other: str) -> bool:

@@ -19,6 +19,7 @@ from megatron_l0moe.conversion.companions import (
     copy_licence,
     copy_tokenizer,
     token_ids,
+    tokenizer_files,
     write_generation_config,
 )
 from megatron_l0moe.conversion.dsmoe_layout import (
@@ -40,6 +41,7 @@ from megatron_l0moe.conversion.safetensors_files import (
     refuse_existing_checkpoint,
 )
 from megatron_l0moe.conversion.targets import Target
+from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.memory import keep_freed_memory
@@ -289,6 +291,9 @@ def _export(
     keep_freed_memory()
     refuse_existing_checkpoint(out)
     source.check(rules)
+    ids = token_ids(hf_base)
+    if files := tokenizer_files(hf_base):  # before the work; what is copied later are these files
+        check_tokenizer(hf_base, files, _without_code({**config, **ids}, source.architecture))
     shapes = hf_shapes(rules)
     parameters = 0
     with SafetensorsWriter(out, shapes, max_shard_bytes) as writer:
@@ -300,7 +305,6 @@ def _export(
             if time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
                 logger.info("%d of %d rules", done + 1, len(rules))
-    ids = token_ids(hf_base)
     copy_tokenizer(hf_base, out)
     write_generation_config(hf_base, out, ids)
     if card is not None:
@@ -318,3 +322,9 @@ def _export(
         "seconds": seconds,
         "dtype": source.dtype_name,
     }
+
+
+def _without_code(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Return a config.json that transformers takes without the export's own code."""
+    own = {key: value for key, value in config.items() if key != "auto_map"}
+    return own if "auto_map" not in config else {**own, "model_type": architecture.family}

@@ -116,6 +116,16 @@ def ignored_hf_names(architecture: Architecture) -> set[str]:
     return {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(architecture.num_layers)}
 
 
+def empty_hf_names(architecture: Architecture, moe: MoEShape | None) -> set[str]:
+    """Tensors of zero width that transformers writes of Qwen2-MoE's shared expert, which an L0-MoE does not have."""
+    layers = range(moe.dense_layers, architecture.num_layers) if moe is not None else ()
+    return {
+        f"model.layers.{layer}.mlp.shared_expert.{projection}_proj.weight"
+        for layer in layers
+        for projection in ("gate", "up", "down")
+    }
+
+
 def _ends(a: Architecture) -> list[Rule]:
     embedding = (a.vocab_size, a.hidden_size)
     rules: list[Rule] = [

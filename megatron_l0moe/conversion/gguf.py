@@ -1,20 +1,26 @@
-"""Turn a GGUF file into an ordinary Hugging Face checkpoint, through transformers' own GGUF loading."""
+"""Turn a GGUF file into an ordinary Hugging Face checkpoint: every tensor and every key of it is used, or refused.
+
+Header keys are those of llama.cpp (https://github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py); a key of the
+model's architecture that is not listed here may change what the model computes, and is refused.
+"""
 
 import json
 import logging
-import os
-import tempfile
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy
 import torch
 
-from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.conversion.safetensors_files import (
-    SafetensorsWriter,
-    refuse_existing_checkpoint,
-)
+from megatron_l0moe.conversion.architecture import MEGATRON_LLAMA3_SCALING, Architecture, integer
+from megatron_l0moe.conversion.families import dense_rules
+from megatron_l0moe.conversion.gguf_file import GGUFFile
+from megatron_l0moe.conversion.gguf_tokenizer import tokenizer_of
+from megatron_l0moe.conversion.mapping import Shape, blocks, check_names, check_shape, hf_shapes
+from megatron_l0moe.conversion.rules import half_split_rows
+from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter, refuse_existing_checkpoint
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
@@ -23,9 +29,51 @@ logger = logging.getLogger(__name__)
 # general.architecture of the file -> transformers' architecture. GGUF files of Mistral models say 'llama' too.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+ROPE_FACTORS = "rope_freqs.weight"
+"""[D / 2]: what the frequencies of Llama-3.1's RoPE are divided by."""
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# Keys after the architecture's name -> key of config.json.
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+# Keys that change nothing when they hold one of these values, and are refused otherwise.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count"), (0,)),
+    "attention.sliding_window": (0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.finetuned": (True, False),
+    "tensor_data_layout": (
+        "Meta AI original pth",
+    ),  # rows of q and k in neighbour pairs, as in every llama file
+}
+# Read in a place of their own.
+_READ = (
+    *("attention.value_length", "vocab_size", "rope.dimension_count"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
 )
 
 
@@ -34,10 +82,10 @@ def gguf_to_hf(
 ) -> dict[str, object]:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face checkpoint.
 
-    Quantised weights are expanded; the quantisation error stays. Peak memory: the expanded model, once.
+    Quantised weights are expanded, a block of rows at a time; the quantisation error stays.
 
     Args:
-        gguf: file of a Llama-like or Qwen2 model.
+        gguf: file of a Llama-like or Qwen2 model, or any part of a split one, beside the other parts.
         out: folder that holds no checkpoint yet.
         dtype: of the written weights.
 
@@ -45,105 +93,172 @@ def gguf_to_hf(
         Facts for a manifest: name, licence, parameters.
 
     Raises:
-        L0MoEError: the file is missing, truncated, not a GGUF, or of another architecture.
+        L0MoEError: the file is missing, truncated or damaged, lacks a tensor, or holds a tensor, a setting or a
+            tokenizer that is not supported.
     """
-    fields = _check(gguf)
+    file = GGUFFile(gguf)
+    fields = file.fields
+    architecture = _architecture(file)
+    tensors = _table(file, architecture)
+    tokenizer = tokenizer_of(fields, gguf, architecture.vocab_size)
     refuse_existing_checkpoint(out)
-    from transformers import AutoModelForCausalLM
-
     logger.info("reading %s", gguf)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=DTYPES[dtype])
-    config = model.config.to_dict()
-    config["architectures"] = [ARCHITECTURES[str(fields["general.architecture"])]]
-    # The file holds float32: 9.999999747378752e-06 was 1e-05.
-    config["rms_norm_eps"] = float(str(numpy.float32(config["rms_norm_eps"])))
-    architecture = Architecture.from_config(config, gguf)
-    state = model.state_dict()
-    if architecture.tied_embeddings:
-        state.pop("lm_head.weight", None)
     out.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(gguf, out, str(fields.get("tokenizer.ggml.pre", "")), fields)
-    with SafetensorsWriter(out, state) as writer:
-        for name in sorted(state):
-            writer.write(name, state[name])
+    parameters = 0
+    with SafetensorsWriter(out, tensors) as writer:
+        for name in sorted(tensors):
+            for begin, rows in _rows(file, architecture, tensors[name]):
+                writer.write(name, rows.to(DTYPES[dtype]), begin=begin, rows=file.shape(tensors[name])[0])
+                parameters += rows.numel()
+    tokenizer.save(out)
     if licence := fields.get("general.license"):
         write_text(out / "README.md", f"---\nlicense: {licence}\n---\n")  # where model cards look for it
-    special = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_text(out / "generation_config.json", json.dumps(special, indent=2) + "\n")
-    written = {**architecture.hf_config(dtype), **special}
+    write_text(out / "generation_config.json", json.dumps(tokenizer.ids, indent=2) + "\n")
+    written = {**architecture.hf_config(dtype), **tokenizer.ids}
     write_text(out / "config.json", json.dumps(written, indent=2) + "\n")
     logger.info("wrote %s", out)
     return {
         "name": fields.get("general.name"),
         "license": fields.get("general.license"),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": parameters,
     }
 
 
-def _check(path: Path) -> dict[str, Any]:
-    """Return the header's fields of a complete GGUF file of a supported architecture."""
-    if not path.is_file():
-        raise L0MoEError(f"GGUF file {path} does not exist.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise L0MoEError(f"{path} is not a GGUF file (its first four bytes are not 'GGUF').")
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise L0MoEError(f"{path} is truncated or damaged ({error}); download it again.") from error
-    if path.stat().st_size < end:
+def _architecture(file: GGUFFile) -> Architecture:
+    """Return the model that the header describes, after every key of it was understood."""
+    fields, path = file.fields, file.path
+    kind = fields.get("general.type", "model")
+    name = fields.get("general.architecture")
+    if kind != "model" or name not in ARCHITECTURES:
+        what = f"a model of architecture {name!r}" if kind == "model" else f"no model but of type {kind!r}"
         raise L0MoEError(
-            f"{path} is truncated ({path.stat().st_size} bytes, its tensors need {end}); download it again."
+            f"{path} holds {what}, which is not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
         )
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise L0MoEError(
-            f"{path} holds a model of architecture {architecture!r}, which is not supported; supported are "
-            f"{', '.join(sorted(ARCHITECTURES))}."
-        )
-    return fields
-
-
-def _write_tokenizer(path: Path, out: Path, pre: str, fields: dict[str, Any]) -> None:
-    """Write the tokenizer, with the word splitting that `tokenizer.ggml.pre` names.
-
-    transformers takes GPT-2's splitting for every byte-level BPE, which encodes digits and runs of spaces in
-    another way than the model was trained with (https://github.com/ggml-org/llama.cpp, llama-vocab.cpp).
-    """
-    from tokenizers import Regex, pre_tokenizers
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    if fields.get("tokenizer.ggml.model") == "gpt2":
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        qwen2 = Regex(_LLAMA3_PATTERN.replace("{1,3}", ""))
-        splitting = {
-            "gpt-2": byte_level,
-            "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-            "llama-bpe": pre_tokenizers.Sequence(
-                [pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated"), bytes_only]
-            ),
-            "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(qwen2, "isolated"), bytes_only]),
-        }
-        if pre not in splitting:
+    own = {key.removeprefix(f"{name}."): value for key, value in fields.items() if key.startswith(f"{name}.")}
+    for key, value in own.items():
+        known = key in _SIZES or key in _READ or (key in _HARMLESS and value in _HARMLESS[key])
+        if not known:
             raise L0MoEError(
-                f"{path}: the tokenizer's word splitting {pre!r} is not supported; supported are "
-                f"{', '.join(sorted(splitting))}: use the model's Hugging Face checkpoint instead."
+                f"{path} sets {name}.{key} = {str(value)[:80]}, which changes what the model computes and is not "
+                "supported."
             )
-        tokenizer.backend_tokenizer.pre_tokenizer = splitting[pre]
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        tokenizer.save_pretrained(folder)
-        settings = Path(folder) / "tokenizer_config.json"
-        values = json.loads(settings.read_text(encoding="utf-8"))
-        for key in ("is_local", "local_files_only", "backend"):
-            values.pop(key, None)
-        # The name that transformers 4 and 5 both know for "as tokenizer.json says".
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_text(settings, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, out / file.name)
+    for prefix in ("adapter.", "clip."):
+        if found := sorted(key for key in fields if key.startswith(prefix)):
+            raise L0MoEError(f"{path} sets {found[0]}, so it is no language model by itself.")
+    return Architecture.from_config(_config(file, str(name), own), path)
+
+
+def _config(file: GGUFFile, name: str, own: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the header's own keys."""
+    config = {hf: _one(own[key]) for key, hf in _SIZES.items() if key in own}
+    for key in ("rms_norm_eps", "max_position_embeddings"):
+        if key not in config:  # transformers' defaults are those of other models
+            raise L0MoEError(f"{file.path} does not give {key}; download it again.")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if isinstance(config.get(key), float):
+            # The file holds float32: 9.999999747378752e-06 was 1e-05.
+            config[key] = float(str(numpy.float32(config[key])))
+    heads, hidden = (integer(config, key, file.path) for key in ("num_attention_heads", "hidden_size"))
+    head_dim = config.get("head_dim") or hidden // heads
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, head_dim) != head_dim:
+            raise L0MoEError(
+                f"{file.path} sets {name}.{key} = {own[key]}, but only the size of a head, {head_dim}, is supported."
+            )
+    embedding = "token_embd.weight"
+    if embedding not in file.names or len(file.shape(embedding)) != 2:
+        raise L0MoEError(f"{file.path} lacks the matrix {embedding}; download it again.")
+    vocab = file.shape(embedding)[0]
+    if own.get("vocab_size", vocab) != vocab:
+        raise L0MoEError(
+            f"{file.path} sets {name}.vocab_size = {own['vocab_size']}, but {embedding} has {vocab} rows."
+        )
+    return {
+        **config,
+        "architectures": [ARCHITECTURES[name]],
+        "vocab_size": vocab,
+        "tie_word_embeddings": "output.weight" not in file.names,
+        "rope_scaling": _scaling(own) or _llama3_scaling(file, head_dim, config.get("rope_theta", 10000.0)),
+    }
+
+
+def _one(value: Any) -> Any:
+    """Return a number that the header may also give for each layer."""
+    return value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+
+
+def _scaling(own: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the scaling in the header in the form of config.json, which says whether it is supported."""
+    kind, factor = own.get("rope.scaling.type", "none"), own.get("rope.scaling.factor", 1.0)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    return {"rope_type": kind, "factor": factor}
+
+
+def _llama3_scaling(file: GGUFFile, head_dim: Any, base: Any) -> dict[str, Any] | None:
+    """Return the scaling whose factors of each frequency the file holds as a tensor.
+
+    Raises:
+        L0MoEError: they are not Llama-3.1's with the constants that Megatron computes with.
+    """
+    if ROPE_FACTORS not in file.names:
+        return None
+    found = file.read(ROPE_FACTORS).double().flatten()
+    factor = round(float(found.max()), 4) if found.numel() else 0.0
+    scaling = {"rope_type": "llama3", "factor": factor, **MEGATRON_LLAMA3_SCALING}
+    usable = (
+        type(head_dim) is int
+        and isinstance(base, float)
+        and base > 1
+        and math.isfinite(factor)
+        and factor > 0
+    )
+    expected = _llama3_factors(head_dim, base, scaling) if usable else torch.empty(0)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4):
+        raise L0MoEError(
+            f"{file.path}: the factors of the frequencies in {ROPE_FACTORS} are not those of Llama-3.1's RoPE "
+            "scaling; others are not supported."
+        )
+    return None if factor == 1 else scaling
+
+
+def _llama3_factors(head_dim: int, base: float, scaling: dict[str, Any]) -> torch.Tensor:
+    """Return what each of the D / 2 frequencies is divided by (transformers, modeling_rope_utils.py)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: torch.Tensor = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    return factors
+
+
+def _table(file: GGUFFile, architecture: Architecture) -> dict[str, str]:
+    """Return the GGUF name of every Hugging Face tensor; raise where the file holds others, or other shapes."""
+    shapes = hf_shapes(dense_rules(architecture))
+    table = {hf: _gguf_name(hf) for hf in shapes}
+    expected: dict[str, Shape] = {table[hf]: shape for hf, shape in shapes.items()}
+    check_names(file.names - {ROPE_FACTORS}, set(expected), str(file.path))
+    for name in expected:
+        check_shape(name, file.shape(name), expected, str(file.path))
+    return table
+
+
+def _gguf_name(hf: str) -> str:
+    name, suffix = hf.rsplit(".", 1)
+    if not name.startswith("model.layers."):
+        return f"{_NAMES[name]}.{suffix}"
+    _, _, layer, part = name.split(".", 3)
+    return f"blk.{layer}.{_NAMES[part]}.{suffix}"
+
+
+def _rows(file: GGUFFile, architecture: Architecture, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield blocks of a tensor's rows and the index of their first, q and k of a llama file in halves again."""
+    shape, dim = file.shape(name), 1
+    turned = file.fields["general.architecture"] == "llama" and name.endswith(
+        ("attn_q.weight", "attn_k.weight")
+    )
+    if turned:
+        dim = architecture.head_dim
+    for begin, end in blocks((shape[0] // dim, dim, *shape[1:])):
+        rows = file.read(name, begin * dim, end * dim)
+        yield begin * dim, half_split_rows(rows, dim) if turned else rows

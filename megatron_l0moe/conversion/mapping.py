@@ -71,19 +71,20 @@ def blocks(shape: Shape) -> Iterator[tuple[int, int]]:
 
 
 def check_names(found: set[str], expected: set[str], where: str) -> None:
-    """Raise when a tensor is unknown or missing; every tensor must be used exactly once."""
-    unknown = sorted(found - expected)
+    """Raise when tensors are unknown or missing, naming the first of both; every tensor is used exactly once."""
+    unknown, missing = sorted(found - expected), sorted(expected - found)
+    problems = []
     if unknown:
-        raise L0MoEError(
-            f"{where} holds the tensor {unknown[0]}, which the model that its config describes does not have"
-            f"{nearest(unknown[0], expected)}{_more(unknown)}."
+        problems.append(
+            f"holds the tensor {unknown[0]}, which the model that its config describes does not have"
+            f"{nearest(unknown[0], expected)}{_more(unknown)}"
         )
-    missing = sorted(expected - found)
     if missing:
-        raise L0MoEError(
-            f"{where} lacks the tensor {missing[0]}, which the model that its config describes needs"
-            f"{_more(missing)}."
+        problems.append(
+            f"lacks the tensor {missing[0]}, which the model that its config describes needs{_more(missing)}"
         )
+    if problems:
+        raise L0MoEError(f"{where} {', and '.join(problems)}.")
 
 
 def check_shape(name: str, found: Sequence[int], expected: Mapping[str, Shape], where: str) -> None:

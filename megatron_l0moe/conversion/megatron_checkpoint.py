@@ -9,19 +9,21 @@ The format is that of torch.distributed.checkpoint (DCP): `*.distcp` files hold 
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.conversion.saved_tensors import DAMAGED_PICKLE, SavedTensor
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+_MAX_TRACKER_BYTES = 100
 SETTINGS_KEY = "l0moe"
 # unique_key of Megatron's ShardedObject("common_state", ..., (1,), (0,))
 COMMON_KEY = "common_state/shard_0_1"
@@ -74,19 +76,27 @@ class CheckpointReader:
         end = rows if end is None else end
         assert 0 <= begin <= end <= rows, (name, begin, end)
         out: torch.Tensor | None = None
+        values = 0
         for chunk in entry.chunks:
             first = chunk.offsets[0] if chunk.offsets else 0
             low, high = max(begin, first), min(end, first + (chunk.sizes[0] if chunk.sizes else 1))
             if low >= high:
                 continue
-            part = self._rows(MetadataIndex(name, chunk.offsets), low - first, high - first)
+            part = self._rows(name, chunk, low - first, high - first)
             if (low, high) == (begin, end) and chunk.sizes[1:] == entry.size[1:]:
                 return part
             if out is None:
                 out = torch.empty((end - begin, *entry.size[1:]), dtype=entry.properties.dtype)
             others = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
             out[(slice(low - begin, high - begin), *(slice(o, o + size) for o, size in others))] = part
-        return out if out is not None else torch.empty((0, *entry.size[1:]), dtype=entry.properties.dtype)
+            values += part.numel()
+        if out is None:
+            out = torch.empty((end - begin, *entry.size[1:]), dtype=entry.properties.dtype)
+        if values < out.numel():
+            raise L0MoEError(
+                f"{self.path} holds {values} of {out.numel()} values of the tensor {name}; make the checkpoint again."
+            )
+        return out
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(name)
@@ -96,18 +106,25 @@ class CheckpointReader:
             )
         return entry
 
-    def _rows(self, index: MetadataIndex, begin: int, end: int) -> torch.Tensor:
+    def _rows(self, name: str, chunk: ChunkStorageMetadata, begin: int, end: int) -> torch.Tensor:
         """Read rows of one chunk, counted from its first."""
-        info = self._metadata.storage_data[index]
+        index = MetadataIndex(name, chunk.offsets)
+        info = self._metadata.storage_data.get(index)
+        if info is None:
+            raise L0MoEError(
+                f"{self.path} does not say where the tensor {name} lies; make the checkpoint again."
+            )
         file = self.path / info.relative_path
         saved = self._saved.get(index)
         try:
             if saved is None:
                 saved = self._saved[index] = SavedTensor.locate(file, info.offset, info.length)
+            if (saved.shape, saved.dtype) != (tuple(chunk.sizes), self.dtype(name)):
+                raise ValueError(f"{saved.shape} of {saved.dtype}")
             return saved.read(begin, end)
         except DAMAGED_PICKLE as error:
             raise L0MoEError(
-                f"{file} is damaged at the tensor {index.fqn}; make the checkpoint again or take an earlier one."
+                f"{file} is damaged at the tensor {name}; make the checkpoint again or take an earlier one."
             ) from error
 
     def _read_common(self) -> dict[str, Any]:
@@ -122,38 +139,43 @@ class CheckpointReader:
             return dict(_load_objects(io.BytesIO(file.read(info.length)), self.path)[0])
 
 
-def _latest(folder: Path) -> Path:
-    if (folder / "metadata.json").is_file():
-        return folder
+def tracked(folder: Path) -> Path | None:
+    """Return the checkpoint that the tracker file names, whether it exists or not; None where there is no such file.
+
+    Raises:
+        L0MoEError: it holds something else.
+    """
     tracker = folder / TRACKER_NAME
     if not tracker.is_file():
+        return None
+    text = tracker.read_bytes()[:_MAX_TRACKER_BYTES].decode(errors="replace").strip()
+    if text == RELEASE:
+        return folder / RELEASE
+    if not (text.isascii() and text.isdigit()):
+        raise L0MoEError(f"{tracker} must hold 'release' or an iteration number, got {text[:20]!r}.")
+    return folder / f"iter_{int(text):07d}"
+
+
+def _latest(folder: Path) -> Path:
+    path = tracked(folder)  # before metadata.json of the folder itself, as Megatron's loader does
+    if path is None and (folder / "metadata.json").is_file():
+        return folder
+    if path is None:
         raise L0MoEError(
             f"{folder} holds no Megatron checkpoint (no {TRACKER_NAME}); run the stage that makes it first."
         )
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != RELEASE and not text.isdigit():
-        raise L0MoEError(f"{tracker} must hold 'release' or an iteration number, got {text!r}.")
-    path = folder / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not (path / "metadata.json").is_file():
-        raise L0MoEError(f"{tracker} names the checkpoint {path.name}, but {path} is missing or incomplete.")
+        raise L0MoEError(
+            f"{folder / TRACKER_NAME} names the checkpoint {path.name}, but {path} is missing or incomplete."
+        )
     return path
 
 
 def _read_metadata(path: Path) -> Metadata:
-    try:
-        backend = json.loads((path / "metadata.json").read_text(encoding="utf-8")).get("sharded_backend")
-    except (ValueError, AttributeError) as error:
-        raise L0MoEError(f"{path / 'metadata.json'} is damaged; make the checkpoint again.") from error
+    backend = read_object(path / "metadata.json", "make the checkpoint again").get("sharded_backend")
     if backend != "torch_dist":
         raise L0MoEError(f"{path} has the format {backend!r}; save with Megatron's --ckpt-format torch_dist.")
-    try:
-        metadata = FileSystemReader(path).read_metadata()
-    except FileNotFoundError as error:
-        raise L0MoEError(f"{path} has no .metadata file; the checkpoint is incomplete.") from error
-    except DAMAGED_PICKLE as error:
-        raise L0MoEError(
-            f"{path / '.metadata'} is truncated or damaged; make the checkpoint again."
-        ) from error
+    metadata = read_metadata(path)
     needed: dict[str, int] = {}
     for info in metadata.storage_data.values():
         end = info.offset + info.length

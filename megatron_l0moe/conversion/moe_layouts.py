@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import DENSE_FAMILIES, Architecture, first_architecture
+from megatron_l0moe.conversion.architecture import (
+    DENSE_FAMILIES,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    Architecture,
+    first_architecture,
+    integer,
+)
 from megatron_l0moe.conversion.families import MoEShape, ernie_moe_rules, qwen2_moe_rules
 from megatron_l0moe.conversion.mapping import Rule
 from megatron_l0moe.conversion.targets import Form
@@ -32,7 +39,7 @@ class MoELayout:
     config: Callable[[Architecture, MoEShape], Config]
     """What config.json holds beside the sizes of the dense model."""
     rules: Callable[[Architecture, MoEShape], list[Rule]]
-    shape: Callable[[Config], MoEShape]
+    shape: Callable[[Config, Path], MoEShape]
     """The experts that a config.json describes."""
 
     def hf_config(
@@ -70,7 +77,7 @@ class MoELayout:
         dense = {"architectures": [DENSE_FAMILIES[family].hf_architecture], "sliding_window": None}
         architecture = Architecture.from_config({**base, **dense}, source)
         try:
-            moe = self.shape(config)
+            moe = self.shape(config, source)
         except (KeyError, TypeError) as error:
             raise L0MoEError(
                 f"{source} lacks the key {error}, or it is not a number; export again."
@@ -132,12 +139,12 @@ def _ernie_config(a: Architecture, moe: MoEShape) -> Config:
     }
 
 
-def _ernie_shape(config: Config) -> MoEShape:
+def _ernie_shape(config: Config, source: Path) -> MoEShape:
     return MoEShape(
-        dense_layers=int(config["moe_layer_start_index"]),
-        num_experts=int(config["moe_num_experts"]),
-        expert_ffn=int(config["moe_intermediate_size"]),
-        top_k=int(config["moe_k"]),
+        dense_layers=integer(config, "moe_layer_start_index", source, least=0, most=MAX_LAYERS),
+        num_experts=integer(config, "moe_num_experts", source, most=MAX_EXPERTS),
+        expert_ffn=integer(config, "moe_intermediate_size", source),
+        top_k=integer(config, "moe_k", source),
     )
 
 
@@ -153,12 +160,12 @@ def _qwen2_config(a: Architecture, moe: MoEShape) -> Config:
     }
 
 
-def _qwen2_shape(config: Config) -> MoEShape:
+def _qwen2_shape(config: Config, source: Path) -> MoEShape:
     return MoEShape(
         dense_layers=len(config["mlp_only_layers"]),
-        num_experts=int(config["num_experts"]),
-        expert_ffn=int(config["moe_intermediate_size"]),
-        top_k=int(config["num_experts_per_tok"]),
+        num_experts=integer(config, "num_experts", source, most=MAX_EXPERTS),
+        expert_ffn=integer(config, "moe_intermediate_size", source),
+        top_k=integer(config, "num_experts_per_tok", source),
         renormalised=bool(config["norm_topk_prob"]),
     )
 

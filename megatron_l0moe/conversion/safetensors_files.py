@@ -1,6 +1,7 @@
 """Read and write Hugging Face safetensors checkpoints by rows; the file's format is that of `safetensors_reader.py`."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -12,13 +13,26 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.conversion.safetensors_reader import DTYPE_NAMES, SafetensorsFile
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
+_PICKLED_RULE = (
+    "{folder} holds pickled weights ({found}), which are not loaded because they can run code; convert them with "
+    "transformers' save_pretrained, which writes safetensors."
+)
+_NAMES_RULE = (
+    f"{{folder}} holds {{found}}, but neither {SINGLE_NAME} nor {INDEX_NAME}, by which transformers finds the weights; "
+    "give the folder of a Hugging Face checkpoint."
+)
+_MAX_NAME_BYTES = 255  # of a file system
 MAX_SHARD_BYTES = 5 * 10**9
 # Room in the header for one tensor's dtype, shape and offsets; far above what they need.
 _HEADER_BYTES_PER_TENSOR = 160
@@ -27,14 +41,20 @@ _HEADER_BYTES_PER_TENSOR = 160
 class SafetensorsFolder:
     """All tensors of a Hugging Face checkpoint folder, in one file or in any number of shards, read when asked for.
 
+    Of several sets of weights in one folder it reads the one that transformers loads: `model.safetensors`, or else the
+    shards that `model.safetensors.index.json` names. Other weight files (of a variant, an original layout, pickled)
+    are named in the log and not read.
+
     Raises:
-        L0MoEError: no weights, pickled weights only, a missing, truncated or inconsistent shard.
+        L0MoEError: no weights, pickled weights only, an adapter, a missing, truncated or inconsistent shard.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, SafetensorsFile] = {}
-        for name in _shards(folder):
+        weight_map = _chosen(folder)
+        shards = [SINGLE_NAME] if weight_map is None else sorted(set(weight_map.values()))
+        for name in shards:
             if not (folder / name).is_file():
                 raise L0MoEError(
                     f"{folder / name} is missing, but {INDEX_NAME} names it; download the checkpoint again."
@@ -47,14 +67,13 @@ class SafetensorsFolder:
                         f"{name}; remove the file that does not belong."
                     )
                 self._files[tensor] = file
-        index = folder / INDEX_NAME
-        if index.is_file():
-            for tensor, name in _weight_map(index).items():
-                if tensor not in self._files or self._files[tensor].path.name != name:
-                    raise L0MoEError(
-                        f"{index} says that {name} holds the tensor {tensor}, but it does not; download the "
-                        "checkpoint again."
-                    )
+        for tensor, name in (weight_map or {}).items():
+            if tensor not in self._files or self._files[tensor].path.name != name:
+                raise L0MoEError(
+                    f"{folder / INDEX_NAME} says that {name} holds the tensor {tensor}, but it does not; download the "
+                    "checkpoint again."
+                )
+        _say_what_is_not_read(folder, set(shards))
 
     @property
     def names(self) -> set[str]:
@@ -70,29 +89,53 @@ class SafetensorsFolder:
         return self._files[name].read(name, begin, end)
 
 
-def _shards(folder: Path) -> list[str]:
-    index = folder / INDEX_NAME
-    if index.is_file():
-        return sorted(set(_weight_map(index).values()))
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
-        if pickled:
-            raise L0MoEError(
-                f"{folder} holds pickled weights ({pickled[0]}), which are not loaded because they can run "
-                "code; convert them with transformers' save_pretrained, which writes safetensors."
-            )
+def _chosen(folder: Path) -> dict[str, str] | None:
+    """Return the index of the set that transformers loads; None: the single file."""
+    if (folder / ADAPTER_NAME).is_file():
         raise L0MoEError(
-            f"{folder} holds no *.safetensors file; give the folder of a Hugging Face checkpoint."
+            f"{folder / ADAPTER_NAME} says that the folder is an adapter of another model, which transformers would "
+            "load instead of the weights beside it; merge the adapter into its model first, or remove the file."
         )
-    return files
+    if (folder / SINGLE_NAME).is_file():
+        return None
+    if (folder / INDEX_NAME).is_file():
+        return _weight_map(folder / INDEX_NAME)
+    for patterns, rule in ((PICKLED, _PICKLED_RULE), (("*.safetensors", "*.gguf"), _NAMES_RULE)):
+        found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        if found:
+            raise L0MoEError(rule.format(folder=folder, found=found[0]))
+    raise L0MoEError(f"{folder} holds no *.safetensors file; give the folder of a Hugging Face checkpoint.")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise L0MoEError(f"{index} is not a valid safetensors index; download it again.") from error
+    """Return the file of each tensor; every file lies in the folder itself."""
+    found = read_object(index, "download it again").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise L0MoEError(f"{index} is not a valid safetensors index (no weight_map); download it again.")
+    for tensor, name in found.items():
+        plain = isinstance(name, str) and Path(name).name == name and len(name.encode()) <= _MAX_NAME_BYTES
+        if not plain or "\0" in name or not name.endswith(".safetensors"):
+            raise L0MoEError(
+                f"{index} gives {str(name)[:60]!r} as the file of the tensor {tensor[:60]}, but it must be the name of "
+                "a *.safetensors file in the same folder; download it again."
+            )
+    return dict(found)
+
+
+def _say_what_is_not_read(folder: Path, read: set[str]) -> None:
+    others = sorted(
+        path.name
+        for pattern in ("*.safetensors", INDEX_NAME, "*.gguf", *PICKLED)
+        for path in folder.glob(pattern)
+        if path.name not in read and not (path.name == INDEX_NAME and SINGLE_NAME not in read)
+    )
+    if others:
+        logger.warning(
+            "%s: the weights are read from %s, as transformers does; not read: %s",
+            folder,
+            SINGLE_NAME if SINGLE_NAME in read else INDEX_NAME,
+            ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else ""),
+        )
 
 
 class SafetensorsWriter:

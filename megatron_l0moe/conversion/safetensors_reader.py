@@ -4,15 +4,17 @@ A file is: 8 bytes little-endian header length, JSON header (may end in spaces),
 order of their offsets, without gaps (https://github.com/huggingface/safetensors#format).
 """
 
-import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_l0moe.conversion.json_files import parse_object
 from megatron_l0moe.errors import L0MoEError
 
 DTYPE_NAMES = {
@@ -23,6 +25,7 @@ DTYPE_NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
 }
+_MAX_HEADER_BYTES = 100_000_000  # of the format
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -54,6 +57,10 @@ class SafetensorsFile:
             raise _damaged(path) from error
         if any(entry.end > path.stat().st_size for entry in self._entries.values()):
             raise _damaged(path)
+        if both := first_overlap({name: (entry.begin, entry.end) for name, entry in self._entries.items()}):
+            raise L0MoEError(
+                f"{path} says that the tensors {both[0]} and {both[1]} lie in the same bytes; download it again."
+            )
 
     @property
     def names(self) -> set[str]:
@@ -78,6 +85,15 @@ class SafetensorsFile:
             assert 0 <= begin <= stop <= shape[0], (name, begin, end)
             skipped, shape = begin * math.prod(shape[1:]), (stop - begin, *shape[1:])
         return read_values(self.path, entry.begin + skipped * dtype.itemsize, shape, dtype)
+
+
+def first_overlap(spans: Mapping[str, tuple[int, int]]) -> tuple[str, str] | None:
+    """Return the names of two spans of bytes [begin, end) that share some, None where there are none."""
+    ordered = sorted((begin, end, name) for name, (begin, end) in spans.items() if begin < end)
+    for (_, end, name), (begin, _, other) in pairwise(ordered):
+        if begin < end:
+            return name, other
+    return None
 
 
 def read_values(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -106,14 +122,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
+        if 8 + length > size or length > _MAX_HEADER_BYTES:
             raise _damaged(path)
         try:
-            header = json.loads(file.read(length))
+            header = parse_object(file.read(length))
         except ValueError as error:
             raise _damaged(path) from error
-    if not isinstance(header, dict):
-        raise _damaged(path)
     return header, 8 + length
 
 

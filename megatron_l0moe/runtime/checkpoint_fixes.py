@@ -1,7 +1,8 @@
 """Workarounds for defects of megatron-core 0.19.2 in saving and loading optimizers; each names its upstream place.
 
-`install` is called once, on the CPU and on GPUs alike, before Megatron builds its optimizer. Those that concern
-torch's Adam, which Megatron takes where neither Transformer Engine nor Apex can be imported, do nothing elsewhere.
+`install` is called once, on the CPU and on GPUs alike, before Megatron builds its optimizer or loads anything; it also
+lets torch read a checkpoint's metadata safely (`checkpoint_metadata.py`). Those that concern torch's Adam, which
+Megatron takes where neither Transformer Engine nor Apex can be imported, do nothing elsewhere.
 """
 
 import functools
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_l0moe.runtime import checkpoint_metadata
 
 MAIN_PARAMETERS = "fp32_from_fp16_params"  # float32 copies of the float16 parameters, by group
 NO_PARAMETERS = "no_parameters"  # key of the inner optimizer's state that only holds the step
@@ -21,6 +24,7 @@ def install() -> None:
     """Install all workarounds."""
     if _installed:
         return
+    checkpoint_metadata.install()
     for workaround in WORKAROUNDS:
         workaround()
         _installed.append(workaround.__name__)

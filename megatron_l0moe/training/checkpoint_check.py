@@ -16,6 +16,7 @@ from megatron_l0moe.conversion.megatron_checkpoint import (
     SETTINGS_KEY,
     TRACKER_NAME,
     CheckpointReader,
+    tracked,
 )
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
@@ -78,7 +79,7 @@ def last_good(folder: Path) -> Found | None:
         L0MoEError: there are checkpoints and all are damaged.
     """
     tracker = folder / TRACKER_NAME
-    named, problems = _named(tracker)
+    named, problems = _named(folder)
     damaged: list[Path] = []
     for path in _candidates(folder, named):
         try:
@@ -165,15 +166,11 @@ def _candidates(folder: Path, named: Path | None) -> list[Path]:
     return [named, *(path for path in iterations if path != named)]
 
 
-def _named(tracker: Path) -> tuple[Path | None, list[str]]:
-    if not tracker.is_file():
-        return None, []
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text == RELEASE:
-        return tracker.with_name(RELEASE), []
-    if text.isascii() and text.isdigit():
-        return tracker.with_name(f"iter_{int(text):07d}"), []
-    return None, [f"{tracker} holds {text[:20]!r} instead of an iteration"]
+def _named(folder: Path) -> tuple[Path | None, list[str]]:
+    try:
+        return tracked(folder), []
+    except L0MoEError as error:
+        return None, [str(error).rstrip(".")]
 
 
 def _free_name(path: Path) -> Path:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.training.checkpointing import checkpoint_exists, get_checkpoint_tracker_filename, read_metadata
-from torch.distributed.checkpoint import FileSystemReader
+from megatron.training.checkpointing import checkpoint_exists
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, tracked
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
 from megatron_l0moe.training import checkpoint_check
 from megatron_l0moe.training.arguments import Settings
 
@@ -83,7 +83,8 @@ def check_keys(models: list[Any], args: argparse.Namespace) -> None:
     Raises:
         L0MoEError: names the first tensor that is missing.
     """
-    found = _stored_keys(Path(args.pretrained_checkpoint))
+    folder = Path(args.pretrained_checkpoint)
+    found = read_metadata(tracked(folder) or folder).state_dict_metadata
     lost = sorted(key for model in models for key in model_keys(model) if key not in found)
     if lost:
         raise L0MoEError(
@@ -111,9 +112,3 @@ def _on_rank_0(args: argparse.Namespace, settings: Settings) -> Start:
     if refusal:
         raise L0MoEError(refusal)
     return start
-
-
-def _stored_keys(folder: Path) -> set[str]:
-    iteration, release = read_metadata(get_checkpoint_tracker_filename(str(folder)))
-    name = "release" if release else f"iter_{iteration:07d}"
-    return set(FileSystemReader(folder / name).read_metadata().state_dict_metadata)

@@ -165,6 +165,40 @@ BAD_CONFIGS = {
         {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": True},
         "use_sliding_window = true",
     ),
+    "endless layers": (
+        {"num_hidden_layers": 10**12},
+        "num_hidden_layers must be at most 4096, got 1000000000000",
+    ),
+    "endless rows": ({"vocab_size": 10**12}, "vocab_size must be at most 2147483647"),
+    "true layers": (
+        {"num_hidden_layers": True},
+        "num_hidden_layers must be a whole number above 0, got True",
+    ),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "has a quantization_config"),
+    "other file": ({"transformers_weights": "x.safetensors"}, "transformers_weights = 'x.safetensors'"),
+    "eps text": ({"rms_norm_eps": "abc"}, "rms_norm_eps must be a number above 0, got abc"),
+    "eps null": ({"rms_norm_eps": None}, "rms_norm_eps must be a number above 0, got None"),
+    "eps negative": ({"rms_norm_eps": -1}, "rms_norm_eps must be a number above 0, got -1"),
+    "eps infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a number above 0, got inf"),
+    "eps endless": ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number above 0, got 1000"),
+    "positions text": ({"max_position_embeddings": "x"}, "max_position_embeddings must be a whole number"),
+    "positions null": ({"max_position_embeddings": None}, "max_position_embeddings must be a whole number"),
+    "ties text": ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
+    "bias text": ({"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
+    "rope list": ({"rope_parameters": [1]}, r"must be an object, got \[1\]"),
+    "rope text": ({"rope_scaling": "linear"}, "must be an object, got linear"),
+    "base null": ({"rope_theta": None}, "rope_theta must be a number above 0, got None"),
+    "base infinite": ({"rope_theta": float("inf")}, "rope_theta must be a number above 0, got inf"),
+    "two bases": (
+        {"rope_parameters": {"rope_theta": 10000.0}},
+        "rope_theta is 500000.0, but 10000.0 in rope_parameters",
+    ),
+    "by layer": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+        "RoPE with full_attention is not",
+    ),
+    "architectures number": ({"architectures": 5}, "architecture 5, which is not supported"),
+    "architectures empty": ({"architectures": []}, "architecture model_type llama, which"),
 }
 
 
@@ -183,7 +217,13 @@ def test_missing_folder_and_broken_config(tmp_path):
     with pytest.raises(L0MoEError, match="is not valid JSON"):
         Architecture.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(L0MoEError, match="must hold a JSON object"):
+    with pytest.raises(L0MoEError, match=r"no JSON object \(a list\)"):
+        Architecture.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(L0MoEError, match="nested too deeply"):
+        Architecture.from_hf(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff{}")
+    with pytest.raises(L0MoEError, match="is not valid JSON"):
         Architecture.from_hf(tmp_path)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conversion.reference import MoELayer, forward
-from conversion.toy_checkpoints import HEAD_DIM, LAYERS, VOCAB, sizes_of, state_of
+from conversion.toy_checkpoints import HEAD_DIM, LAYERS, VOCAB, save_tokenizer, sizes_of, state_of
 from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make_moe, rewrite_megatron
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeForCausalLM
 
@@ -94,14 +94,25 @@ def test_bfloat16_stays_and_the_router_is_float32(tmp_path):
     assert model.model.layers[2].mlp.gate.weight.dtype is torch.float32
 
 
-def test_tokenizer_files_are_copied(tmp_path):
+def test_tokenizer_files_are_tried_and_copied(tmp_path):
     make_moe(tmp_path)
-    (tmp_path / "hf/tokenizer.json").write_text("{}")
+    save_tokenizer(tmp_path / "hf")
     (tmp_path / "hf/secret.txt").write_text("not this")
     export(tmp_path)
-    assert (tmp_path / "export/tokenizer.json").read_text() == "{}"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert not (tmp_path / "export/secret.txt").exists()
     assert not list((tmp_path / "export").glob(".*"))
+
+
+def test_a_damaged_tokenizer_of_the_base_ends_the_export_before_it_begins(tmp_path):
+    make_moe(tmp_path)
+    file = save_tokenizer(tmp_path / "hf") / "tokenizer.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(L0MoEError, match=r"The tokenizer in .*hf cannot be used \("):
+        export(tmp_path)
+    assert not (tmp_path / "export").exists()
 
 
 def test_counters_of_training_are_left_out(tmp_path):

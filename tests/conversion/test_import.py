@@ -7,6 +7,7 @@ import torch
 from conversion.toy_checkpoints import save_model
 from conversion.toy_moe import assert_same_checkpoint, export, make_moe, rewrite_megatron
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_l0moe.conversion.convert import convert_any, convert_dense, convert_moe
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
@@ -46,6 +47,30 @@ def test_gate_weights_that_are_not_renormalised_come_back_so(tmp_path):
     assert CheckpointReader(tmp_path / "again/megatron").common["args"].moe_router_pre_softmax is True
 
 
+@pytest.mark.parametrize(("name", "form"), [("llama", "Ernie4_5_Moe"), ("qwen2", "Qwen2Moe")])
+def test_what_transformers_saved_again_comes_back(tmp_path, name, form):
+    """With zero-width tensors of a shared expert in Qwen2-MoE, and RoPE in the form of transformers 5."""
+    make_moe(tmp_path, name)
+    export(tmp_path, target="transformers")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    model.save_pretrained(tmp_path / "tuned")
+    saved = load_file(tmp_path / "tuned/model.safetensors")
+    empty = [key for key, tensor in saved.items() if tensor.numel() == 0]
+    assert type(model).__name__.startswith(form)
+    assert len(empty) == (6 if form == "Qwen2Moe" else 0)
+    convert_moe(tmp_path / "tuned", tmp_path / "again")
+    before, after = (CheckpointReader(tmp_path / part / "megatron") for part in ("assemble", "again"))
+    for key in before.model_names():
+        factor = 2 if key == "decoder.final_layernorm.weight" else 1
+        assert torch.equal(factor * before.read(key), after.read(key)), key
+    if empty:
+        change(tmp_path / "tuned", empty[0], lambda x: torch.zeros(8, 32))
+        with pytest.raises(L0MoEError, match=rf"holds the tensor {empty[0]}, which"):
+            convert_moe(tmp_path / "tuned", tmp_path / "no")
+
+
 def change(folder, name, function):
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = function(tensors[name])
@@ -76,7 +101,7 @@ BAD_CONFIGS = {
         "moe_layer_interval must be 1 in an L0-MoE, got 2",
     ),
     "bias": ("ernie4_5_moe", {"use_bias": True}, "use_bias must be False"),
-    "no k": ("ernie4_5_moe", {"moe_k": None}, "lacks the key"),
+    "no k": ("ernie4_5_moe", {"moe_k": None}, "moe_k must be a whole number above 0, got None"),
     "ties": (
         "ernie4_5_moe",
         {"tie_word_embeddings": None},
@@ -99,6 +124,8 @@ BAD_CONFIGS = {
         {"architectures": ["Qwen3MoeForCausalLM"]},
         "Qwen3MoeForCausalLM, not an L0-MoE",
     ),
+    "endless experts": ("ernie4_5_moe", {"moe_num_experts": 10**12}, "moe_num_experts must be at most 65536"),
+    "k text": ("ernie4_5_moe", {"moe_k": "two"}, "moe_k must be a whole number above 0, got two"),
     "experts": ("qwen2_moe", {"num_experts": 5}, r"lacks the tensor model\.layers\.1\.mlp\.experts\.4"),
 }
 

@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
@@ -109,6 +111,47 @@ def damage_tensor(folder):
     file.write_bytes(data)
 
 
+def edit_metadata(folder, change):
+    file = folder / "release/.metadata"
+    metadata = pickle.loads(file.read_bytes())
+    change(metadata)
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def other_shape(folder):
+    """The metadata says [10, 100] of what was saved as [1000]."""
+
+    def change(metadata):
+        entry = metadata.state_dict_metadata["a"]
+        entry.size = entry.chunks[0].sizes = torch.Size([10, 100])
+        entry.chunks[0].offsets = torch.Size([0, 0])
+        (old,) = [index for index in metadata.storage_data if index.fqn == "a"]
+        metadata.storage_data[MetadataIndex("a", [0, 0])] = metadata.storage_data.pop(old)
+
+    edit_metadata(folder, change)
+
+
+def hole(folder):
+    """Half of the tensor's chunks are gone from the metadata."""
+
+    def change(metadata):
+        chunks = metadata.state_dict_metadata["a"].chunks
+        chunks[:] = [chunk for chunk in chunks if chunk.offsets[0] != 600]
+
+    shutil.rmtree(folder)
+    with CheckpointWriter(folder, {}) as writer:
+        for begin, end in ((0, 600), (600, 1000)):
+            writer.write("a", torch.ones(end - begin), offset=(begin,), shape=(1000,))
+    edit_metadata(folder, change)
+
+
+def no_place(folder):
+    def change(metadata):
+        metadata.storage_data = {k: v for k, v in metadata.storage_data.items() if k.fqn != "a"}
+
+    edit_metadata(folder, change)
+
+
 BAD_CHECKPOINTS = {
     "no folder": (lambda folder: os.rename(folder, f"{folder}.gone"), "holds no Megatron checkpoint"),
     "no tracker": (
@@ -119,6 +162,21 @@ BAD_CHECKPOINTS = {
         lambda f: (f / "latest_checkpointed_iteration.txt").write_text("x"),
         "or an iteration number, got 'x'",
     ),
+    "superscript tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("\u00b2", encoding="utf-8"),
+        "or an iteration number, got '\u00b2'",
+    ),
+    "tracker in no encoding": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_bytes(b"\xff1"),
+        "or an iteration number",
+    ),
+    "endless tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("9" * 5000),
+        "iter_9999.*is missing or incomplete",
+    ),
+    "other shape": (other_shape, "damaged at the tensor a"),
+    "hole": (hole, "holds 600 of 1000 values of the tensor a"),
+    "no place": (no_place, "does not say where the tensor a lies"),
     "gone iteration": (
         lambda f: (f / "latest_checkpointed_iteration.txt").write_text("9"),
         "iter_0000009.*missing",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import yaml
-from conversion.toy_checkpoints import FFN
+from conversion.toy_checkpoints import FFN, save_tokenizer
 from conversion.toy_moe import WIDTH, export, make_moe
 from toy_recipe import write_recipe
 
@@ -22,19 +22,20 @@ SCRIPTS = Path(__file__).parents[2] / "checkpoints_conversion"
 BASE_CARD = "---\nlicense: other\nlicense_name: toy-licence\nlanguage: [en]\n---\n# Toy\n"
 
 
+TEXTS = (
+    *("tokenizer.model", "tokenizer.model.v3", "LICENSE.txt", "NOTICE"),
+    "additional_chat_templates/tool_use.jinja",
+)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     make_moe(tmp_path)
     base = tmp_path / "hf"
     (base / "README.md").write_text(BASE_CARD)
-    for name in (
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer.model.v3",
-        "LICENSE.txt",
-        "NOTICE",
-        "secret.txt",
-    ):
+    save_tokenizer(base)
+    (base / "additional_chat_templates").mkdir()
+    for name in (*TEXTS, "secret.txt", "additional_chat_templates/notes.txt"):
         (base / name).write_text(name)
     return tmp_path
 
@@ -47,12 +48,11 @@ def test_tokenizer_and_licence_are_copied_and_nothing_else(folder):
     (folder / "hf/generation_config.json").unlink(missing_ok=True)
     export(folder)
     out = folder / "export"
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "LICENSE.txt", "NOTICE"):
+    for name in TEXTS:
         assert (out / name).read_text() == name
-    assert not (out / "secret.txt").exists()
-    assert {file.name for file in out.iterdir()} == {
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == {
         *("config.json", "model.safetensors", "generation_config.json", "README.md"),
-        *("tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "LICENSE.txt", "NOTICE"),
+        *("tokenizer.json", "tokenizer_config.json", *TEXTS),
     }
 
 

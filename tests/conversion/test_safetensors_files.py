@@ -173,8 +173,96 @@ def test_inconsistent_indices(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
-def test_a_tensor_in_two_files_without_an_index(tmp_path):
+def index_of(folder, weight_map):
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_a_tensor_in_two_files(tmp_path):
     for name in ("one", "two"):
-        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+        save_file({name: torch.zeros(1), "a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    index_of(tmp_path, {name: f"{name}.safetensors" for name in ("one", "two")})
     with pytest.raises(L0MoEError, match=r"tensor a is in both one\.safetensors and two\.safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_of_two_sets_the_one_that_transformers_loads(tmp_path, caplog):
+    old, new = ({"a": torch.full((2,), value)} for value in (1.0, 2.0))
+    save_file(old, tmp_path / "model-00001-of-00001.safetensors")
+    index_of(tmp_path, {"a": "model-00001-of-00001.safetensors"})
+    assert SafetensorsFolder(tmp_path).read("a").tolist() == [1, 1]
+    assert not caplog.text
+    save_file(new, tmp_path / "model.safetensors")
+    assert SafetensorsFolder(tmp_path).read("a").tolist() == [2, 2]
+    assert "read from model.safetensors, as transformers does; not read: model-00001-of-00001" in caplog.text
+    assert INDEX_NAME in caplog.text
+
+
+def test_what_else_lies_beside_the_weights(tmp_path, caplog):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    others = (
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "pytorch_model.bin",
+        "m.gguf",
+        "model-00009.safetensors",
+    )
+    for name in others:
+        (tmp_path / name).write_bytes(b"not even opened")
+    assert SafetensorsFolder(tmp_path).names == {"a"}
+    assert all(name in caplog.text for name in others)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(L0MoEError, match=r"adapter_config\.json says that the folder is an adapter"):
+        SafetensorsFolder(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(L0MoEError, match=r"holds pickled weights \(pytorch_model\.bin\)"):
+        SafetensorsFolder(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(
+        L0MoEError, match=r"holds consolidated\.safetensors, but neither model\.safetensors nor"
+    ):
+        SafetensorsFolder(tmp_path)
+
+
+BAD_PLACES = {
+    "outside": "../model.safetensors",
+    "absolute": "/tmp/model.safetensors",
+    "below": "sub/model.safetensors",
+    "number": 5,
+    "null": None,
+    "list": ["model.safetensors"],
+    "long": "x" * 5000 + ".safetensors",
+    "zero byte": "a\0.safetensors",
+    "pickle": "model.bin",
+}
+
+
+@pytest.mark.parametrize("place", BAD_PLACES.values(), ids=BAD_PLACES.keys())
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, place):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")  # where `../` leads
+    index_of(folder, {"a": place})
+    with pytest.raises(L0MoEError, match=r"as the file of the tensor a, but it must be the name of"):
+        SafetensorsFolder(folder)
+
+
+def test_deep_nesting_is_damage(tmp_path):
+    deep = b'{"weight_map": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    (tmp_path / INDEX_NAME).write_bytes(deep)
+    with pytest.raises(L0MoEError, match="nested too deeply"):
+        SafetensorsFolder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep)
+    with pytest.raises(L0MoEError, match="not a safetensors file"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_two_tensors_over_the_same_bytes(tmp_path):
+    half = {**GOOD_ENTRY, "shape": [2], "data_offsets": [0, 8]}
+    write_header(tmp_path, {"a": half, "b": {**half, "data_offsets": [8, 16]}})
+    assert SafetensorsFolder(tmp_path).names == {"a", "b"}  # control
+    write_header(tmp_path, {"a": half, "b": {**half, "data_offsets": [4, 12]}})
+    with pytest.raises(
+        L0MoEError, match=r"model\.safetensors says that the tensors a and b lie in the same bytes"
+    ):
         SafetensorsFolder(tmp_path)
