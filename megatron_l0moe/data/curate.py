@@ -55,7 +55,7 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     """
     budgets, replay = plan_budgets(recipe)
     tokenizer = CorpusTokenizer.load(Path(recipe.model.path), eod=recipe.data.eod)
-    corpus = open_corpus(recipe.data.corpus, recipe.data.corpus_format)
+    corpus = open_corpus(recipe.data.corpus, recipe.data.corpus_format, recipe.data.domain_key)
     workspace = Workspace.begin(out, what_decides(recipe, corpus, tokenizer))
     try:
         with session(recipe.data.executor):
