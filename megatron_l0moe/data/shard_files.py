@@ -113,22 +113,23 @@ def _sniffed(head: bytes, name: str) -> str | None:
     """Return the form that the beginning of a file tells, None if it is neither JSON lines nor Parquet."""
     if head.startswith(MAGIC):
         return "parquet"
-    content = b""
+    content, cut = b"", False
     try:
         for piece in read_chunks(BytesIO(head), name):
             content += piece[:SNIFFED_BYTES]
-            if len(content) >= SNIFFED_BYTES:
+            if cut := len(content) >= SNIFFED_BYTES:
                 break
     except BrokenShardError:  # cut off by us, or damaged
         if not content:
             return "jsonl" if JSON.fullmatch(name) else None
+        cut = True
     line, ends, _ = content.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return None
     try:
         return "jsonl" if text_key(json.loads(line)) else None
     except (ValueError, RecursionError):
-        return None if ends else "jsonl"  # a first line longer than what was looked at
+        return "jsonl" if cut and not ends else None  # a first line longer than what was looked at
 
 
 def log_left_out(location: str, files: Iterable[str], shards: Iterable[str]) -> None:
