@@ -109,8 +109,10 @@ class DataSection(RecipePart):
     """Where the text comes from and how it is cut into ordered, balanced sets (paper section 3.1)."""
 
     corpus: str
-    """Folder, or fsspec URL, of shards: RedPajama v1 (*.jsonl, .zst, .gz) or v2, Parquet or text files."""
+    """Folder, or fsspec URL, of shards, or one file: RedPajama v1 (*.jsonl, .zst, .gz) or v2, Parquet or text."""
     corpus_format: Literal["auto", "jsonl", "redpajama_v2", "parquet", "text"] = "auto"
+    domain_key: str | None = Field(default=None, min_length=1)
+    """Where a document's source domain is: a dotted path such as meta.subset, or folder; None: the known forms."""
     filters: FilterSection = FilterSection()
     max_quarantined: float = Field(default=0.01, ge=0, le=1)
     """Fraction of documents, and of shards, that may be unreadable before the stage stops."""

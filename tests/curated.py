@@ -15,13 +15,14 @@ def scan_corpus(
     location: str | Path,
     *,
     form: Format = "auto",
+    domain_key: str | None = None,
     filters: FilterSection | None = None,
     max_quarantined: float = 0.0,
     quarantine_file: Path | None = None,
 ) -> Catalog:
     """Scan a whole corpus in this process."""
     settings = filters or FilterSection()
-    corpus = open_corpus(str(location), form)
+    corpus = open_corpus(str(location), form, domain_key)
     part = scan_shards(corpus, range(len(corpus.shards)), settings, lambda count: None)
     return merge_scans(
         corpus, [part], settings, max_quarantined=max_quarantined, quarantine_file=quarantine_file

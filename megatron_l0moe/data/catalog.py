@@ -23,6 +23,7 @@ from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.data.quarantine import Quarantine
 from megatron_l0moe.data.readers import ShardReader
+from megatron_l0moe.data.records import UNKNOWN
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe_sections import FilterSection
 
@@ -33,6 +34,8 @@ MAX_DOMAINS = 1024
 BLOCK_ROWS = 1 << 14
 """Rows that are held as Python objects, about ten times their size, before they become an array."""
 REPETITION = "exact repetition"
+MAX_UNKNOWN = 0.1
+"""Fraction of the documents that may have no source domain without a warning."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def merge_scans(
     dropped.update(quarantine.reasons)
     catalog = Catalog(corpus, domains, rows, dict(dropped))
     _log(catalog)
+    _check_domains(catalog)
     return catalog
 
 
@@ -185,8 +189,8 @@ def _usable(
 
 def _too_many_domains(corpus: Corpus, where: str) -> str:
     return (
-        f"Corpus {corpus.location} has more than {MAX_DOMAINS} source domains{where}; `meta.source` must name the "
-        "domain of a document (such as arxiv), not the document."
+        f"Corpus {corpus.location} has more than {MAX_DOMAINS} source domains{where}; a domain must be a part of the "
+        "corpus (such as arxiv), not a document: set data.domain_key to a key that names it, or to folder."
     )
 
 
@@ -230,6 +234,25 @@ def _log(catalog: Catalog) -> None:
         *(len(catalog.corpus.shards), len(catalog), len(catalog.domains)),
         *(catalog.column("chars").sum() / 1e6, _listed(catalog.dropped)),
     )
+
+
+def _check_domains(catalog: Catalog) -> None:
+    """Warn of documents without a source domain, and refuse a key that no document has."""
+    key = catalog.corpus.domain_key
+    if key is not None and catalog.domains == [UNKNOWN]:
+        raise L0MoEError(
+            f"data.domain_key ({key}) names the source domain of none of the {len(catalog)} documents of corpus "
+            f"{catalog.corpus.location}; correct it, or leave it out."
+        )
+    if UNKNOWN not in catalog.domains:
+        return
+    unknown = int((catalog.rows["domain"] == catalog.domains.index(UNKNOWN)).sum())
+    if unknown > MAX_UNKNOWN * len(catalog):
+        logger.warning(
+            "%d of %d documents have no source domain and count as %r, so that perplexity by domain says little; set "
+            "data.domain_key to the key that names it (such as meta.subset), or to folder",
+            *(unknown, len(catalog), UNKNOWN),
+        )
 
 
 def _listed(dropped: dict[str, int]) -> str:

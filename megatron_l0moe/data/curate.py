@@ -24,7 +24,7 @@ from megatron_l0moe.data.clustering import (
 )
 from megatron_l0moe.data.corpus import Corpus, open_corpus
 from megatron_l0moe.data.drive import Tokeniser, embed, scan
-from megatron_l0moe.data.embedding import find_model
+from megatron_l0moe.data.embedding import check_encoder, find_model
 from megatron_l0moe.data.engine.executors import session
 from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
@@ -55,7 +55,8 @@ def curate(recipe: Recipe, out: Path) -> dict[str, object]:
     """
     budgets, replay = plan_budgets(recipe)
     tokenizer = CorpusTokenizer.load(Path(recipe.model.path), eod=recipe.data.eod)
-    corpus = open_corpus(recipe.data.corpus, recipe.data.corpus_format)
+    check_encoder(recipe.data.embedding_model, max_tokens=recipe.data.embedding_max_tokens)
+    corpus = open_corpus(recipe.data.corpus, recipe.data.corpus_format, recipe.data.domain_key)
     workspace = Workspace.begin(out, what_decides(recipe, corpus, tokenizer))
     try:
         with session(recipe.data.executor):

@@ -26,6 +26,12 @@ HEAD_CHARS_PER_TOKEN = 16
 ordinary text needs, so that a text of 200 MB costs no more than a page."""
 CHUNK_DOCUMENTS = 2048
 """Documents that are sorted by length and embedded together; bounds the memory for texts."""
+MODULES = ("Transformer", "Pooling", "Normalize")
+"""Modules of sentence-transformers whose work is done here; a vector's length does not count, so the last is free."""
+POOLINGS = {"mean": "mean", "cls": "cls", "mean_sqrt_len_tokens": "mean"}
+"""FlagEmbedding's names of sentence-transformers' poolings; the last differs from the mean in length only."""
+LEGACY_POOLINGS = {"mean_tokens": "mean", "cls_token": "cls"}
+"""Names in the form of one switch for each pooling, where they are others."""
 
 
 class Encoder:
@@ -75,16 +81,9 @@ def load_encoder(name: str, *, max_tokens: int, batch_size: int) -> Encoder:
     """Load an encoder in fp32 on this process' device.
 
     Raises:
-        L0MoEError: the model is not on this machine, is damaged, takes fewer than ``max_tokens`` tokens, or pools
-            in a way that FlagEmbedding does not know.
+        L0MoEError: see `check_encoder`, or the model is damaged.
     """
-    folder = find_model(name)
-    limit = _max_positions(folder)
-    if max_tokens > limit:
-        raise L0MoEError(
-            f"data.embedding_max_tokens ({max_tokens}) is more than the {limit} tokens that encoder {name} takes; "
-            f"set it to {limit} or less."
-        )
+    folder = check_encoder(name, max_tokens=max_tokens)
     options: dict[str, Any] = {"use_fp16": False, "devices": str(device())}
     if is_bge_m3(folder):
         from FlagEmbedding import BGEM3FlagModel as Model  # seconds to import: only when it is used
@@ -104,6 +103,54 @@ def load_encoder(name: str, *, max_tokens: int, batch_size: int) -> Encoder:
         ) from error
     logger.info("encoder %s: %s, %d tokens, %s", name, Model.__name__, max_tokens, options["devices"])
     return Encoder(model, max_tokens=max_tokens, batch_size=batch_size)
+
+
+def check_encoder(name: str, *, max_tokens: int) -> Path:
+    """Return the folder of an encoder that FlagEmbedding computes as the folder asks for, without loading it.
+
+    Raises:
+        L0MoEError: the model is not on this machine, is incomplete, takes fewer than ``max_tokens`` tokens, or asks for
+            what FlagEmbedding does not do.
+    """
+    folder = find_model(name)
+    asked = _asked_for(folder)
+    if asked:
+        raise L0MoEError(
+            f"Encoder {folder} asks for {asked}, which FlagEmbedding does not do; choose another encoder."
+        )
+    if not is_bge_m3(folder):
+        pooling_method(folder)
+    limit = _max_tokens(folder)
+    if max_tokens > limit:
+        raise L0MoEError(
+            f"data.embedding_max_tokens ({max_tokens}) is more than the {limit} tokens that encoder {name} takes; "
+            f"set it to {limit} or less."
+        )
+    return folder
+
+
+def _asked_for(folder: Path) -> str | None:
+    """Return what a folder asks for beyond a transformer, pooling and normalising, None if nothing."""
+    modules = _json(folder / "modules.json", [])
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+    settings, bert = _json(folder / "config_sentence_transformers.json", {}), _bert_config(folder)
+    prompt = settings.get("default_prompt_name")
+    lowered = bert.get("do_lower_case") and not _json(folder / "tokenizer_config.json", {}).get(
+        "do_lower_case"
+    )
+    task, kind = bert.get("transformer_task"), settings.get("model_type")
+    asked = {
+        f"the module {next((name for name in kinds if name not in MODULES), '')} in modules.json": (
+            any(name not in MODULES for name in kinds)
+        ),
+        f"the prompt {prompt!r} before each text": prompt and (settings.get("prompts") or {}).get(prompt),
+        f"a model of type {kind}": kind not in (None, "SentenceTransformer"),
+        f"the task {task}": task not in (None, "feature-extraction"),
+        "lower-cased text (do_lower_case)": lowered,
+        "an adapter (adapter_config.json)": (folder / "adapter_config.json").is_file(),
+        "an encoder with a decoder": _json(folder / "config.json", {}).get("is_encoder_decoder"),
+    }
+    return next((what for what, is_asked in asked.items() if is_asked), None)
 
 
 def find_model(name: str) -> Path:
@@ -142,30 +189,62 @@ def is_bge_m3(folder: Path) -> bool:
 
 def pooling_method(folder: Path) -> str:
     """Return FlagEmbedding's name of the pooling that the checkpoint was trained with: "mean" or "cls"."""
-    file = folder / "1_Pooling" / "config.json"
+    modules = _json(folder / "modules.json", [])
+    places = [m["path"] for m in modules if isinstance(m, dict) and str(m.get("type")).endswith(".Pooling")]
+    file = folder / (str(places[0]) if places else "1_Pooling") / "config.json"
     if not file.is_file():
         raise L0MoEError(
-            f"Encoder folder {folder} lacks 1_Pooling/config.json, which tells mean from cls pooling."
+            f"Encoder folder {folder} lacks {file.relative_to(folder)}, which tells mean from cls pooling."
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
-    prefix = "pooling_mode_"
-    modes = [key.removeprefix(prefix) for key, on in config.items() if key.startswith(prefix) and on is True]
-    if modes == ["mean_tokens"]:
-        return "mean"
-    if modes == ["cls_token"]:
-        return "cls"
+    modes = _pooling_modes(_json(file, {}))
+    if len(modes) == 1 and modes[0] in POOLINGS:
+        return POOLINGS[modes[0]]
     raise L0MoEError(
-        f"{file} asks for pooling {' + '.join(modes) or 'none'}; FlagEmbedding pools by mean_tokens or cls_token, "
-        "so choose another encoder."
+        f"{file} asks for pooling {' + '.join(modes)}; FlagEmbedding pools by mean or cls, so choose another encoder."
     )
 
 
-def _max_positions(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    positions = int(config.get("max_position_embeddings", 512))
+def _pooling_modes(config: dict[str, Any]) -> list[str]:
+    """Return the poolings that a file asks for, in its newer form (`pooling_mode`) or as one switch for each."""
+    new = config.get("pooling_mode")
+    if new is not None:
+        return [str(mode) for mode in new] if isinstance(new, list) else [str(new)]
+    prefix = "pooling_mode_"
+    switches = {key.removeprefix(prefix): on for key, on in config.items() if key.startswith(prefix)}
+    modes = [LEGACY_POOLINGS.get(mode, mode) for mode, on in switches.items() if on]
+    return modes or (["mean"] if switches else ["none"])  # all off: sentence-transformers takes the mean
+
+
+def _max_tokens(folder: Path) -> int:
+    """Return the tokens that an encoder takes: its positions, or fewer where sentence-transformers is to cut there."""
+    config = _json(folder / "config.json", {})
+    positions = int(config.get("max_position_embeddings") or 512)
     if "roberta" in str(config.get("model_type")):  # RoBERTa's positions start after the padding id
-        positions -= int(config.get("pad_token_id", 1)) + 1
-    return positions
+        positions -= int(config.get("pad_token_id") or 1) + 1
+    cut = _bert_config(folder).get("max_seq_length")
+    return min(positions, cut) if isinstance(cut, int) else positions
+
+
+def _bert_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = _json(folder / "sentence_bert_config.json", {})
+    return config
+
+
+def _json(file: Path, default: Any) -> Any:
+    """Return what a file holds, the default if there is no such file.
+
+    Raises:
+        L0MoEError: it is damaged, or holds another kind of value.
+    """
+    if not file.is_file():
+        return default
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise L0MoEError(f"{file} is damaged ({error}); download the model again.") from error
+    if not isinstance(value, type(default)):
+        raise L0MoEError(f"{file} holds no {type(default).__name__}; download the model again.")
+    return value
 
 
 def _rows(output: Any) -> int:

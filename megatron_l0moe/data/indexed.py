@@ -53,10 +53,12 @@ class CorpusTokenizer:
             raise L0MoEError(
                 f"{model / 'config.json'} has no integer `vocab_size`; set model.path to a causal LM checkpoint."
             )
-        if tokenizer.highest() >= vocab_size:
+        beyond = [n for n in range(vocab_size, tokenizer.highest() + 1) if tokenizer.token(n) is not None]
+        if beyond:
             raise L0MoEError(
-                f"The tokenizer in {model} has ids up to {tokenizer.highest()}, but the model's vocab_size is "
-                f"{vocab_size}; it is not the tokenizer of the model."
+                f"The tokenizer in {model} has ids up to {beyond[-1]}, but the model's vocab_size is {vocab_size}; it "
+                f"is not the tokenizer of the model, or tokens such as {tokenizer.token(beyond[0])!r} ({beyond[0]}) "
+                "were added to it, for which the model has no rows: remove them."
             )
         found = _find_eod(tokenizer, config, model) if eod is None else eod
         if found >= vocab_size:
@@ -68,8 +70,7 @@ class CorpusTokenizer:
                     else "correct data.eod."
                 )
             )
-        if eod is not None:
-            _check_eod(tokenizer, eod, file)
+        _check_eod(tokenizer, found, file, guessed=eod is None)
         return cls(tokenizer, eod=found, vocab_size=vocab_size, sha256=sha256_file(file))
 
     def encode(self, texts: list[str], limits: list[int]) -> list[Tokens]:
@@ -169,12 +170,25 @@ def _find_eod(tokenizer: TextTokenizer, config: dict[str, object], model: Path) 
     )
 
 
-def _check_eod(tokenizer: TextTokenizer, eod: int, file: Path) -> None:
+def _check_eod(tokenizer: TextTokenizer, eod: int, file: Path, *, guessed: bool) -> None:
     """Refuse an id that is no token, or that a text can hold, so that it would not tell where a document ends."""
     token = tokenizer.token(eod)
+    advice = "set data.eod to the id of a special token" if guessed else "set it to the id of a special token"
     if token is None:
-        raise L0MoEError(f"data.eod ({eod}) is no token of {file}; set it to the id of a special token.")
-    if eod in tokenizer.encode([tokenizer.decode([eod])])[0]:
+        asked = f"eos_token_id ({eod}) of {file.parent / 'config.json'}" if guessed else f"data.eod ({eod})"
+        raise L0MoEError(f"{asked} is no token of {file}; {advice}.")
+    if not _can_stand_in_text(tokenizer, eod):
+        return
+    if guessed:
         raise L0MoEError(
-            f"data.eod ({eod}) is {token!r} in {file}, which a text can hold too; set it to the id of a special token."
+            f"The end-of-document token of {file.parent}, {token!r} ({eod}), is not special in {file.name}, so that a "
+            f'text can hold it too; mark it there as the base model does ("special": true), or {advice}.'
         )
+    raise L0MoEError(f"data.eod ({eod}) is {token!r} in {file}, which a text can hold too; {advice}.")
+
+
+def _can_stand_in_text(tokenizer: TextTokenizer, number: int) -> bool:
+    text = tokenizer.decode([number])
+    if "\ufffd" in text and not tokenizer.is_special(number):  # a piece of a character: no text is it alone
+        return True
+    return any(number in ids for ids in tokenizer.encode([text, f" {text}", f"x{text}x"]))

@@ -1,4 +1,4 @@
-"""Readers of single shards as datatrove pipeline steps: JSON lines (RedPajama v1) and plain text.
+"""Readers of single shards as datatrove pipeline steps: JSON lines and plain text.
 
 Every reader is a datatrove `BaseDiskReader`, so it runs by itself in a pipeline on any executor, on local paths and
 fsspec URLs. datatrove's own JsonlReader and ParquetReader are not enough here: they pass over a bad line with a line in
@@ -6,7 +6,7 @@ the log, give up the rest of a file at a bad byte, and do not see a truncated zs
 pass over. `read_rows` also reads single documents again, by their place.
 
 A document is a datatrove `Document`: text, id ("shard:line"), and metadata with `shard`, `line` (from 1), `domain`,
-`language`, and what a format adds.
+`language` (see `records.py`), and what a format adds.
 """
 
 import codecs
@@ -20,8 +20,7 @@ from datatrove.pipeline.readers.base import BaseDiskReader
 
 from megatron_l0moe.data.lines import MAX_LINE_BYTES, BrokenShardError, read_chunks, read_lines
 from megatron_l0moe.data.quarantine import Quarantine
-
-UNKNOWN = "unknown"
+from megatron_l0moe.data.records import TEXT_KEYS, domain_of, folder_of, language_of, text_key
 
 
 class BadDocumentError(Exception):
@@ -31,8 +30,15 @@ class BadDocumentError(Exception):
 class ShardReader(BaseDiskReader):
     """Base of the readers: bad documents and broken shards go to a quarantine, the rest is read."""
 
-    def __init__(self, folder: DataFolder) -> None:
+    def __init__(self, folder: DataFolder, domain_key: str | None = None) -> None:
+        """Make a reader.
+
+        Args:
+            folder: what the shards' paths begin at.
+            domain_key: what names the domain of a document, see `records.domain_of`; None: the known forms.
+        """
         super().__init__(folder)
+        self.domain_key = domain_key
         self.quarantine = Quarantine()
 
     def read_file(self, filepath: str) -> Iterator[Document]:
@@ -55,6 +61,12 @@ class ShardReader(BaseDiskReader):
         except OSError as error:
             self.quarantine.add_shard(shard, line + 1, f"cannot be read ({error})")
 
+    def describe(self, shard: str, record: dict[str, Any]) -> dict[str, Any]:
+        """Return the metadata of a record: domain and language."""
+        root = self.data_folder.path.rstrip("/").rpartition("/")[2]
+        domain = domain_of(record, shard, key=self.domain_key, root=root)
+        return {"domain": domain, "language": language_of(record)}
+
     def rows(self, shard: str, wanted: Collection[int] | None) -> Iterator[tuple[int, Any]]:
         """Yield (line number from 1, raw content) of the wanted documents; None stands for one that is too long.
 
@@ -73,30 +85,23 @@ class ShardReader(BaseDiskReader):
 
 
 class JsonLinesReader(ShardReader):
-    """RedPajama v1 and alike: one `{"text": ..., "meta": {"source": ..., "language": ...}}` a line."""
+    """One record a line, such as `{"text": ..., "meta": {"source": ..., "language": ...}}`."""
 
-    text_field = "text"
+    text_keys: tuple[str, ...] = TEXT_KEYS
 
     def rows(self, shard: str, wanted: Collection[int] | None) -> Iterator[tuple[int, Any]]:
         """Yield the wanted lines."""
         with self.data_folder.open(shard, "rb") as file:
-            for line, content in enumerate(read_lines(file, shard), start=1):
+            for line, content in read_lines(file, shard):
                 if wanted is None or line in wanted:
                     yield line, content
 
     def parse(self, shard: str, line: int, content: Any) -> Document:
         """Parse one line."""
         record = parse_json(content, first=line == 1)
-        text = record.get(self.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise BadDocumentError("no text", f"has no string `{self.text_field}`")
+        text = text_of(record, self.text_keys)
         check_text(text)
         return document(shard, line, text, **self.describe(shard, record))
-
-    def describe(self, shard: str, record: dict[str, Any]) -> dict[str, Any]:
-        """Return the metadata of a record: domain and language."""
-        meta = record.get("meta")
-        return {"domain": domain_of(meta), "language": language_of(meta) or language_of(record)}
 
 
 class TextReader(ShardReader):
@@ -118,8 +123,7 @@ class TextReader(ShardReader):
         """Decode the file."""
         text = decode(content, first=True)
         check_text(text)
-        folder, _, rest = shard.partition("/")
-        return document(shard, line, text, domain=folder if rest else UNKNOWN, language="")
+        return document(shard, line, text, domain=folder_of(shard), language="")
 
 
 def document(shard: str, line: int, text: str, **metadata: Any) -> Document:
@@ -154,6 +158,20 @@ def parse_json(content: bytes | None, *, first: bool = False) -> Any:
         raise BadDocumentError("not JSON", f"is not valid JSON ({error})") from error
 
 
+def text_of(record: Any, keys: tuple[str, ...]) -> str:
+    """Return the text of a record.
+
+    Raises:
+        BadDocumentError: it has none under the keys; the detail says which it has.
+    """
+    key = text_key(record, keys) if isinstance(record, dict) else None
+    text = record[key] if key else None
+    if isinstance(text, str):
+        return text
+    others = f"; its keys are {', '.join(record)[:200]}" if isinstance(record, dict) and record else ""
+    raise BadDocumentError("no text", f"has no string `{key or '` or `'.join(keys)}`{others}")
+
+
 def check_text(text: str) -> None:
     """Refuse text that no tokenizer takes, or that is no text.
 
@@ -168,18 +186,3 @@ def check_text(text: str) -> None:
         ) from error
     if (place := text.find("\0")) >= 0:
         raise BadDocumentError("NUL character", f"has a NUL at character {place} of its text")
-
-
-def domain_of(meta: object) -> str:
-    """Return the source domain of a document's `meta`.
-
-    Common Crawl lines of RedPajama v1 carry `cc/2019-30/en_middle_0053.json.gz/line405796`; the domain is `cc`.
-    """
-    source = meta.get("source") if isinstance(meta, dict) else None
-    return (source.split("/", 1)[0].strip() if isinstance(source, str) else "") or UNKNOWN
-
-
-def language_of(record: object) -> str:
-    """Return the language code of a record, or "" (in RedPajama v1's GitHub part it is a list of others)."""
-    language = record.get("language") if isinstance(record, dict) else None
-    return language if isinstance(language, str) else ""

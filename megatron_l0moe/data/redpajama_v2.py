@@ -20,7 +20,8 @@ from datatrove.io import DataFolder
 
 from megatron_l0moe.data.lines import BrokenShardError, read_lines
 from megatron_l0moe.data.quarantine import Quarantine
-from megatron_l0moe.data.readers import UNKNOWN, BadDocumentError, JsonLinesReader, language_of, parse_json
+from megatron_l0moe.data.readers import BadDocumentError, JsonLinesReader, parse_json
+from megatron_l0moe.data.records import FOLDER, UNKNOWN, folder_of
 
 DOCUMENTS, SUFFIX = "documents/", ".json.gz"
 
@@ -28,12 +29,18 @@ DOCUMENTS, SUFFIX = "documents/", ".json.gz"
 class RedPajamaV2Reader(JsonLinesReader):
     """Documents of v2; their metadata holds `signals` ({name: spans}, None: not rated) and `listed_duplicate`."""
 
-    text_field = "raw_content"
+    text_keys = ("raw_content",)
 
     def __init__(
-        self, folder: DataFolder, *, with_signals: bool = True, with_duplicates: bool = True
+        self,
+        folder: DataFolder,
+        domain_key: str | None = None,
+        *,
+        with_signals: bool = True,
+        with_duplicates: bool = True,
     ) -> None:
-        super().__init__(folder)
+        """Make a reader; signals and duplicates are joined to the documents where they are asked for."""
+        super().__init__(folder, domain_key)
         self._with_signals = with_signals
         self._with_duplicates = with_duplicates
 
@@ -57,9 +64,17 @@ class RedPajamaV2Reader(JsonLinesReader):
                 ratings.close()
 
     def describe(self, shard: str, record: dict[str, Any]) -> dict[str, Any]:
-        """Return language and domain of a record; the web is one source, so the language is the domain."""
-        language = language_of(record) or shard.rsplit("/", 1)[-1].partition("_")[0]
-        return {"domain": language or UNKNOWN, "language": language}
+        """Return language and domain of a record; the web is one source, so the language is the domain.
+
+        With `data.domain_key` the folder is that of the snapshot.
+        """
+        said = super().describe(shard, record)
+        language = said["language"] or shard.rsplit("/", 1)[-1].partition("_")[0]
+        if self.domain_key == FOLDER:
+            domain = folder_of(shard.removeprefix(DOCUMENTS))
+        else:
+            domain = said["domain"] if self.domain_key else language or UNKNOWN
+        return {"domain": domain, "language": language}
 
     def _listed_duplicates(self, tag: str) -> set[int]:
         """Return the rows of the shard that the duplicates file lists; none without such a file."""
@@ -107,7 +122,7 @@ class _Ratings:
     def _read(self) -> Iterator[tuple[int, Any]]:
         last, line = -1, 0
         try:
-            for line, content in enumerate(read_lines(self._file, self._name), start=1):  # type: ignore[arg-type]
+            for line, content in read_lines(self._file, self._name):  # type: ignore[arg-type]
                 try:
                     row, signals = self._parse(content, last)
                 except BadDocumentError as error:

@@ -32,7 +32,10 @@ class TextTokenizer(Protocol):
         """Return the token of an id, None if there is no such id."""
 
     def highest(self) -> int:
-        """Return the highest id that the vocabulary of texts has."""
+        """Return the highest id, added tokens included."""
+
+    def is_special(self, number: int) -> bool:
+        """Say whether an id is that of a special token, whose name in a text is taken for text."""
 
 
 class FastTokenizer:
@@ -73,8 +76,13 @@ class FastTokenizer:
         return None if token is None else str(token)
 
     def highest(self) -> int:
-        """Return the highest id of the vocabulary without added tokens."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+        """Return the highest id, added tokens included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
+    def is_special(self, number: int) -> bool:
+        """Say whether an id is that of a special token; an added one need not be special."""
+        added = self._tokenizer.get_added_tokens_decoder().get(number)
+        return added is not None and bool(added.special)
 
 
 class SentencePieceTokenizer:
@@ -104,6 +112,10 @@ class SentencePieceTokenizer:
     def highest(self) -> int:
         """Return the highest id."""
         return int(self._model.get_piece_size()) - 1
+
+    def is_special(self, number: int) -> bool:
+        """Say whether an id is that of a control symbol."""
+        return bool(self._model.is_control(number))
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -22,10 +22,10 @@ def check(recipe: Recipe) -> Architecture:
     """
     architecture = Architecture.from_hf(Path(recipe.model.path))
     check_sizes(recipe, architecture)
-    if "://" not in recipe.data.corpus and not Path(recipe.data.corpus).is_dir():
+    if "://" not in recipe.data.corpus and not Path(recipe.data.corpus).exists():
         raise L0MoEError(
-            f"data.corpus: the folder {recipe.data.corpus} does not exist; give a folder of shards, relative "
-            "to the folder that the command is run in, or a URL such as s3://bucket/folder."
+            f"data.corpus: the folder {recipe.data.corpus} does not exist; give a folder of shards or one file, "
+            "relative to the folder that the command is run in, or a URL such as s3://bucket/folder."
         )
     if recipe.evaluation.benchmarks is not None:
         with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ CHAIN: tuple[StageSpec, ...] = (
             "expert_training.global_batch_size",
             "moe_training.sequences_per_domain",
         ),
-        added=("set_passes",),
+        added=("set_passes", "data.domain_key"),
         restart="own",
     ),
     StageSpec(
@@ -118,7 +118,7 @@ CHAIN: tuple[StageSpec, ...] = (
     ),
 )
 """The chain of method l0moe, which has all stages there are."""
-HASHED_APART = {"executor", "set_passes"}
+HASHED_APART = {"executor", "set_passes", "domain_key"}
 """Keys that a section's hash leaves out: the executor changes no result, the others stand in `added`."""
 STAGE_NAMES: tuple[str, ...] = tuple(spec.name for spec in CHAIN)
 ONLY_L0MOE = ("experts", "assemble")

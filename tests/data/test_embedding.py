@@ -10,7 +10,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from megatron_l0moe.data.embedding import Encoder, find_model, is_bge_m3, load_encoder, pooling_method
+from megatron_l0moe.data.embedding import (
+    Encoder,
+    check_encoder,
+    find_model,
+    is_bge_m3,
+    load_encoder,
+    pooling_method,
+)
 from megatron_l0moe.errors import L0MoEError
 
 FP32_PADDING_ATOL = 1e-5  # padded batches reduce in another order than one text alone
@@ -109,3 +116,103 @@ def test_pooling_must_be_known(tmp_path: Path) -> None:
     file.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(L0MoEError, match="asks for pooling max_tokens"):
         pooling_method(tmp_path)
+    file.write_text("{")
+    with pytest.raises(L0MoEError, match=r"1_Pooling/config\.json is damaged .* download the model again"):
+        pooling_method(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False}, "mean"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True}, "mean"),
+        ({"embedding_dimension": 32, "pooling_mode": ["cls"]}, "cls"),
+        ({"embedding_dimension": 32, "pooling_mode": ["cls", "mean"]}, None),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, None),
+        ({"pooling_mode": "weightedmean"}, None),
+        ({"pooling_mode": "lasttoken", "pooling_mode_mean_tokens": True}, None),
+        ({"word_embedding_dimension": 32}, None),
+    ],
+    ids=str,
+)
+def test_both_forms_of_pooling(tmp_path: Path, config: dict[str, object], method: str | None) -> None:
+    """As sentence-transformers reads them; its newer form is one key."""
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps(config))
+    if method:
+        assert pooling_method(tmp_path) == method
+        return
+    with pytest.raises(L0MoEError, match=r"asks for pooling .*; FlagEmbedding pools by mean or cls"):
+        pooling_method(tmp_path)
+
+
+def modules(*kinds: str) -> list[dict[str, object]]:
+    return [
+        {
+            "idx": n,
+            "name": str(n),
+            "path": f"{n}_{kind}" if n else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for n, kind in enumerate(kinds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "asked"),
+    [
+        (
+            "modules.json",
+            modules("Transformer", "Pooling", "Dense", "Normalize"),
+            "the module Dense in modules",
+        ),
+        (
+            "modules.json",
+            modules("Transformer", "WeightedLayerPooling", "Pooling"),
+            "the module WeightedLayer",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"d": "passage: "}, "default_prompt_name": "d"},
+            "prompt 'd'",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"model_type": "SparseEncoder"},
+            "a model of type SparseEncoder",
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": 12, "do_lower_case": True}, "lower-cased text"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "the task fill-mask"),
+        ("adapter_config.json", {}, "an adapter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_flag_embedding_does_not_do(
+    tmp_path: Path, tiny_encoder: Path, name: str, content: object, asked: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(
+        L0MoEError, match=f"Encoder .* asks for .*{asked}.*, which FlagEmbedding does not do; choose"
+    ):
+        check_encoder(str(folder), max_tokens=12)
+
+
+def test_what_a_folder_may_say(tmp_path: Path, tiny_encoder: Path) -> None:
+    folder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder"))
+    said: dict[str, object] = {
+        "modules.json": modules("Transformer", "Pooling", "Normalize"),
+        "config_sentence_transformers.json": {"prompts": {"query": "q: "}, "default_prompt_name": None},
+        "sentence_bert_config.json": {"max_seq_length": 16, "do_lower_case": False},
+    }
+    for name, content in said.items():
+        (folder / name).write_text(json.dumps(content))
+    assert check_encoder(str(folder), max_tokens=16) == folder
+    with pytest.raises(L0MoEError, match=r"embedding_max_tokens \(17\) is more than the 16 tokens"):
+        check_encoder(str(folder), max_tokens=17)
+    (folder / "modules.json").write_text("{}")
+    with pytest.raises(L0MoEError, match=r"modules\.json holds no list; download"):
+        check_encoder(str(folder), max_tokens=16)

@@ -77,8 +77,8 @@ def read(reader: type[ShardReader], name: str, content: bytes) -> tuple[list[Any
 @example(content=b"\x1f\x8b", suffix=".jsonl.gz")
 def test_any_bytes(content: bytes, suffix: str) -> None:
     documents, reader = read(JsonLinesReader, f"a{suffix}", content)
-    if suffix == ".jsonl":
-        lines = io.BytesIO(content).readlines()
+    if not reader.quarantine.broken_shards and suffix == ".jsonl":
+        lines = [line for line in io.BytesIO(content).readlines() if not line.isspace()]
         assert len(documents) + reader.quarantine.reasons.total() == len(lines)
 
 

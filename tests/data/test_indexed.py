@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
 
 from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
 from megatron_l0moe.data.manifest import sha256_file
@@ -59,7 +59,7 @@ def test_a_long_text_is_cut_to_its_limit(model: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("vocabulary", "eos", "eod"),
-    [("<|end_of_text|>", 1, 0), ("</s>", 1, 0), ("<other>", 7, 7), ("<other>", [5, 6], 5)],
+    [("<|end_of_text|>", 1, 0), ("</s>", 1, 0), ("<other>", 1, 1), ("<other>", [1, 6], 1)],
     ids=["llama3", "mistral", "config", "config list"],
 )
 def test_eod_rule(model: Path, vocabulary: str, eos: object, eod: int) -> None:
@@ -245,15 +245,53 @@ def test_a_failed_write_is_seen(model: Path, tmp_path: Path, monkeypatch) -> Non
         write_documents(tmp_path / "s", [(0, "sail", 9)], CorpusTokenizer.load(model), lambda count: None)
 
 
-def test_added_tokens_beyond_the_model(model: Path) -> None:
-    """Some tokenizers carry tokens that their model has no row for: refused only where a text uses one."""
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_beyond_the_model(model: Path, special: bool) -> None:
+    """The model has no row for them: said at once, not where the first text holds one."""
     file = model / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     size = tokenizer.get_vocab_size()
-    tokenizer.add_tokens(["zeppelin"])
-    tokenizer.save(str(file))
     (model / "config.json").write_text(json.dumps({"vocab_size": size}))
-    loaded = CorpusTokenizer.load(model)
-    loaded.encode(["flour butter"], [99])
-    with pytest.raises(L0MoEError, match=rf"made the id {size}, but the model's vocab_size is {size}"):
-        loaded.encode(["flour zeppelin"], [99])
+    CorpusTokenizer.load(model)  # control
+    tokenizer.add_tokens([AddedToken("zeppelin", special=special), "airship"])
+    tokenizer.save(str(file))
+    with pytest.raises(
+        L0MoEError, match=rf"ids up to {size + 1}, but .* as 'zeppelin' \({size}\) were added"
+    ):
+        CorpusTokenizer.load(model)
+
+
+def test_a_guessed_eod_is_held_to_the_same(model: Path) -> None:
+    """Fine-tunes that were saved again hold <|endoftext|> as an added token that is not special."""
+    file = model / "tokenizer.json"
+    content = json.loads(file.read_text())
+    (end,) = [token for token in content["added_tokens"] if token["content"] == "<|endoftext|>"]
+    end["special"] = False
+    file.write_text(json.dumps(content))
+    opened = open_tokenizer(file)
+    assert 0 in opened.encode(["say <|endoftext|> aloud"])[0]  # why it is refused
+    with pytest.raises(
+        L0MoEError, match=r"token of .*, '<\|endoftext\|>' \(0\), is not special in tokenizer\.json"
+    ):
+        CorpusTokenizer.load(model)
+    assert CorpusTokenizer.load(model, eod=1).eod == 1
+    rename_token(model, "<|endoftext|>", "<other>")
+    for eos, problem in (
+        (5, "is not special in"),
+        (450, r"eos_token_id \(450\) of .*config\.json is no token of"),
+    ):
+        (model / "config.json").write_text(json.dumps({"vocab_size": 512, "eos_token_id": eos}))
+        with pytest.raises(L0MoEError, match=problem):
+            CorpusTokenizer.load(model)
+
+
+def test_a_part_of_a_character_is_no_end(model: Path) -> None:
+    """Decoded alone it is the replacement character, which is encoded as others."""
+    file = model / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(file))
+    number = tokenizer.token_to_id("\u00e6")  # the byte e6 of byte-level BPE
+    assert number not in tokenizer.encode(tokenizer.decode([number])).ids
+    with pytest.raises(L0MoEError, match=rf"data\.eod \({number}\) is .* which a text can hold too"):
+        CorpusTokenizer.load(model, eod=number)

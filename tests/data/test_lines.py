@@ -1,62 +1,139 @@
-"""Lines of compressed shards: several frames, lines across chunks, and every way in which a file can be cut."""
+"""Lines of compressed shards: what is taken, every way in which a file can be cut, and the memory that it costs."""
 
+import bz2
 import gzip
 import io
+import lzma
+import subprocess
+import sys
 import tracemalloc
+import zlib
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_l0moe.data import lines
 from megatron_l0moe.data.lines import BrokenShardError, read_lines
 
-PACK = {"": bytes, ".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress}
+PACK = {"": bytes, ".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress,
+        ".bz2": bz2.compress, ".xz": lzma.compress}  # fmt: skip
 CONTENT = [b"one", b"", b"x" * 500, b"three"]
+FOUND = [(1, b"one"), (3, b"x" * 500), (4, b"three")]
+SKIPPED = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
 
 
-def read(data: bytes, name: str) -> list[bytes | None]:
+def read(data: bytes, name: str = "a.jsonl") -> list[tuple[int, bytes | None]]:
     return list(read_lines(io.BytesIO(data), name))
 
 
 @pytest.mark.parametrize("suffix", PACK)
-@pytest.mark.parametrize("end", [b"\n", b""], ids=["newline", "no newline"])
-def test_lines(suffix: str, end: bytes) -> None:
-    assert read(PACK[suffix](b"\n".join(CONTENT) + end), f"a{suffix}") == CONTENT
+@pytest.mark.parametrize("name", ["a.jsonl", "a.zst", "a.gz"])
+@pytest.mark.parametrize("end", [b"\n", b"", b"\n\n \r\n"], ids=["newline", "no newline", "blanks"])
+def test_lines(suffix: str, name: str, end: bytes) -> None:
+    """The content counts, not the name, so plain text may be named as compressed and the other way round."""
+    assert read(PACK[suffix](b"\n".join(CONTENT) + end), name) == FOUND
 
 
-@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+@pytest.mark.parametrize("suffix", [s for s in PACK if s])
 def test_several_frames_and_lines_across_chunks(suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(lines, "SLICE_BYTES", 3)
     whole = b"\n".join(CONTENT)
-    assert read(PACK[suffix](whole[:40]) + PACK[suffix](whole[40:]), f"a{suffix}") == CONTENT
+    assert read(PACK[suffix](whole[:40]) + PACK[suffix](b"") + PACK[suffix](whole[40:])) == FOUND
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    content=st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"-")), max_size=9),
+    chunk=st.integers(1, 12),
+    suffix=st.sampled_from(sorted(PACK)),
+)
+def test_chunks_do_not_matter(content: list[bytes], chunk: int, suffix: str) -> None:
+    whole = b"#" + b"\n".join(content)  # no byte of a compressed file at the beginning
+    expected = [
+        (n, line) for n, line in enumerate(whole.split(b"\n"), start=1) if line and not line.isspace()
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "CHUNK_BYTES", chunk)
+        assert read(PACK[suffix](whole)) == expected
+
+
+def long_window(content: bytes) -> bytes:
+    """As `zstd --long=28` writes."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(content) + compressor.flush()
+
+
+def with_gzip_header(content: bytes) -> bytes:
+    """A member with an extra field, a file name and a comment, as bgzip and others write."""
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    body = raw.compress(content) + raw.flush()
+    head = b"\x1f\x8b\x08\x1c" + bytes(6) + b"\x06\x00BC\x02\x00\x00\x00" + b"name\x00" + b"comment\x00"
+    return head + body + zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        long_window,
+        lambda content: SKIPPED + zstandard.compress(content) + SKIPPED,
+        lambda content: gzip.compress(content) + bytes(1000),
+        with_gzip_header,
+    ],
+    ids=["long window", "skippable frames", "zero padding", "gzip header"],
+)
+def test_what_the_tools_take(packed) -> None:
+    assert read(packed(b"\n".join(CONTENT))) == FOUND
+    assert zstandard.get_frame_parameters(long_window(b"x" * 99)).window_size == 1 << 28
 
 
 @pytest.mark.parametrize("suffix", PACK)
 def test_nothing(suffix: str) -> None:
-    assert read(PACK[suffix](b""), f"a{suffix}") == []
-    assert (
-        read(b"", f"a{suffix}") == []
-    )  # a file of no bytes is no damage: there is nothing that could be missing
+    assert read(PACK[suffix](b"")) == []
+    assert read(b"", f"a{suffix}") == []  # no bytes are no damage: there is nothing that could be missing
 
 
-@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+@pytest.mark.parametrize("suffix", [s for s in PACK if s])
 @pytest.mark.parametrize("cut", [1, 5, 12], ids=lambda cut: f"minus{cut}")
 def test_truncated(suffix: str, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(lines, "SLICE_BYTES", 16)
     whole = b"".join(b"line %d %d\n" % (i, i * 7919) for i in range(400))
-    found: list[bytes | None] = []
-    with pytest.raises(BrokenShardError, match=r"ends inside a (zstd|gzip) frame, so it is truncated"):
+    found: list[tuple[int, bytes | None]] = []
+    with pytest.raises(BrokenShardError, match=r"ends inside a \w+ frame, so it is truncated"):
         found.extend(read_lines(io.BytesIO(PACK[suffix](whole)[:-cut]), f"a{suffix}"))
-    assert found == whole.splitlines()[: len(found)]  # what comes before the damage is whole
+    assert found == list(enumerate(whole.splitlines()[: len(found)], start=1))
 
 
 @pytest.mark.parametrize("suffix", [".zst", ".gz"])
 def test_damaged_and_other_data(suffix: str) -> None:
-    with pytest.raises(BrokenShardError, match=r"is not valid (zstd|gzip) data"):
-        read(b'{"text": "plain"}\n', f"a{suffix}")
+    with pytest.raises(BrokenShardError, match=r"is not valid (zst|gz) data \(it begins with 00ff"):
+        read(b"\x00\xff\x00\xff", f"a{suffix}")
     good = PACK[suffix](b"some text\n" * 50)
     with pytest.raises(BrokenShardError, match=r"is not valid (zstd|gzip) data"):
         read(good + b"trailing garbage", f"a{suffix}")
+    damaged = bytearray(PACK[suffix](b"".join(b"%d\n" % (i * 7919) for i in range(9999))))
+    damaged[len(damaged) // 2 :: 7] = bytes(len(damaged[len(damaged) // 2 :: 7]))
+    with pytest.raises(BrokenShardError, match=r"is not valid (zstd|gzip) data|ends inside"):
+        read(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PK\x03\x04" + bytes(30), "zip"),
+        (b"PAR1" + bytes(30), "Parquet"),
+        (b"\x04\x22\x4d\x18" + bytes(30), "lz4"),
+        (b"a.jsonl".ljust(257, b"\0") + b"ustar" + bytes(250), "tar"),
+    ],
+)
+def test_what_is_not_read_is_named(content: bytes, kind: str) -> None:
+    for packed in (content, gzip.compress(content), zstandard.compress(content)):
+        with pytest.raises(BrokenShardError, match=f"holds {kind} data, which is not read"):
+            read(packed)
 
 
 def test_a_line_that_is_too_long_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,5 +144,40 @@ def test_a_line_that_is_too_long_is_not_held(monkeypatch: pytest.MonkeyPatch) ->
     found = list(read_lines(file, "a.jsonl"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == [b"a", None, b"b", b"y" * (1 << 14), None]
+    assert found == [(1, b"a"), (2, None), (3, b"b"), (4, b"y" * (1 << 14)), (5, None)]
     assert peak < 1 << 18
+
+
+BOMB = """
+import gzip, io, resource, sys, zstandard
+from megatron_l0moe.data import lines
+
+def megabytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / {unit}
+
+lines.MAX_LINE_BYTES = 32 << 20
+bombs = {{
+    "zst": zstandard.ZstdCompressor(level=19).compress({byte!r} * (1 << 26)) * 48,
+    "gz": gzip.compress({byte!r} * (1 << 26), 1) * 2,
+}}
+bomb = bombs[{kind!r}]
+before = megabytes()
+found = [(n, line) for n, line in lines.read_lines(io.BytesIO(bomb), "a.jsonl")]
+print(len(bomb), found, megabytes() - before)
+"""
+
+
+@pytest.mark.parametrize(("byte", "found"), [(b"\n", []), (b"x", [(1, None)])], ids=["newlines", "one line"])
+@pytest.mark.parametrize("kind", ["zst", "gz"])
+def test_memory_of_a_bomb(kind: str, byte: bytes, found: list[tuple[int, None]]) -> None:
+    """3 GiB out of 98 kB of zstd, 128 MiB out of gzip: 64 MB, and the longest line that is allowed (here 32 MiB)."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    program = BOMB.format(unit=unit, byte=byte, kind=kind)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
+    )
+    size, rest = done.stdout.split(maxsplit=1)
+    result, grown = rest.rsplit(maxsplit=1)
+    assert int(size) < 700_000
+    assert result == repr(found)
+    assert float(grown) < 64 + (32 if found else 0)

@@ -93,7 +93,7 @@ def test_damaged(tmp_path: Path, cut: int) -> None:
 
 
 def test_other_columns(tmp_path: Path) -> None:
-    with pytest.raises(L0MoEError, match=r"a\.parquet has no column `text` but content; rename"):
-        read(write(tmp_path / "a.parquet", {"content": ["x"]}))
+    with pytest.raises(L0MoEError, match=r"a\.parquet has no column `text` or .* but body; rename"):
+        read(write(tmp_path / "a.parquet", {"body": ["x"]}))
     with pytest.raises(L0MoEError, match=r"Column `text` of Parquet shard b\.parquet has type int64"):
         read(write(tmp_path / "b.parquet", {"text": [1]}))

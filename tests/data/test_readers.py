@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datatrove.io import get_datafolder
 
-from megatron_l0moe.data.readers import JsonLinesReader, ShardReader, TextReader, domain_of, language_of
+from megatron_l0moe.data.readers import JsonLinesReader, ShardReader, TextReader
 
 GOOD = {"text": "hello", "meta": {"source": "web"}}
 
@@ -61,7 +61,6 @@ def test_unwanted_lines_are_not_parsed(tmp_path: Path, write_lines) -> None:
     ("line", "reason"),
     [
         (b"{'text': 'x'}", "not JSON"),
-        (b"", "not JSON"),
         (b'{"text": "cut of', "not JSON"),
         (b'{"text": "raw \x00 NUL"}', "not JSON"),
         (b'{"text": ' + b"[" * 100_000, "not JSON"),
@@ -77,7 +76,7 @@ def test_unwanted_lines_are_not_parsed(tmp_path: Path, write_lines) -> None:
         (b'{"text": "a\\u0000b"}', "NUL character"),
     ],
     ids=[
-        "quotes", "blank", "cut", "raw NUL", "deep", "long number", "latin", "utf-16", "utf-16 mark", "list", "missing",
+        "quotes", "cut", "raw NUL", "deep", "long number", "latin", "utf-16", "utf-16 mark", "list", "missing",
         "number", "null", "surrogate", "NUL",
     ],
 )  # fmt: skip
@@ -142,23 +141,20 @@ def test_text_files(tmp_path: Path) -> None:
     assert reader.quarantine.reasons == {"invalid UTF-8": 1}
 
 
-@pytest.mark.parametrize(
-    ("meta", "domain"),
-    [
-        ({"source": "github"}, "github"),
-        ({"source": "cc/2019-30/en_middle_0053.json.gz/line405796"}, "cc"),
-        ({"source": ""}, "unknown"),
-        ({"source": 3}, "unknown"),
-        ({}, "unknown"),
-        ("text", "unknown"),
-        (None, "unknown"),
-    ],
-)
-def test_domain_of(meta: object, domain: str) -> None:
-    assert domain_of(meta) == domain
+def test_blank_lines_and_carriage_returns(tmp_path: Path) -> None:
+    """Blank lines are no documents, and those behind them keep their numbers."""
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "x"}\r\n \t\r\n\n{"text": "y"}')
+    documents, reader = read(JsonLinesReader, tmp_path / "a.jsonl")
+    assert [(d.text, d.metadata["line"]) for d in documents] == [("x", 2), ("y", 5)]
+    assert not reader.quarantine.reasons
+    (again,) = read(JsonLinesReader, tmp_path / "a.jsonl", {5})[0]
+    assert again.text == "y"
 
 
-def test_language_of() -> None:
-    assert language_of({"language": "en"}) == "en"
-    for other in ({"language": [{"name": "C", "bytes": 3}]}, {}, None, "en"):
-        assert language_of(other) == ""
+def test_text_under_other_keys(tmp_path: Path, write_lines) -> None:
+    records = [{"content": "a"}, {"raw_content": "b"}, {"content": "c", "text": "d"}, {"body": "e", "id": 1}]
+    documents, reader = read(JsonLinesReader, write_lines(tmp_path / "a.jsonl", records))
+    assert [d.text for d in documents] == ["a", "b", "d"]
+    reader.quarantine.save(tmp_path / "quarantine.jsonl")
+    entry = json.loads((tmp_path / "quarantine.jsonl").read_text())
+    assert entry["detail"] == "has no string `text` or `content` or `raw_content`; its keys are body, id"

@@ -148,7 +148,7 @@ def test_scan_with_filters(tmp_path: Path) -> None:
 
 def test_unfiltered_scan_does_not_open_signals(tmp_path: Path) -> None:
     write_corpus(tmp_path)
-    (tmp_path / f"quality_signals/{TAG}.signals.json.gz").write_bytes(b"not gzip")
+    (tmp_path / f"quality_signals/{TAG}.signals.json.gz").write_bytes(b"\x00 no gzip")
     assert len(scan_corpus(tmp_path)) == 6
     with pytest.raises(L0MoEError, match=r"1 of 1 shard\(s\) .* cannot be read to the end"):
         scan_corpus(tmp_path, filters=FilterSection(quality_signals={WORDS: SignalRange()}))

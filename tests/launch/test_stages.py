@@ -10,6 +10,7 @@ from toy_recipe import make_run
 import megatron_l0moe
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES, config_hash, selection, spec_of, stages
+from megatron_l0moe.recipe import section_hash
 
 PACKAGE = Path(megatron_l0moe.__file__).parent
 
@@ -34,6 +35,7 @@ def invalidated(tmp_path: Path, **changes: Any) -> set[str]:
             {"experts", "assemble", "moe", "export", "evaluate", "report"},
         ),
         ({"data__beta": 0.25}, set(STAGE_NAMES) - {"convert"}),
+        ({"data__domain_key": "folder"}, set(STAGE_NAMES) - {"convert"}),
         ({"model__top_k": 1}, {"assemble", "moe", "export", "evaluate", "report"}),
         ({"model__path": "models/other"}, set(STAGE_NAMES)),
         ({"seed": 2}, set(STAGE_NAMES) - {"convert"}),
@@ -108,3 +110,17 @@ def recipe_reads(tree: ast.Module) -> set[str]:
 def test_reads_are_found() -> None:
     tree = ast.parse("d = recipe.data\nx = recipe.model.top_k\ny = other.model.path\nz = recipe.seed")
     assert recipe_reads(tree) == {"model.top_k", "seed"}
+
+
+def test_a_key_that_came_later_keeps_old_hashes(tmp_path: Path) -> None:
+    """A run folder from before there was `data.domain_key` goes on."""
+    recipe = make_run(tmp_path).recipe
+    own = {
+        "seed": recipe.seed,
+        "model.path": recipe.model.path,
+        "model.num_experts": recipe.model.num_experts,
+        "data": recipe.data.model_dump(exclude={"executor", "set_passes", "domain_key"}),
+        "expert_training.global_batch_size": recipe.expert_training.global_batch_size,
+        "moe_training.sequences_per_domain": recipe.moe_training.sequences_per_domain,
+    }
+    assert config_hash("curate", recipe) == section_hash("curate", own, {})
