@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, plan_command, slurm_command
+from megatron_l0moe import bench_command, caller_environment, plan_command, slurm_command
 from megatron_l0moe.command_errors import one_sentence
 
 if TYPE_CHECKING:
@@ -319,5 +320,8 @@ def _log_to_stderr() -> None:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, in an environment without what would change what its processes do."""
+    gone = caller_environment.replace(os.environ, caller_environment.for_our_processes(os.environ))
+    if changing := [name for name in gone if caller_environment.OTHER_NUMBERS.fullmatch(name)]:
+        typer.echo(f"Left out of the environment, since it changes numbers: {', '.join(changing)}.", err=True)
     app(prog_name="l0moe")

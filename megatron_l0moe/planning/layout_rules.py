@@ -39,7 +39,7 @@ class JobSizes:
     has_gpu: bool | None = None
 
 
-MOST_SHAPES = 8_000
+MOST_SHAPES = 4_000
 """Combinations of sizes that the search for the nearest layout looks at."""
 
 
