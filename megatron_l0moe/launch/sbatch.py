@@ -138,12 +138,12 @@ def _trains(run: Run, name: str) -> bool:
 
 
 def _environment(cluster: Cluster) -> str:
-    lines = ["# The cluster's own lines come before `set -u`, which many set-up scripts do not survive."]
+    lines = [sbatch_bash.SETUP_BEGINS]
     if cluster.modules:
         lines.append(f"module load {shlex.join(cluster.modules)} || exit 1")
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return "\n".join([*lines, "set -uo pipefail"])
+    return "\n".join([*lines, sbatch_bash.SETUP_ENDS])
 
 
 def _variables(run: Run, cluster: Cluster, name: str, place: Place, need: Resources) -> str:
