@@ -18,7 +18,9 @@ def plan(
     ],
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", metavar="N", min=1, max=MOST_GPUS, help="Propose layouts for N GPUs, fastest first."),
+        typer.Option(
+            "--gpus", metavar="N", min=1, max=MOST_GPUS, help="Propose layouts for N GPUs, fastest first."
+        ),
     ] = None,
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="h100, h200 or a100.")] = "h100",
     mfu: Annotated[

@@ -41,7 +41,9 @@ _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _WHOLE = r"-?(?:0|[1-9][0-9]*)"
 _IN_GROUPS = re.compile(r"-?[1-9][0-9]{0,2}(?:_[0-9]{3})+")
-_SHORTEST_NUMBER = re.compile(rf"-?[0-9](?:\.[0-9]+)?[eE][-+]?[0-9]+|\.[0-9]*[1-9]|{_WHOLE}\.[0-9]*[1-9]|{_WHOLE}\.0?")
+_SHORTEST_NUMBER = re.compile(
+    rf"-?[0-9](?:\.[0-9]+)?[eE][-+]?[0-9]+|\.[0-9]*[1-9]|{_WHOLE}\.[0-9]*[1-9]|{_WHOLE}\.0?"
+)
 
 
 class Settings(BaseModel):
@@ -304,7 +306,9 @@ def first_problem(error: ValidationError, model: type[Settings], written: Writte
     name = shortened(".".join(location))
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name!r}{nearest(location[-1], _keys_at(location[:-1], model))}"
-    got = _got(problem["input"], tuple(location), written or {})
+    got = _got(
+        problem["input"], (written or {}).get(tuple(location)), wants_text=problem["type"] == "string_type"
+    )
     if location[-1:] == [KEY]:
         return f"{name.removesuffix('.' + KEY)}: this key is not allowed ({problem['msg']}), {got}"
     if "flags" in location[:-1]:
@@ -318,15 +322,17 @@ def first_problem(error: ValidationError, model: type[Settings], written: Writte
     return f"{name}: {message}, {got}" if location else message
 
 
-def _got(value: Any, place: Place, written: Written) -> str:
+def _got(value: Any, node: yaml.ScalarNode | None, *, wants_text: bool) -> str:
     """Say what was found, and how YAML reads what is written where that is something else."""
     found = shortened(repr(value))
-    node = written.get(place)
-    if node is None or isinstance(value, str | None) or node.value.lower() in (str(value).lower(), ""):
+    if node is None or isinstance(value, str | None):
         return f"got {found}"
-    return (
-        f"got {shortened(node.value)}, which YAML reads as {found} (line {_line(node)}); put it in quotes if it is text"
-    )
+    if node.value.lower() == str(value).lower():
+        return f"got {shortened(node.value)}" + (
+            f" (line {_line(node)}); put it in quotes" if wants_text else ""
+        )
+    words = f"got {shortened(node.value)}, which YAML reads as {found} (line {_line(node)})"
+    return f"{words}; put it in quotes if it is text"
 
 
 def _parts(value: Any) -> Iterator[Any]:

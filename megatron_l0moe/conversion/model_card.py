@@ -38,7 +38,9 @@ class CardFacts:
 
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 _LOCAL = re.compile(r"file://|[/~]|(?:\.\./)")
-_LOCAL_INSIDE = re.compile(r"(?:(?<![\w/:.~-])|(?<=:)(?!//))(?:file://)?(?:/|~\w*/|\.\./)(?:[^/\s,;:'\"=]+/)*")
+_LOCAL_INSIDE = re.compile(
+    r"(?:(?<![\w/:.~-])|(?<=:)(?!//))(?:file://)?(?:/|~\w*/|\.\./)(?:[^/\s,;:'\"=]+/)*"
+)
 """The folders of a path within a text, such as `/home/me/` in `a:/home/me/b`."""
 _CHOICES = {True: "for one domain by L0 regularization", False: "without training (expert_training.method)"}
 

@@ -89,7 +89,9 @@ def _check_options(value: Any) -> Any:
             )
         whole = next((option for option in OWN_OPTIONS if option.startswith(plain)), None)
         if whole is not None and plain not in WHOLE_OPTIONS:
-            raise ValueError(f"option {name!r} would be taken for a short form of {whole!r}, which is set by l0moe")
+            raise ValueError(
+                f"option {name!r} would be taken for a short form of {whole!r}, which is set by l0moe"
+            )
         if setting is False:
             raise ValueError(f"option {name!r} is false, which sbatch cannot be told; remove it")
     return value

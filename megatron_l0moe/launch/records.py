@@ -52,12 +52,37 @@ RECORDED = frozenset(
         *("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME"),
         *("SLURM_JOB_NUM_NODES", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NODEID"),
         *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_JOB_GPUS"),
-        *("SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU"),
+        *(
+            "SLURM_GPUS",
+            "SLURM_GPUS_ON_NODE",
+            "SLURM_GPUS_PER_NODE",
+            "SLURM_MEM_PER_NODE",
+            "SLURM_MEM_PER_CPU",
+        ),
         *("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_ALGO", "NCCL_PROTO", "NCCL_IB_HCA", "NCCL_IB_DISABLE"),
-        *("NCCL_IB_GID_INDEX", "NCCL_IB_TIMEOUT", "NCCL_IB_RETRY_CNT", "NCCL_IB_QPS_PER_CONNECTION", "NCCL_IB_TC"),
-        *("NCCL_IB_SL", "NCCL_SOCKET_IFNAME", "NCCL_NET", "NCCL_NET_GDR_LEVEL", "NCCL_CROSS_NIC", "NCCL_NVLS_ENABLE"),
+        *(
+            "NCCL_IB_GID_INDEX",
+            "NCCL_IB_TIMEOUT",
+            "NCCL_IB_RETRY_CNT",
+            "NCCL_IB_QPS_PER_CONNECTION",
+            "NCCL_IB_TC",
+        ),
+        *(
+            "NCCL_IB_SL",
+            "NCCL_SOCKET_IFNAME",
+            "NCCL_NET",
+            "NCCL_NET_GDR_LEVEL",
+            "NCCL_CROSS_NIC",
+            "NCCL_NVLS_ENABLE",
+        ),
         *("NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_BUFFSIZE", "NCCL_NTHREADS"),
-        *("NCCL_MIN_NCHANNELS", "NCCL_MAX_NCHANNELS", "NCCL_CUMEM_ENABLE", "NCCL_TIMEOUT", "NCCL_BLOCKING_WAIT"),
+        *(
+            "NCCL_MIN_NCHANNELS",
+            "NCCL_MAX_NCHANNELS",
+            "NCCL_CUMEM_ENABLE",
+            "NCCL_TIMEOUT",
+            "NCCL_BLOCKING_WAIT",
+        ),
         *("GLOO_SOCKET_IFNAME", "UCX_TLS", "UCX_NET_DEVICES", "FI_PROVIDER", "FI_EFA_USE_DEVICE_RDMA"),
         *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_LAUNCH_BLOCKING"),
         *("CUDA_MODULE_LOADING", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE"),
@@ -166,7 +191,8 @@ def without_secrets(script: str) -> str:
 
 def _known_lines(lines: str) -> str:
     kept = (
-        line if _KEPT_LINE.fullmatch(line) else "# not recorded: a line of the cluster file" for line in lines.splitlines()
+        line if _KEPT_LINE.fullmatch(line) else "# not recorded: a line of the cluster file"
+        for line in lines.splitlines()
     )
     return "".join(f"{line}\n" for line in kept)
 

@@ -277,7 +277,9 @@ def _shapes(layout: Layout, sizes: JobSizes) -> Iterator[_Shape]:
     most = 2 * layout.processes
     near = functools.partial(sorted, key=lambda part: _distance(part, layout))
     inside, stages = near(_inside_shapes(layout, sizes, most)), near(_pipelines(layout, sizes, most))
-    experts = near(dataclasses.replace(layout, expert=n) for n in {1, layout.expert, *_divisors(sizes.experts, most)})
+    experts = near(
+        dataclasses.replace(layout, expert=n) for n in {1, layout.expert, *_divisors(sizes.experts, most)}
+    )
     allowed = [part.expert for part in experts if not _experts(part, sizes, _NO_NAMES)]
     # Cut off only where tensor, pipeline and expert have dozens of divisors each, and then far from the layout.
     for cut, part, expert in itertools.islice(itertools.product(stages, inside, allowed), MOST_SHAPES):
@@ -304,11 +306,17 @@ def _pipelines(layout: Layout, sizes: JobSizes, most: int) -> Iterator[Layout]:
     """Yield the ways to cut the layers; where they are not known, the pipeline is kept or given up."""
     split, layers = layout.pipeline_layers, sizes.layers
     for pipeline in {1, layout.pipeline, *_divisors(layers, most), *_divisors(layers and len(split), most)}:
-        chunks = {1, layout.virtual_pipeline, *_divisors(layers and layers // pipeline, layout.virtual_pipeline)}
+        chunks = {
+            1,
+            layout.virtual_pipeline,
+            *_divisors(layers and layers // pipeline, layout.virtual_pipeline),
+        }
         if split and len(split) // pipeline <= layout.virtual_pipeline:
             chunks.add(max(len(split) // pipeline, 1))
         switches = itertools.product({layout.overlap_p2p, True}, {split, ()})
-        for number, (overlap, layers_of) in itertools.product(chunks if pipeline > 1 else {1}, list(switches)):
+        for number, (overlap, layers_of) in itertools.product(
+            chunks if pipeline > 1 else {1}, list(switches)
+        ):
             found = dataclasses.replace(
                 layout,
                 pipeline=pipeline,
@@ -331,7 +339,7 @@ def _distance(one: Layout, other: Layout) -> tuple[float, str]:
 
 
 def _nearest_worlds(layout: Layout, sizes: JobSizes) -> Callable[[_Shape], int | None]:
-    """Return what finds the nearest number of processes, up to twice the layout's, on which a shape shares the batch."""
+    """Return what finds the nearest number of processes, up to twice the layout's, on which a shape may run."""
     most = 2 * layout.processes
     batches = sizes.global_batch // sizes.micro_batch if sizes.global_batch and sizes.micro_batch else None
     replicas = _divisors(batches, most)

@@ -203,7 +203,9 @@ def test_a_card_tells_nothing_of_the_machines(tmp_path):
             data__corpus="s3://key:hunter2@bucket/text/v1",
             data__embedding_model="BAAI/bge-m3",
             data__executor=executor,
-            moe_training={"flags": {"tensorboard-dir": "../me/boards", "data-cache-path": "a:/home/me/b,~/c/d"}},
+            moe_training={
+                "flags": {"tensorboard-dir": "../me/boards", "data-cache-path": "a:/home/me/b,~/c/d"}
+            },
         )
     )
     text = recipe_facts(recipe).recipe
