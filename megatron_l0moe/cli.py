@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, plan_command, slurm_command
+from megatron_l0moe import bench_command, caller_environment, plan_command, slurm_command
 from megatron_l0moe.command_errors import VERBOSE, one_sentence
 
 if TYPE_CHECKING:
@@ -347,5 +347,8 @@ def _is_ours_or_an_error(record: logging.LogRecord) -> bool:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, in an environment without what would change what its processes do."""
+    gone = caller_environment.replace(os.environ, caller_environment.for_our_processes(os.environ))
+    if changing := [name for name in gone if caller_environment.OTHER_NUMBERS.fullmatch(name)]:
+        typer.echo(f"Left out of the environment, since it changes numbers: {', '.join(changing)}.", err=True)
     app(prog_name="l0moe")

@@ -8,6 +8,9 @@ import typer
 
 from megatron_l0moe.command_errors import one_sentence
 
+MOST_GPUS = 2**17
+"""As many as a recipe's `gpus` may be; a test compares the two."""
+
 
 def plan(
     recipe: Annotated[
@@ -15,7 +18,9 @@ def plan(
     ],
     gpus: Annotated[
         int | None,
-        typer.Option("--gpus", metavar="N", min=1, help="Propose layouts for N GPUs, fastest first."),
+        typer.Option(
+            "--gpus", metavar="N", min=1, max=MOST_GPUS, help="Propose layouts for N GPUs, fastest first."
+        ),
     ] = None,
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="h100, h200 or a100.")] = "h100",
     mfu: Annotated[

@@ -21,6 +21,7 @@ from megatron_l0moe.recipe_methods import (
     misplaced_key,
 )
 from megatron_l0moe.recipe_sections import (
+    MOST,
     DataSection,
     Dtype,
     EvaluationSection,
@@ -30,10 +31,11 @@ from megatron_l0moe.recipe_sections import (
     ModelSection,
     MoETrainingSection,
     ParallelSection,
+    Processes,
     RecipePart,
     RouterInit,
 )
-from megatron_l0moe.settings_file import first_problem, load_settings
+from megatron_l0moe.settings_file import LONGEST_NAME, first_problem, load_settings
 
 DtypeChoice = Literal["auto", Dtype]
 Section = Literal["expert_training", "moe_training"]
@@ -47,11 +49,11 @@ CHECKED_SECTIONS = ("model", "expert_training", "moe_training", "export", "evalu
 class Recipe(RecipePart):
     """A whole run, from a dense checkpoint and a corpus to an exported model and its report."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LONGEST_NAME)
     """The run's name; everything it writes lies under runs/NAME/."""
     method: ModelMethod = "l0moe"
     """What is made of the dense model; docs/methods.md has the methods beside L0-MoE."""
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=1, le=MOST)
     dtype: DtypeChoice = "auto"
     """Of training and evaluation. auto: bfloat16 on GPUs; on a CPU the one that it multiplies matrices faster in."""
     model: ModelSection
@@ -62,7 +64,7 @@ class Recipe(RecipePart):
     mom: MoMSection = MoMSection()
     export: ExportSection = ExportSection()
     evaluation: EvaluationSection = EvaluationSection()
-    gpus: int | None = Field(default=None, ge=1)
+    gpus: Processes | None = None
     """GPUs that the run may use at the same time; in a file it also chooses one of the `layouts`."""
 
     @model_validator(mode="after")
@@ -225,16 +227,14 @@ class Recipe(RecipePart):
     def moe_steps(self) -> int:
         """Optimizer steps of MoE training: whole global batches of every set."""
         batch = self.moe_global_batch_size * self.data.seq_length
-        sets = [self.data.tokens_per_set] * (self.data.iterations - 1) * self.data.set_passes
-        if self.data.include_initial_tokens:
-            sets.append(self.data.include_initial_tokens)
-        return sum(tokens // batch for tokens in sets)
+        sets = (self.data.iterations - 1) * self.data.set_passes
+        return sets * (self.data.tokens_per_set // batch) + self.data.include_initial_tokens // batch
 
 
 class RecipeFile(Recipe):
     """A recipe as it is written: with one layout, or with one for each number of GPUs."""
 
-    layouts: dict[int, LayoutBlock] = Field(default_factory=dict)
+    layouts: dict[Processes, LayoutBlock] = Field(default_factory=dict)
     """Number of GPUs -> what changes with it."""
 
     @model_validator(mode="after")

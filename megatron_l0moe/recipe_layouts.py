@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from megatron_l0moe.recipe_sections import Flags, ParallelSection, RecipePart
+from megatron_l0moe.recipe_sections import MOST_EXPERTS, Flags, ParallelSection, RecipePart
 
 FREE_FLAGS = ("recompute-", "save-retain-interval")
 """Beginnings of Megatron's flags that change memory, time or disk and not the result: no part of a stage's settings."""
@@ -40,7 +40,7 @@ class JobLayout(RecipePart):
 class ExpertJobLayout(JobLayout):
     """The same for the expert stage."""
 
-    at_once: int = Field(default=1, ge=1)
+    at_once: int = Field(default=1, ge=1, le=MOST_EXPERTS)
 
 
 class LayoutBlock(RecipePart):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_l0moe.recipe_sections import (
+    MOST,
     EvaluationSection,
     ExpertTrainingSection,
     ExportSection,
@@ -35,7 +36,7 @@ _SECTIONS: dict[str, type[RecipePart]] = {
 class DSMoESection(RecipePart):
     """Blocks and gates of DSMoE (docs/methods.md); the rate of the gates is moe_training.router_learning_rate."""
 
-    blocks: int = Field(default=8, ge=2)
+    blocks: int = Field(default=8, ge=2, le=MOST)
     """n: contiguous blocks of equal width into which the FFN of each layer above model.dense_layers is cut."""
     threshold: float = Field(default=0.5, ge=0, lt=1)
     """tau of eq. 7: a block opens where its score is above it. How many open is an outcome of training."""
@@ -46,7 +47,7 @@ class DSMoESection(RecipePart):
 class MoMSection(RecipePart):
     """Masks of Mixture-of-Masks (docs/methods.md); the rate of its routers is moe_training.router_learning_rate."""
 
-    masks: int = Field(default=8, ge=3)
+    masks: int = Field(default=8, ge=3, le=MOST_SETS)
     """E: masks over the channels of the FFN of each layer above model.dense_layers."""
     top_k: int = Field(default=2, ge=2)
     """k: masks that a token uses; the softmax over one alone is 1, and no router learns from that."""

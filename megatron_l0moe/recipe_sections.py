@@ -5,12 +5,20 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.settings_file import Settings
+from megatron_l0moe.settings_file import Settings, check_option_name
 
 Flag = bool | int | float | str
 Method = Literal["l0", "random", "magnitude", "obs", "svd", "coactivation"]
 RouterInit = Literal["domain_mean", "normal"]
 Dtype = Literal["float32", "bfloat16"]
+MOST_PROCESSES = 2**17
+"""Of one job, and GPUs of a run: more than any cluster has. Bounds like this keep a slip from being counted through."""
+MOST_EXPERTS = 4096
+MOST_CHUNKS = 1024
+"""Pieces of a pipeline."""
+MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
 
 
 def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
@@ -20,12 +28,23 @@ def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
                 f"flag {name!r} must be written without leading dashes and with '-' between words; "
                 f"write {name.lstrip('-').replace('_', '-')!r}"
             )
+        check_option_name(name)
         if value is False:
             raise ValueError(f"flag {name!r} is false, which means nothing on a command line; remove it")
+        if isinstance(value, str) and value.startswith("-"):
+            raise ValueError(
+                f"flag {name!r} has the value {value!r}, which begins with '-' and would be another flag"
+            )
     return flags
 
 
 Flags = Annotated[dict[str, Flag], AfterValidator(_check_flags)]
+
+
+def _check_options(options: dict[str, str | int]) -> dict[str, str | int]:
+    for name in options:
+        check_option_name(name)
+    return options
 
 
 class RecipePart(Settings):
@@ -37,13 +56,13 @@ class ModelSection(RecipePart):
 
     path: str
     """Folder of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer)."""
-    dense_layers: int = Field(ge=0)
+    dense_layers: int = Field(ge=0, le=MOST)
     """Bottom layers that stay dense (paper: 8 for Llama-3 and Mistral, 4 for Qwen2)."""
-    num_experts: int = Field(ge=2)
+    num_experts: int = Field(ge=2, le=MOST_EXPERTS)
     """K: clusters and domains of the data and, of method l0moe, experts of each MoE layer."""
-    expert_ffn: int = Field(default=0, ge=0)
+    expert_ffn: int = Field(default=0, ge=0, le=MOST)
     """Units of the dense FFN that each expert keeps, exactly, in every MoE layer; required for method l0moe."""
-    top_k: int = Field(default=2, ge=1)
+    top_k: int = Field(default=2, ge=1, le=MOST_EXPERTS)
     """Experts that serve one token."""
 
 
@@ -52,6 +71,12 @@ class SignalRange(RecipePart):
 
     min: float | None = None
     max: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "SignalRange":
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max}), so no document would pass")
+        return self
 
 
 class FilterSection(RecipePart):
@@ -75,21 +100,22 @@ class SlurmSection(RecipePart):
     qos: str | None = None
     environment: str | None = None
     """Shell line that prepares a job; None: this Python's folder comes first on the PATH."""
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    sbatch: Annotated[dict[str, str | int], AfterValidator(_check_options)] = Field(default_factory=dict)
     """Further options by their long names, such as account."""
+    shell_lines = frozenset({"environment"})
 
 
 class ExecutorSection(RecipePart):
     """Where the heavy steps of curate run, as tasks of datatrove. The result does not depend on it."""
 
     kind: Literal["local", "slurm", "ray"] = "local"
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=100_000)
     """Tasks that run at the same time; one local worker is this process itself."""
-    tasks: int | None = Field(default=None, ge=1)
+    tasks: int | None = Field(default=None, ge=1, le=100_000)
     """Shares that a step is cut into; None: one for each worker."""
-    cpus_per_task: int = Field(default=1, ge=1)
+    cpus_per_task: Count = 1
     """Threads of a task; one local worker takes what the machine has."""
-    mem_per_cpu_gb: int = Field(default=4, ge=1)
+    mem_per_cpu_gb: Count = 4
     """Memory that Slurm or Ray reserves."""
     gpus_per_task: int = Field(default=0, ge=0, le=1)
     """What Slurm or Ray reserves for embedding; local workers share out the GPUs of the machine."""
@@ -118,13 +144,13 @@ class DataSection(RecipePart):
     """Fraction of documents, and of shards, that may be unreadable before the stage stops."""
     embedding_model: str
     """Path or name of the sentence encoder, loaded through FlagEmbedding (BGE-M3 in the paper)."""
-    embedding_max_tokens: int = Field(default=512, ge=8)
-    embedding_batch_size: int = Field(default=32, ge=1)
-    iterations: int = Field(default=21, ge=2)
+    embedding_max_tokens: int = Field(default=512, ge=8, le=MOST)
+    embedding_batch_size: Count = 32
+    iterations: int = Field(default=21, ge=2, le=10_000)
     """Q: iteration 0 makes the experts' sets D^(0), the Q - 1 others are ordered for MoE training."""
-    seq_length: int = Field(default=4096, ge=8)
+    seq_length: int = Field(default=4096, ge=8, le=MOST)
     """Tokens of one packed training sequence."""
-    eod: int | None = Field(default=None, ge=0)
+    eod: int | None = Field(default=None, ge=0, le=MOST)
     """Id of the token that ends a document; None: the model's, see docs/curate.md."""
     tokens_per_expert: int = Field(ge=1)
     """Training tokens of each cluster of D^(0), that is of each expert run."""
@@ -132,7 +158,7 @@ class DataSection(RecipePart):
     """Training tokens of each of the Q - 1 later sets, all K clusters together."""
     include_initial_tokens: int = Field(default=0, ge=0)
     """Tokens of D^(0), all clusters together, replayed before the ordered sets in MoE training."""
-    set_passes: int = Field(default=1, ge=1)
+    set_passes: int = Field(default=1, ge=1, le=10_000)
     """How often MoE training goes through the ordered sets, in the same order; with iterations 2 one set repeated."""
     heldout_tokens_per_domain: int = Field(default=8192, ge=1)
     """Tokens of each source domain kept out of training for perplexity."""
@@ -163,29 +189,31 @@ class DataSection(RecipePart):
 class ParallelSection(RecipePart):
     """Parallel layout of one training job; the products must fit the processes that are started."""
 
-    processes: int = Field(default=1, ge=1)
+    processes: Processes = 1
     """Processes (GPUs) in all."""
-    nodes: int = Field(default=1, ge=1)
-    tensor: int = Field(default=1, ge=1)
+    nodes: Processes = 1
+    tensor: Processes = 1
     sequence: bool = True
     """Sequence parallelism where tensor is above 1; an MoE needs it."""
-    pipeline: int = Field(default=1, ge=1)
-    virtual_pipeline: int = Field(default=1, ge=1)
+    pipeline: Processes = 1
+    virtual_pipeline: int = Field(default=1, ge=1, le=MOST_CHUNKS)
     """Model chunks of each pipeline rank, which shorten the pipeline's idle time."""
-    pipeline_layers: list[int] | None = Field(default=None, min_length=2)
+    pipeline_layers: list[Annotated[int, Field(ge=0, le=MOST)]] | None = Field(
+        default=None, min_length=2, max_length=MOST_CHUNKS
+    )
     """Layers of each of the pipeline * virtual_pipeline stages; None: the same number in all."""
     overlap_p2p: bool = True
     """Send the messages of a virtual pipeline while computing, not in batches."""
-    expert: int = Field(default=1, ge=1)
-    expert_tensor: int | None = Field(default=None, ge=1)
+    expert: Processes = 1
+    expert_tensor: Processes | None = None
     """Processes that share one expert; None: as many as tensor."""
-    context: int = Field(default=1, ge=1)
+    context: Processes = 1
     """Processes that share one sequence; needs GPUs with Transformer Engine."""
     distributed_optimizer: bool = False
     """Spread the optimizer's state over the data-parallel processes."""
     dispatcher: Literal["alltoall", "allgather"] | None = None
     """How tokens travel to their experts; None: what the machine takes."""
-    threads: int = Field(default=1, ge=1)
+    threads: Count = 1
     """OMP threads of each process."""
 
     @property
@@ -225,15 +253,15 @@ class ExpertTrainingSection(RecipePart):
     """l0: learned masks; the others choose units from one calibration pass each and train nothing."""
     calibration: CalibrationSection = CalibrationSection()
     """Of the methods other than l0."""
-    micro_batch_size: int = Field(default=1, ge=1)
-    global_batch_size: int = Field(default=32, ge=1)
+    micro_batch_size: Count = 1
+    global_batch_size: Count = 32
     """Sequences of one step."""
     learning_rate: float = Field(default=1e-4, gt=0)
     mask_learning_rate: float = Field(default=0.3, gt=0)
     train_weights: bool = True
     """False: train the masks only; an expert is then a list of units of the dense model."""
-    save_interval: int = Field(default=100, ge=1)
-    at_once: int = Field(default=1, ge=1)
+    save_interval: Count = 100
+    at_once: int = Field(default=1, ge=1, le=MOST_EXPERTS)
     """Experts that one machine trains at the same time, each on `parallel.processes` GPUs of its own."""
     parallel: ParallelSection = ParallelSection()
     flags: Flags = Field(default_factory=dict)
@@ -258,15 +286,15 @@ class ExpertTrainingSection(RecipePart):
 class MoETrainingSection(RecipePart):
     """MoE training (paper section 3.3)."""
 
-    micro_batch_size: int = Field(default=1, ge=1)
-    sequences_per_domain: int = Field(default=1, ge=1)
+    micro_batch_size: Count = 1
+    sequences_per_domain: int = Field(default=1, ge=1, le=2**20)
     """p: each global batch holds p sequences of each of the K domains."""
     learning_rate: float = Field(default=1e-4, gt=0)
     router_learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate of the routers; None: that of the other weights."""
     router_init: RouterInit = "domain_mean"
     """domain_mean: the centred, normalised mean of the layer's router input over each domain; normal: (0, 0.02)."""
-    save_interval: int = Field(default=100, ge=1)
+    save_interval: Count = 100
     parallel: ParallelSection = ParallelSection()
     flags: Flags = Field(default_factory=dict)
 
@@ -288,7 +316,9 @@ class BenchmarkSection(RecipePart):
     """Tokens of prompt and answer; None: what both models can take."""
     allow_code_execution: bool = False
     """HumanEval runs what the models write: true permits it, in an isolated process."""
-    backend_arguments: dict[str, Flag] = Field(default_factory=dict)
+    backend_arguments: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Flag] = Field(
+        default_factory=dict
+    )
     """Further arguments of the harness' backend, the same for both models, such as tensor_parallel_size."""
 
     @model_validator(mode="after")
@@ -305,10 +335,10 @@ class EvaluationSection(RecipePart):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of both models when they are measured; auto: that of the recipe."""
-    prefill_tokens: int = Field(default=512, ge=1)
-    decode_tokens: int = Field(default=32, ge=1)
-    repeats: int = Field(default=5, ge=1)
-    parity_positions: int = Field(default=64, ge=1)
+    prefill_tokens: Count = 512
+    decode_tokens: Count = 32
+    repeats: int = Field(default=5, ge=1, le=10_000)
+    parity_positions: Count = 64
     """Positions of real text on which Megatron's and the exported model's logits are compared."""
     benchmarks: BenchmarkSection | None = None
     """None: no benchmarks are run."""

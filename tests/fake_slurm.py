@@ -18,7 +18,7 @@ if [ -e "$FAKE/refuse_$name" ]; then cat "$FAKE/refuse_$name" >&2; exit 1; fi
 number=$(($(cat "$FAKE/number" 2> /dev/null || echo 100) + 1))
 echo "$number" > "$FAKE/number"
 echo "$number $*" >> "$FAKE/sbatch.log"
-env | grep -E '^(SLURM_|L0MOE_)' >> "$FAKE/sbatch.env"
+env | grep -E '^(SLURM_|SBATCH_|L0MOE_)' >> "$FAKE/sbatch.env"
 if ! [ -e "$script" ]; then echo "no script" >&2; exit 1; fi
 array=$(grep -o 'array=[^ ]*' <<< "$*" | head -n 1 | cut -d= -f2)
 tasks=

@@ -1,6 +1,7 @@
 """The command as a person meets it: help, exit codes, one sentence on stderr."""
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ from toy_recipe import write_model, write_recipe
 from typer.testing import CliRunner
 
 import megatron_l0moe
-from megatron_l0moe import cli
+from megatron_l0moe import cli, errors, plan_command
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import pipeline
 from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
+from megatron_l0moe.recipe_sections import MOST_PROCESSES
 
 HELP_SECONDS = 1.5
 """What a person accepts; the best of three runs counts, because the test machine may be busy."""
@@ -216,3 +218,91 @@ def test_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     code, _, err = invoke("convert", str(write_recipe(tmp_path)))
     assert code == 2
     assert err.startswith("No space left on the disk that holds")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EROFS, "runs/x lies on a read-only file system; choose a folder that can be written"),
+        (errno.EACCES, "runs/x may not be used by this user; change its permissions"),
+        (errno.EIO, "runs/x could not be read or written by the disk"),
+        (errno.EFBIG, "runs/x grew beyond what the file system or `ulimit -f` allows"),
+        (errno.ESTALE, "runs/x is gone from the network file system"),
+        (errno.EMFILE, "raise `ulimit -n`"),
+        (errno.EXDEV, f"runs/x could not be used ({os.strerror(errno.EXDEV)})"),
+    ],
+)
+def test_every_error_of_the_system_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    monkeypatch.setattr(pipeline, "carry_out", raising(OSError(number, os.strerror(number), "runs/x")))
+    code, out, err = invoke("convert", str(write_recipe(tmp_path)))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_errors_of_the_system_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(write_recipe(tmp_path))
+    for error, words in (
+        (OSError("Can't load\nthe tokenizer"), "Can't load the tokenizer.\n"),
+        (OSError(errno.EIO, "I/O error"), "runs could not be read or written by the disk"),
+    ):
+        monkeypatch.setattr(pipeline, "carry_out", raising(error))
+        code, _, err = invoke("convert", file)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(words)
+    monkeypatch.setattr(pipeline, "carry_out", raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert CliRunner().invoke(cli.app, ["convert", file]).exit_code == 1  # typer's own way, without a word
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ("a_file", "has a file in its path where a folder must be"),
+        ("a_file/below", "has a file in its path where a folder must be"),
+        ("/dev/null/x", "has a file in its path where a folder must be"),
+        ("x" * 300, "is a longer name than the file system takes"),
+        ("y/" * 3000, "is a longer name than the file system takes"),
+        ("a\nb", "--runs-dir 'a\\nb': a text may not hold the character '\\n'"),
+        ("a\udcffb", "may not hold the character '\\udcff'"),
+    ],
+    ids=lambda value: value[:20].encode("unicode_escape").decode(),
+)
+def test_places_that_cannot_hold_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    recipe = write_recipe(tmp_path, model__path=str(write_model(tmp_path / "model")))
+    for command in (("convert",), ("assemble",)):
+        code, out, err = invoke(*command, str(recipe), "--runs-dir", runs)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+
+
+def test_a_log_on_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job's own words may not have reached its log then."""
+    log = tmp_path / "train.log"
+    error = CommandFailedError("The job failed: frozen runpy, li.", code=1, last_line="li", log=log)
+    monkeypatch.setattr(pipeline, "carry_out", raising(caused_by(error)))
+    recipe = str(write_recipe(tmp_path))
+    assert invoke("convert", recipe)[2] == "The model cannot be written.\n"
+    monkeypatch.setattr(errors, "_free_bytes", lambda folder: 4096)
+    assert invoke("convert", recipe)[2].startswith(
+        f"The model cannot be written. The disk that holds {tmp_path} is full, which may be the cause and may have cut"
+    )
+
+
+def test_plan_is_bounded(tmp_path: Path) -> None:
+    assert plan_command.MOST_GPUS == MOST_PROCESSES
+    code, _, err = invoke("plan", str(write_recipe(tmp_path)), "--gpus", "100000000")
+    assert code == 2
+    assert "131072" in err
+
+
+def test_the_command_leaves_out_what_changes_numbers(tmp_path: Path) -> None:
+    """In a process of its own: the environment is changed in place."""
+    command = [sys.executable, "-m", "megatron_l0moe", "--version"]
+    variables = {**os.environ, "NVIDIA_TF32_OVERRIDE": "1", "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+    assert done.stderr == "Left out of the environment, since it changes numbers: NVIDIA_TF32_OVERRIDE.\n"

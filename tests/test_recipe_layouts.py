@@ -86,7 +86,10 @@ def block(section: str, **keys: Any) -> dict[int, Any]:
             {"gpus": None},
             r"layouts need gpus, the number that holds; add gpus: 2, or another of 2, 4\.$",
         ),
-        ({"layouts": {"4": LAYOUTS[4]}}, r"layouts\.4\.\[key\]: Input should be a valid integer, got '4'"),
+        (
+            {"layouts": {"4": LAYOUTS[4]}},
+            r"layouts\.4: this key is not allowed \(Input should be a valid integer\), got '4'",
+        ),
         ({"gpu": 4}, r"unknown key 'gpu' \(did you mean 'gpus'\?\)"),
         (
             {"layouts": block("moe_training", micro_batch_size=2)},

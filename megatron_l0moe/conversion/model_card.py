@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -35,13 +36,19 @@ class CardFacts:
     """What was measured -> value with its unit."""
 
 
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
+_LOCAL = re.compile(r"file://|[/~]|(?:\.\./)")
+_LOCAL_INSIDE = re.compile(
+    r"(?:(?<![\w/:.~-])|(?<=:)(?!//))(?:file://)?(?:/|~\w*/|\.\./)(?:[^/\s,;:'\"=]+/)*"
+)
+"""The folders of a path within a text, such as `/home/me/` in `a:/home/me/b`."""
 _CHOICES = {True: "for one domain by L0 regularization", False: "without training (expert_training.method)"}
 
 
 def recipe_facts(recipe: Recipe) -> CardFacts:
     """Return what a recipe says: its text with all defaults, and the training tokens of the stages."""
     length = recipe.data.seq_length
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    text = yaml.safe_dump(publishable(recipe), sort_keys=False)
     moe = recipe.moe_steps * recipe.moe_global_batch_size * length
     if recipe.method != "l0moe":
         return CardFacts(recipe=text, tokens={TITLES[recipe.method]: moe})
@@ -56,6 +63,30 @@ def recipe_facts(recipe: Recipe) -> CardFacts:
             "MoE": moe,
         },
     )
+
+
+def publishable(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe with all defaults, without what tells of the machines that it ran on.
+
+    Folders are called by their own names alone; the executor of curate, which changes no result, is left out.
+    """
+    raw = recipe.model_dump(mode="json")
+    del raw["data"]["executor"]
+    named: dict[str, Any] = _without_places(raw)
+    return named
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = _CREDENTIALS.sub("://", value)
+    if _LOCAL.match(text):
+        return PurePosixPath(text.removeprefix("file://")).name or "."
+    return _LOCAL_INSIDE.sub("", text)
 
 
 def summary_facts(file: Path) -> CardFacts:

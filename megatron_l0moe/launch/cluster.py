@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_l0moe.settings_file import Settings, load_settings
+from megatron_l0moe.settings_file import Settings, check_option_name, load_settings
 
 OptionValue = bool | int | str
 OWN_OPTIONS = {
@@ -35,8 +35,12 @@ OWN_OPTIONS = {
     ),
 }
 """sbatch options that have a key of their own, or that the scripts depend on (no key)."""
-_TIME = re.compile(r"^(?:\d+-\d{1,2}(?::\d{2}){0,2}|\d+(?::\d{2}){0,2})$")
-_MEMORY = re.compile(r"^\d+[KMGT]?$")
+WHOLE_OPTIONS = frozenset({"gpus"})
+"""Options that begin like one of these and are others."""
+MOST_OF_A_NODE = 2**16
+"""CPUs or GPUs."""
+_TIME = re.compile(r"[0-9]{1,6}-[0-9]{1,2}(?::[0-9]{2}){0,2}|[0-9]{1,8}(?::[0-9]{2}){0,2}")
+_MEMORY = re.compile(r"[0-9]{1,12}[KMGT]?")
 
 
 def time_seconds(text: str) -> int:
@@ -45,7 +49,7 @@ def time_seconds(text: str) -> int:
     Raises:
         ValueError: it is none of these.
     """
-    if not _TIME.match(text):
+    if not _TIME.fullmatch(text):
         raise ValueError('a time is written as "HOURS:MINUTES:SECONDS" or "DAYS-HOURS:MINUTES:SECONDS"')
     days, dash, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
@@ -67,7 +71,7 @@ def _check_time(value: Any) -> Any:
 
 
 def _check_memory(value: Any) -> Any:
-    if value is not None and not (isinstance(value, str) and _MEMORY.match(value)):
+    if value is not None and not (isinstance(value, str) and _MEMORY.fullmatch(value)):
         raise ValueError('memory must be text such as "480G" or "0" (all of the node)')
     return value
 
@@ -77,10 +81,16 @@ def _check_options(value: Any) -> Any:
         plain = str(name).lstrip("-")
         if plain != name or "_" in plain:
             raise ValueError(f"option {name!r} must be written as {plain.replace('_', '-')!r}")
+        check_option_name(plain)
         if name in OWN_OPTIONS:
             key = OWN_OPTIONS[name]
             raise ValueError(
                 f"option {name!r} " + (f"has a key of its own: {key}" if key else "is set by l0moe")
+            )
+        whole = next((option for option in OWN_OPTIONS if option.startswith(plain)), None)
+        if whole is not None and plain not in WHOLE_OPTIONS:
+            raise ValueError(
+                f"option {name!r} would be taken for a short form of {whole!r}, which is set by l0moe"
             )
         if setting is False:
             raise ValueError(f"option {name!r} is false, which sbatch cannot be told; remove it")
@@ -120,9 +130,9 @@ class StageJob(Settings):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    gpus: int | None = Field(default=None, ge=0)
+    gpus: int | None = Field(default=None, ge=0, le=MOST_OF_A_NODE)
     """Only of a stage that does not train; None: 1 for curate and evaluate, 0 for the others."""
-    cpus: int | None = Field(default=None, ge=1)
+    cpus: int | None = Field(default=None, ge=1, le=MOST_OF_A_NODE)
     """Only of a stage that does not train; None: the share of a node that goes with its GPUs, or 8."""
     memory: Memory | None = None
     """Of each node."""
@@ -146,6 +156,8 @@ class StageJobs(Settings):
 class Cluster(Settings):
     """One cluster."""
 
+    shell_lines = frozenset({"setup"})
+
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -153,22 +165,22 @@ class Cluster(Settings):
     reservation: str | None = None
     exclusive: bool = False
     """Ask for whole nodes for training jobs that take all GPUs of a node."""
-    gpus_per_node: int = Field(ge=0)
+    gpus_per_node: int = Field(ge=0, le=MOST_OF_A_NODE)
     """0: a cluster without GPUs, where a training process takes `parallel.threads` CPUs."""
     gpu: Literal["h100", "h200", "a100"] | None = None
     """Its kind, to check memory before anything is queued; None: memory is not checked."""
     gres: str = "gpu"
     """How --gres calls a GPU, such as gpu:h100."""
-    cpus_per_node: int = Field(ge=1)
+    cpus_per_node: int = Field(ge=1, le=MOST_OF_A_NODE)
     memory_per_node: Memory | None = None
     """Of one node; a job gets the share that goes with its GPUs or CPUs. "0": always all. None: not asked for."""
-    experts_at_once: int | None = Field(default=None, ge=1)
+    experts_at_once: int | None = Field(default=None, ge=1, le=2**16)
     """Expert jobs that run at the same time; None: as many as the recipe's `gpus` hold, or 8 where it says none."""
     signal_lead_seconds: int = Field(default=300, ge=10, le=65535)
     """How long before the time limit a training job is told to save; Slurm may be up to 60 s early."""
-    max_requeues: int = Field(default=50, ge=0)
+    max_requeues: int = Field(default=50, ge=0, le=2**16)
     """A job that ended without a verdict, such as a step that could not start, is not queued again after so many."""
-    file_wait_seconds: int = Field(default=60, ge=0)
+    file_wait_seconds: int = Field(default=60, ge=0, le=2**20)
     """How long a job waits for files that a shared file system shows late."""
     mpi: str = "none"
     """srun's --mpi; torchrun needs none."""

@@ -25,7 +25,8 @@ from types import FrameType
 
 import psutil
 
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.caller_environment import for_our_processes
+from megatron_l0moe.errors import DISK_FULL_TEXT, L0MoEError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ USER_ERROR_EXIT = 2
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _ERROR_LINE = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Exit)): \S")
+_RANK = re.compile(r"^\[rank\d+\]:\s*")
 _USAGE_ERROR = re.compile(r"^\S+: (error: \S.*)")  # argparse
 _OUR_SENTENCE = re.compile(r"^Error: (\S.*)")
 _LAUNCHER_NOISE = re.compile(
@@ -176,7 +178,7 @@ def _start(command: Command, place: int, share: Mapping[str, str], keep_open: Se
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **command.env, **share},
+            env={**for_our_processes(os.environ), **command.env, **share},
             process_group=0,
             pass_fds=tuple(keep_open),
             preexec_fn=lambda: die_with_parent(parent),
@@ -220,6 +222,10 @@ def meaningful_line(text: str, code: int) -> str:
         for line in reversed(lines):
             if found := _OUR_SENTENCE.match(line):
                 return found[1]
+    # A library that could not save says so, and what fails after it says something else, often in the last line.
+    for line in reversed(lines):
+        if DISK_FULL_TEXT.search(line):
+            return _RANK.sub("", line).removeprefix("Error: ")
     for line in reversed(lines):
         if found := _ERROR_LINE.match(line) or _USAGE_ERROR.match(line):
             return line[found.start(1) :].removeprefix("L0MoEError: ").removeprefix("Error: ")

@@ -101,7 +101,7 @@ def _options(run: Run, cluster: Cluster, name: str, place: Place, need: Resource
     yield "--ntasks-per-node=1"
     yield f"--cpus-per-task={need.cpus}"
     if need.gpus:
-        yield f"--gres={cluster.gres}:{need.gpus}"
+        yield f"--gres={shlex.quote(f'{cluster.gres}:{need.gpus}')}"
     if need.memory:
         yield f"--mem={need.memory}"
     if need.exclusive:
@@ -138,12 +138,12 @@ def _trains(run: Run, name: str) -> bool:
 
 
 def _environment(cluster: Cluster) -> str:
-    lines = ["# The cluster's own lines come before `set -u`, which many set-up scripts do not survive."]
+    lines = [sbatch_bash.SETUP_BEGINS]
     if cluster.modules:
         lines.append(f"module load {shlex.join(cluster.modules)} || exit 1")
     lines += cluster.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
-    return "\n".join([*lines, "set -uo pipefail"])
+    return "\n".join([*lines, sbatch_bash.SETUP_ENDS])
 
 
 def _variables(run: Run, cluster: Cluster, name: str, place: Place, need: Resources) -> str:
@@ -223,19 +223,24 @@ def training_job(run: Run, architecture: Architecture, name: str) -> jobs.Job:
     if name == "moe":
         return jobs.moe_job(run, architecture)
     first, second = (jobs.expert_job(run, architecture, k) for k in (0, 1))
-    words = [_without_number(run, word, 0) for word in first.command]
-    assert words == [_without_number(run, word, 1) for word in second.command], (
-        "experts differ by their number only"
-    )
+    words = [_without_number(run, *pair) for pair in zip(first.command, second.command, strict=True)]
     return jobs.Job(command=words, env=first.env)
 
 
-def _without_number(run: Run, word: str, k: int) -> str:
-    folder = str(run.stage_folder("experts"))
-    return word.replace(f"{folder}/{k:03d}", f"{folder}/{EXPERT}").replace(
-        str(run.stage_folder("curate") / f"expert_{k:03d}"),
-        str(run.stage_folder("curate") / f"expert_{EXPERT}"),
-    )
+def _without_number(run: Run, zeroth: str, first: str) -> str:
+    """Return a word of the commands of experts 0 and 1 with `EXPERT` where they differ."""
+    if zeroth == first:
+        return zeroth
+    folder = f"{run.stage_folder('experts')}/"
+    # the expert's own folder, or a name that ends with it: the index, TensorBoard's folder, the name for W&B
+    words = [
+        word.replace(f"{folder}{k:03d}", f"{folder}{EXPERT}", 1)
+        if word.startswith(folder)
+        else f"{word.removesuffix(f'{k:03d}')}{EXPERT}"
+        for k, word in enumerate((zeroth, first))
+    ]
+    assert words[0] == words[1], "experts differ by their number only"
+    return words[0]
 
 
 def _other(run: Run, cluster: Cluster, name: str) -> str:

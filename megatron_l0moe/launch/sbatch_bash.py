@@ -1,5 +1,8 @@
 """The bash of the batch scripts that is the same in every run; `str.format` fills in the rest."""
 
+SETUP_BEGINS = "# The cluster's own lines come before `set -u`, which many set-up scripts do not survive."
+SETUP_ENDS = "set -uo pipefail"
+"""Around the lines of the cluster file."""
 FUNCTIONS = r"""say() { echo "$(date +%H:%M:%S) | $stage: $*"; }
 
 # shellcheck disable=SC2329 # a trap calls it

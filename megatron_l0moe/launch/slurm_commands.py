@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_l0moe.caller_environment import for_slurm
 from megatron_l0moe.errors import L0MoEError
 
 ANSWER_SECONDS = 60.0
@@ -18,7 +19,6 @@ ALIVE = frozenset(
     }
 )
 """States of a job that will still do something."""
-_KEPT = ("SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS")
 _UNKNOWN_JOB = "Invalid job id"
 _FIELD = re.compile(r"(\w+(?:[:/]\w+)*)=(.*?)(?= \w+(?:[:/]\w+)*=|$)")
 
@@ -54,7 +54,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
     Raises:
         L0MoEError: sbatch refused it; the message holds its own words.
     """
-    answer = _call(["sbatch", "--parsable", *options, str(script)])
+    answer = _call(["sbatch", "--parsable", *options, str(script)], script)
     if answer.returncode != 0:
         raise L0MoEError(f"sbatch refused {script}: {own_words(answer.stderr)}.")
     return answer.stdout.strip().split(";")[0]
@@ -70,7 +70,7 @@ def check(script: Path, options: Sequence[str]) -> None:
     Raises:
         L0MoEError: sbatch refused it; the message holds its own words.
     """
-    if _call(["sbatch", "--test-only", *options, str(script)]).returncode != 0:
+    if _call(["sbatch", "--test-only", *options, str(script)], script).returncode != 0:
         cancel([submit(script, [*options, "--begin=now+1day", "--mail-type=NONE"])])
 
 
@@ -188,7 +188,8 @@ def _from_accounting(job: str) -> dict[str, JobState]:
     return found
 
 
-def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _call(words: Sequence[str], script: Path | None = None) -> subprocess.CompletedProcess[str]:
+    text = script.read_text(encoding="utf-8") if script else ""
     try:
         return subprocess.run(
             list(words),
@@ -196,7 +197,7 @@ def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
             text=True,
             check=False,
             timeout=ANSWER_SECONDS,
-            env=_environment(),
+            env=for_slurm(os.environ, text),
         )
     except FileNotFoundError as error:
         raise SlurmUnreachableError(
@@ -207,12 +208,3 @@ def _call(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise SlurmUnreachableError(
             f"Slurm does not answer: {words[0]} took over {ANSWER_SECONDS:.0f} s."
         ) from error
-
-
-def _environment() -> dict[str, str]:
-    """Leave out what an allocation that we may be in has set: sbatch would hand it on to the new job."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not name.startswith(("SLURM_", "L0MOE_LOCK_FDS"))
-    }

@@ -13,6 +13,7 @@ from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe import Recipe, section_hash
 from megatron_l0moe.recipe_layouts import FREE_FLAGS
 from megatron_l0moe.recipe_methods import TITLES, ModelMethod
+from megatron_l0moe.settings_file import check_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,18 @@ class Run:
     recipe: Recipe
     recipe_file: Path
     runs_dir: Path
+
+    def __post_init__(self) -> None:
+        """Refuse paths that leave their line in a batch script or a record.
+
+        Raises:
+            L0MoEError: names the path and the character.
+        """
+        for what, path in (("--runs-dir", self.runs_dir), ("The recipe's path", self.recipe_file)):
+            try:
+                check_text(str(path))
+            except ValueError as error:
+                raise L0MoEError(f"{what} {str(path)!r}: {error}.") from error
 
     @property
     def folder(self) -> Path:

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_l0moe.caller_environment import for_slurm
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
@@ -54,6 +56,7 @@ def submit_chain(request: Request, say: Say) -> None:
                 pass  # no command on this machine works on the run
         before = earlier_jobs(run, request.selected, record, known)
         _write_scripts(request, parts)
+        _say_what_is_left_out(request, parts, say)
         _ask_for_refusals(request, parts)
         _submit(request, parts, before, record, say)
 
@@ -109,6 +112,15 @@ def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
     write_json(place.scripts / "cluster.json", json.loads(request.cluster.model_dump_json()))
     architecture = Architecture.from_hf(Path(run.recipe.model.path))
     write_scripts(request, architecture, place, [part.spec.name for part in parts if part.submit])
+
+
+def _say_what_is_left_out(request: Request, parts: Sequence[Part], say: Say) -> None:
+    """Name the variables of sbatch that the cluster file goes before."""
+    scripts = [sbatch.place_of(request.run).script(part.spec.name) for part in parts if part.submit]
+    kept = [for_slurm(os.environ, script.read_text(encoding="utf-8")) for script in scripts]
+    ours = [name for name in sorted(os.environ) if name.startswith("SBATCH_")]
+    if left_out := [name for name in ours if not all(name in variables for variables in kept)]:
+        say(f"Not handed on to sbatch, since the batch scripts go before them: {', '.join(left_out)}.")
 
 
 def _ask_for_refusals(request: Request, parts: Sequence[Part]) -> None:

@@ -6,6 +6,7 @@ The same rules serve recipes (names such as `moe_training.parallel.tensor`) and 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,10 @@ class JobSizes:
     has_gpu: bool | None = None
 
 
+MOST_SHAPES = 4_000
+"""Combinations of sizes that the search for the nearest layout looks at."""
+
+
 def check_layout(layout: Layout, sizes: JobSizes, names: Names) -> None:
     """Refuse a layout that cannot work.
 
@@ -66,15 +71,11 @@ def nearest_layout(layout: Layout, sizes: JobSizes) -> Layout | None:
     """
     if sizes.global_batch and sizes.micro_batch and sizes.global_batch % sizes.micro_batch:
         return None
-    worlds = sorted(
-        range(1, 2 * layout.processes + 1), key=lambda n: (abs(math.log2(n / layout.processes)), -n)
-    )
-    for world in worlds:
-        candidates = sorted(_neighbours(layout, sizes, world), key=lambda c: _distance(c, layout))
-        for candidate in candidates:
-            if problem(candidate, sizes, _NO_NAMES) is None:
-                return candidate
-    return None
+    world_of = _nearest_worlds(layout, sizes)
+    found = [(world, shape) for shape in _shapes(layout, sizes) if (world := world_of(shape))]
+    nearest = min((world for world, _ in found), key=lambda world: _far(world, layout), default=None)
+    candidates = (shape.on(world) for world, shape in found if world == nearest)
+    return min(candidates, key=lambda candidate: _distance(candidate, layout), default=None)
 
 
 def _world(layout: Layout, sizes: JobSizes, n: Names) -> str | None:
@@ -236,35 +237,96 @@ def _advice(layout: Layout, sizes: JobSizes) -> str:
     return f"the nearest layout that works is {found.text} ({processes})"
 
 
-def _neighbours(layout: Layout, sizes: JobSizes, world: int) -> Iterator[Layout]:
-    """Yield layouts of `world` processes; where the model is not known, tensor and pipeline are kept or given up."""
-    tensors = [n for n in _divisors(world) if sizes.heads is not None or n in (1, layout.tensor)]
-    pipelines = [n for n in _divisors(world) if sizes.layers is not None or n in (1, layout.pipeline)]
-    for tp, pp, cp in itertools.product(tensors, pipelines, {1, layout.context}):
-        if world % (tp * pp * cp):
-            continue
-        for etp in {None} if layout.expert_tensor is None else {None, 1, layout.expert_tensor}:
-            per_expert = pp * (tp if etp is None else etp)
-            experts = _divisors(world // per_expert) if world % per_expert == 0 else []
-            chunks = range(1, layout.virtual_pipeline + 1) if pp > 1 else (1,)
-            switches = itertools.product(
-                {layout.sequence and tp > 1, tp > 1}, {layout.overlap_p2p, True}, {layout.pipeline_layers, ()}
+@dataclass(frozen=True)
+class _Shape:
+    """A layout but for its number of processes, in two parts that keep the rules which each breaks alone."""
+
+    inside: Layout
+    """Gives tensor, sequence, context and expert_tensor."""
+    pipeline: Layout
+    """Gives all that begins with pipeline, virtual_pipeline, uneven and overlap_p2p."""
+    expert: int
+    smallest_world: int
+
+    @property
+    def copy(self) -> int:
+        """Processes of one copy of the dense part of the model."""
+        return self.inside.tensor * self.inside.context * self.pipeline.pipeline
+
+    @property
+    def group(self) -> int:
+        """Number of micro-batches that go through the pipeline together."""
+        return self.pipeline.pipeline if self.pipeline.virtual_pipeline > 1 else 1
+
+    def on(self, processes: int) -> Layout:
+        """Return the whole layout."""
+        part = self.inside
+        return dataclasses.replace(
+            self.pipeline,
+            processes=processes,
+            tensor=part.tensor,
+            sequence=part.sequence,
+            context=part.context,
+            expert_tensor=part.expert_tensor,
+            expert=self.expert,
+        )
+
+
+def _shapes(layout: Layout, sizes: JobSizes) -> Iterator[_Shape]:
+    """Yield what may hold on at most twice the layout's processes, without what breaks a rule on any number."""
+    most = 2 * layout.processes
+    near = functools.partial(sorted, key=lambda part: _distance(part, layout))
+    inside, stages = near(_inside_shapes(layout, sizes, most)), near(_pipelines(layout, sizes, most))
+    experts = near(
+        dataclasses.replace(layout, expert=n) for n in {1, layout.expert, *_divisors(sizes.experts, most)}
+    )
+    allowed = [part.expert for part in experts if not _experts(part, sizes, _NO_NAMES)]
+    # Cut off only where tensor, pipeline and expert have dozens of divisors each, and then far from the layout.
+    for cut, part, expert in itertools.islice(itertools.product(stages, inside, allowed), MOST_SHAPES):
+        smallest = cut.pipeline * math.lcm(part.tensor * part.context, part.etp * expert)
+        if smallest <= most:
+            yield _Shape(part, cut, expert, smallest)
+
+
+def _inside_shapes(layout: Layout, sizes: JobSizes, most: int) -> Iterator[Layout]:
+    """Yield the ways to share a layer; where the model is not known, tensor parallelism is kept or given up."""
+    tensors = {1, layout.tensor, *_divisors(sizes.heads, most)}
+    for tensor, context in itertools.product(tensors, {1, layout.context}):
+        ways = {None} if layout.expert_tensor is None else {None, 1, layout.expert_tensor} - {tensor}
+        for shared, sequence in itertools.product(ways, {layout.sequence and tensor > 1, tensor > 1}):
+            found = dataclasses.replace(
+                layout, tensor=tensor, context=context, expert_tensor=shared, sequence=sequence
             )
-            for ep, vp, (sequence, overlap, split) in itertools.product(experts, chunks, switches):
-                yield dataclasses.replace(
-                    layout,
-                    processes=world,
-                    tensor=tp,
-                    sequence=sequence,
-                    pipeline=pp,
-                    virtual_pipeline=vp,
-                    pipeline_layers=split,
-                    uneven=layout.uneven and pp == layout.pipeline,
-                    overlap_p2p=overlap or vp == 1,
-                    expert=ep,
-                    expert_tensor=etp,
-                    context=cp,
-                )
+            rules: tuple[Rule, ...] = (_tensor, _vocabulary, _expert_width, _sequence, _context)
+            if not any(rule(found, sizes, _NO_NAMES) for rule in rules):
+                yield found
+
+
+def _pipelines(layout: Layout, sizes: JobSizes, most: int) -> Iterator[Layout]:
+    """Yield the ways to cut the layers; where they are not known, the pipeline is kept or given up."""
+    split, layers = layout.pipeline_layers, sizes.layers
+    for pipeline in {1, layout.pipeline, *_divisors(layers, most), *_divisors(layers and len(split), most)}:
+        chunks = {
+            1,
+            layout.virtual_pipeline,
+            *_divisors(layers and layers // pipeline, layout.virtual_pipeline),
+        }
+        if split and len(split) // pipeline <= layout.virtual_pipeline:
+            chunks.add(max(len(split) // pipeline, 1))
+        switches = itertools.product({layout.overlap_p2p, True}, {split, ()})
+        for number, (overlap, layers_of) in itertools.product(
+            chunks if pipeline > 1 else {1}, list(switches)
+        ):
+            found = dataclasses.replace(
+                layout,
+                pipeline=pipeline,
+                virtual_pipeline=number,
+                pipeline_layers=layers_of,
+                uneven=layout.uneven and pipeline == layout.pipeline,
+                overlap_p2p=overlap or number == 1,
+            )
+            if not (_virtual(found, sizes, _NO_NAMES) or _layers(found, sizes, _NO_NAMES)):
+                yield found
 
 
 def _distance(one: Layout, other: Layout) -> tuple[float, str]:
@@ -276,5 +338,29 @@ def _distance(one: Layout, other: Layout) -> tuple[float, str]:
     return far + 0.5 * changed, one.text
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _nearest_worlds(layout: Layout, sizes: JobSizes) -> Callable[[_Shape], int | None]:
+    """Return what finds the nearest number of processes, up to twice the layout's, on which a shape may run."""
+    most = 2 * layout.processes
+    batches = sizes.global_batch // sizes.micro_batch if sizes.global_batch and sizes.micro_batch else None
+    replicas = _divisors(batches, most)
+
+    @functools.cache
+    def nearest(copy: int, smallest: int, group: int) -> int | None:
+        if batches is None:
+            below = layout.processes // smallest * smallest
+            worlds = [below, below + smallest]
+        else:
+            worlds = [copy * n for n in replicas if copy * n % smallest == 0 and batches // n % group == 0]
+        return min((n for n in worlds if 0 < n <= most), key=lambda n: _far(n, layout), default=None)
+
+    return lambda shape: nearest(shape.copy, shape.smallest_world, shape.group)
+
+
+def _far(world: int, layout: Layout) -> tuple[float, int]:
+    """Return how far a number of processes is from the layout's; of two that are as far, the larger is nearer."""
+    return abs(math.log2(world / layout.processes)), -world
+
+
+def _divisors(number: int | None, most: int) -> list[int]:
+    """Return the divisors of a number, up to `most`; none of a number that is not known or 0."""
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0] if number else []

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_l0moe.caller_environment import for_one_process, for_our_processes, replace
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import checkpoint_fixes, cpu
@@ -38,8 +39,7 @@ class LogitsConfig:
 
 def main() -> None:
     """Load the checkpoint into one process and write the logits."""
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", "0")
+    replace(os.environ, for_our_processes(os.environ) | for_one_process())
     cpu.install_training()
     checkpoint_fixes.install()
     from megatron.core.process_groups_config import ProcessGroupCollection

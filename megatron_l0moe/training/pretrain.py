@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.errors import sentence_of
 from megatron_l0moe.runtime import checkpoint_fixes, cpu, gpu_sampling
 
 
@@ -70,8 +70,11 @@ def exit_with_one_sentence(command: Callable[[], None]) -> None:
     """Run a command; end with exit code 2 and one sentence where the user can mend it."""
     try:
         command()
-    except L0MoEError as error:
-        sys.stderr.write(f"Error: {error}\n")
+    except Exception as error:
+        sentence = sentence_of(error, Path())
+        if sentence is None:
+            raise
+        sys.stderr.write(f"Error: {sentence}\n")
         sys.exit(2)
 
 

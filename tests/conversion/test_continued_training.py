@@ -76,7 +76,16 @@ def test_qwen2_keeps_and_trains_its_biases(tmp_path):
     ]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
-    do(jobs.logits_job(run, architecture), tmp_path / "logits.log")
+    alone = jobs.logits_job(run, architecture)
+    # Inside of a pod or another torchrun: one process is one process, or it would wait for the other for ever.
+    outer = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29999",
+    }
+    do(jobs.Job(command=alone.command, env=alone.env | outer), tmp_path / "logits.log")
     export_moe(trained, tmp_path / "hf", tmp_path / "trained", dense_layers=DENSE_LAYERS, top_k=TOP_K)
     assert parity(jobs.logits_file(run), tmp_path / "trained")["positions"] == POSITIONS
     with pytest.raises(L0MoEError, match="logits differ from Megatron's"):

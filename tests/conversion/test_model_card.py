@@ -191,3 +191,29 @@ def test_the_commands_write_and_rewrite(folder, capsys):
     shutil.rmtree(folder / "export")
     assert command("model_card.py", folder / "export", *facts) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_card_tells_nothing_of_the_machines(tmp_path):
+    """Folders by their own names, no password, and nothing of the cluster that curate ran on."""
+    executor = {"kind": "slurm", "slurm": {"partition": "p", "environment": "source /home/me/secret.sh"}}
+    recipe = load_recipe(
+        write_recipe(
+            tmp_path,
+            model__path="/home/me/models/llama",
+            data__corpus="s3://key:hunter2@bucket/text/v1",
+            data__embedding_model="BAAI/bge-m3",
+            data__executor=executor,
+            moe_training={
+                "flags": {"tensorboard-dir": "../me/boards", "data-cache-path": "a:/home/me/b,~/c/d"}
+            },
+        )
+    )
+    text = recipe_facts(recipe).recipe
+    for word in ("/home", "hunter2", "me/", "secret", "partition", "~"):
+        assert word not in text, word
+    raw = yaml.safe_load(text)
+    assert raw["model"]["path"] == "llama"
+    assert raw["data"]["corpus"] == "s3://bucket/text/v1"
+    assert raw["data"]["embedding_model"] == "BAAI/bge-m3"
+    assert raw["moe_training"]["flags"] == {"tensorboard-dir": "boards", "data-cache-path": "a:b,d"}
+    assert raw["seed"] == recipe.seed

@@ -14,6 +14,7 @@ from megatron_l0moe.data import source_tree
 from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.launch import jobs, phases, pipeline, preflight, records
 from megatron_l0moe.launch.run import CommandFailedError
+from megatron_l0moe.launch.sbatch_bash import SETUP_BEGINS, SETUP_ENDS
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.recipe import load_recipe
 
@@ -65,6 +66,9 @@ def test_no_secret_is_recorded(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
     script.write_text(
         f"#!/bin/bash\n#SBATCH --export=ALL,HF_TOKEN={HIDDEN}\n"
         f"export WANDB_API_KEY='{HIDDEN}' NCCL_DEBUG=INFO\nexport MY_PASSWORD={HIDDEN}\n"
+        f"{SETUP_BEGINS}\nmodule load cuda\nexport lower_case=a,{HIDDEN}\nwandb login {HIDDEN}\n{SETUP_ENDS}\n"
+        f"export BOTH='a b {HIDDEN}',{HIDDEN} OMP_NUM_THREADS=2\nHUSH={HIDDEN} env OTHER=\"{HIDDEN}\" true\n"
+        "export L0MOE_LOG_DIR=logs/\"$stage/${job}\"\nstage='moe'\n"
     )
     hidden = {
         "WANDB_API_KEY": HIDDEN,  # no known prefix
@@ -74,6 +78,11 @@ def test_no_secret_is_recorded(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         "L0MOE_TOKEN": HIDDEN,
         "SLURM_EXPORT_ENV": f"ALL,WANDB_API_KEY={HIDDEN}",
         "NVIDIA_MIRROR": f"https://me:{HIDDEN}@example.org/x",
+        # no name and no value that a pattern would know
+        "L0MOE_PW": HIDDEN,
+        "NCCL_AUTH": HIDDEN,
+        "SLURM_PWD": HIDDEN,
+        "TORCH_HOOK": f"https://example.org/services/T0/{HIDDEN}",
     }
     shown = {"SLURM_JOB_ID": "42", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0,1"}
     for name, value in {**hidden, **shown, "L0MOE_SBATCH_FILE": str(script)}.items():
@@ -83,11 +92,13 @@ def test_no_secret_is_recorded(run: Run, tmp_path: Path, monkeypatch: pytest.Mon
         assert HIDDEN not in path.read_text(errors="replace"), path
     environment = json.loads((folder / "environment.json").read_text())
     assert shown.items() <= environment["variables"].items()
-    assert {name for name in hidden if name.startswith(records.RECORDED_PREFIXES)} <= set(
-        environment["left_out"]
-    )
+    assert {name for name in hidden if name.startswith(records.FAMILIES)} <= set(environment["left_out"])
+    assert "NCCL_DEBUG" not in environment["left_out"]
     batch = (folder / "job.sbatch").read_text()
     assert "export WANDB_API_KEY=*** NCCL_DEBUG=INFO\n" in batch
+    assert f"{SETUP_BEGINS}\nmodule load cuda\nexport lower_case=***\n# not recorded: a line of " in batch
+    assert "export BOTH=*** OMP_NUM_THREADS=2\nHUSH=*** env OTHER=*** true\n" in batch
+    assert "export L0MOE_LOG_DIR=logs/\"$stage/${job}\"\nstage='moe'\n" in batch
 
 
 def test_missing_batch_script_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

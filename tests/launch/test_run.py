@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE, alive, wait_until
 
+from megatron_l0moe.launch.log_reason import reason_in
 from megatron_l0moe.launch.run import (
     Command,
     CommandFailedError,
@@ -245,6 +246,31 @@ def test_launchers_report_is_not_the_reason(tmp_path: Path, text: str, reason: s
     log = tmp_path / "log"
     log.write_text(text + TORCHRUN.format(reason=reason))
     assert last_meaningful_line(log) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "[rank0]: OSError: [Errno 28] No space left on device: 'x'\n[rank0]:   File \"<frozen runpy>\", li",
+            "OSError: [Errno 28] No space left on device: 'x'",
+        ),
+        (
+            "RuntimeError: write: Disk quota exceeded\nValueError: later\n",
+            "RuntimeError: write: Disk quota exceeded",
+        ),
+        ("Error: No space left on the device x\nValueError: later\n", "ValueError: later"),
+    ],
+)
+def test_a_full_disk_goes_before_what_fails_after_it(tmp_path: Path, text: str, line: str) -> None:
+    """Megatron's save says it some lines before the end, and the log on the same disk is cut."""
+    log = tmp_path / "log"
+    log.write_text("OSError: [Errno 28] No space left on device: 'of yesterday'\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write(text)
+    assert last_meaningful_line(log, start) == line
+    assert (reason_in(log) == line) == ("later" not in line)
 
 
 def test_our_sentence_wins_where_the_exit_code_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The batch scripts, word by word. After a wanted change: L0MOE_UPDATE_GOLDEN=1 pytest FILE."""
 
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -108,6 +109,42 @@ def test_paths_with_blanks_and_dollars_stay_one_word(tmp_path: Path) -> None:
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     job = sbatch.jobs.expert_job(made, toy_architecture(), 3)
     assert said.splitlines() == job.program
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"tensorboard-dir": "boards/llama"},
+        {"wandb-exp-name": "llama"},
+        {"tensorboard-dir": "boards/expert_000", "wandb-exp-name": "a $b 000", "wandb-project": "expert_000"},
+    ],
+    ids=lambda flags: "+".join(flags),
+)
+def test_boards_and_names_of_experts_differ_in_the_array(tmp_path: Path, flags: dict[str, str]) -> None:
+    """What bash makes of them for expert 3 is what the job of expert 3 has here."""
+    made = make_run(tmp_path, expert_training__flags=flags)
+    cluster = Cluster(gpus_per_node=0, cpus_per_node=4)
+    text = render(made, toy_architecture(), cluster, "experts", place_of(made))
+    start, end = text.index("training=("), text.index("\n)\n", text.index("training=(")) + 3
+    script = f"expert=003\n{text[start:end]}" + 'printf "%s\\n" "${training[@]}"'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    job = sbatch.jobs.expert_job(made, toy_architecture(), 3)
+    assert said.splitlines() == job.program
+    assert sum("expert_003" in word for word in job.program) == 1 + len(flags.keys() - {"wandb-project"})
+
+
+def test_a_gres_is_one_word(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    cluster = Cluster(gpus_per_node=1, cpus_per_node=4, gres="gpu --uid=0")
+    assert "\n#SBATCH --gres='gpu --uid=0:1'\n" in render(made, None, cluster, "curate", place_of(made))
+
+
+@pytest.mark.parametrize("runs", ["a\nb", "a\x1bb", "a\udcffb", "a\u2028b"])
+def test_no_path_leaves_its_line(tmp_path: Path, runs: str) -> None:
+    run = make_run(tmp_path)
+    for change in ({"runs_dir": Path(runs)}, {"recipe_file": Path(runs)}):
+        with pytest.raises(L0MoEError, match="a text may not hold the character"):
+            dataclasses.replace(run, **change)
 
 
 def test_scripts_never_end_well_before_the_marker() -> None:

@@ -77,6 +77,19 @@ def test_what_an_allocation_has_set_is_not_handed_on(run: Run, slurm: FakeSlurm)
     assert names - {"L0MOE_CPU_FLOPS"} == {"SLURM_CONF"}  # the tests' own, see tests/conftest.py
 
 
+def test_the_cluster_file_goes_before_the_variables_of_sbatch(
+    run: Run, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_TIMELIMIT"):
+        monkeypatch.setenv(name, "1")
+    said = submit(run, last="convert")
+    names = {line.partition("=")[0] for line in (slurm.folder / "sbatch.env").read_text().splitlines()}
+    assert names == {"SLURM_CONF", "SBATCH_ACCOUNT"}  # the cluster file names no account
+    assert said[0] == (
+        "Not handed on to sbatch, since the batch scripts go before them: SBATCH_PARTITION, SBATCH_TIMELIMIT."
+    )
+
+
 def test_only_what_is_missing(run: Run, slurm: FakeSlurm) -> None:
     complete(run, "convert")
     complete(run, "curate")

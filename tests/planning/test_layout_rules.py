@@ -1,6 +1,7 @@
 """Every rule by hand: what it says, with the numbers, and that the layout which it names keeps all rules."""
 
 import dataclasses
+import time
 
 import pytest
 
@@ -123,6 +124,36 @@ def test_number_of_processes() -> None:
     )
     # expert-tensor 1: the experts alone do not fit on 6
     assert "(1 * 4 * 1 = 4); the nearest" in refused(Layout(processes=6, expert=4))
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        (Layout(processes=100_003), {}),
+        (Layout(processes=131_072, expert=3), {}),
+        (
+            Layout(processes=110_880, tensor=5040, expert=2520, pipeline=2, virtual_pipeline=1024),
+            {"layers": 720},
+        ),
+        (
+            Layout(processes=131_071, tensor=65_536, expert_tensor=120, context=720),
+            {"heads": 5040, "experts": 2520},
+        ),
+        (
+            Layout(processes=65_536, expert=4096, pipeline=720),
+            {"global_batch": 6_983_776_800, "layers": 1260},
+        ),
+        (Layout(processes=99_991, expert=64), {"heads": None, "layers": None, "global_batch": None}),
+    ],
+)
+def test_the_nearest_layout_is_found_soon(layout: Layout, changes: dict[str, int | None]) -> None:
+    sizes = dataclasses.replace(LLAMA, **{"query_groups": None, "ffn": None, "expert_ffn": None} | changes)
+    begun = time.process_time()
+    found = rules.nearest_layout(layout, sizes)
+    assert time.process_time() - begun < 3  # a second on a machine of its own
+    assert found is not None
+    assert rules.problem(found, sizes, NAMES) is None
+    assert found.processes <= 2 * layout.processes
 
 
 def test_a_batch_that_no_layout_can_share() -> None:

@@ -48,6 +48,6 @@ def test_files_of_the_records() -> None:
     header = "| file | what |"
     rows = [text.split(f"\n{header}\n", 1)[1].split("\n\n", 1)[0] for text in (PAGE, source)]
     assert rows[0] == rows[1]
-    prefixes = re.findall(r"`([A-Z0-9]+_)`", PAGE)
-    assert prefixes
-    assert set(prefixes) <= set(records.RECORDED_PREFIXES)
+    names = re.findall(r"`((?:SLURM|NCCL|CUDA)_[A-Z_]+)`", PAGE)
+    assert len(names) == 3
+    assert set(names) <= records.RECORDED

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
+from megatron_l0moe.caller_environment import for_slurm, replace
 from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.data.engine.watch import completion_file, task_states
 from megatron_l0moe.data.manifest import write_text
@@ -24,8 +25,6 @@ POLL_SECONDS = 10.0
 SAY_SECONDS = 60.0
 PATIENCE_POLLS = 3
 """Looks after the end of a job: a shared file system may show its last files late."""
-CLIENT_SETTINGS = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
-"""Variables for Slurm's commands; all others that begin like them tell of the job that we are in."""
 
 
 class _ArrayExecutor(SlurmPipelineExecutor):
@@ -70,7 +69,8 @@ def _submit(step: UnitStep, section: ExecutorSection, tasks: int, *, logs: str, 
         logging_dir=logs,
     )
     try:
-        with _outside_of_a_job():
+        lines = ("partition", *(("qos",) if section.slurm.qos else ()), *section.slurm.sbatch)
+        with _outside_of_a_job("".join(f"#SBATCH --{name}\n" for name in lines)):
             executor.run()
     except (OSError, subprocess.CalledProcessError) as error:
         raise L0MoEError(
@@ -81,20 +81,17 @@ def _submit(step: UnitStep, section: ExecutorSection, tasks: int, *, logs: str, 
 
 
 @contextlib.contextmanager
-def _outside_of_a_job() -> Iterator[None]:
-    """Hide the job that this process may run in.
+def _outside_of_a_job(said: str) -> Iterator[None]:
+    """Hide the job that this process may run in, and variables that would win over the script's lines, `said`.
 
     sbatch hands the environment on, and srun would take the outer job's memory and counts for the inner one's.
     """
-    ours = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name.startswith("SLURM_") and name not in CLIENT_SETTINGS
-    }
+    ours = dict(os.environ)
+    replace(os.environ, for_slurm(ours, said))
     try:
         yield
     finally:
-        os.environ.update(ours)
+        replace(os.environ, ours)
 
 
 def _wait(step: UnitStep, job: str, tasks: int, logs: str) -> None:
@@ -126,9 +123,8 @@ def _wait(step: UnitStep, job: str, tasks: int, logs: str) -> None:
 def _is_queued(job: str) -> bool:
     """Say whether Slurm still knows a job as waiting or running; a Slurm that does not answer is given time."""
     try:
-        answer = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False
-        )
+        words, variables = ["squeue", "--noheader", "--jobs", job], for_slurm(os.environ)
+        answer = subprocess.run(words, capture_output=True, text=True, check=False, env=variables)
     except OSError:
         return False
     if answer.returncode:
