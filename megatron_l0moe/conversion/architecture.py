@@ -3,11 +3,11 @@
 Sizes are global (not those of one tensor-parallel rank).
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import read_json
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -238,7 +238,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, as "
             "`save_pretrained` or `hf download` writes it."
         )
-    return read_json(file, "copy it again")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise L0MoEError(f"{file} is not valid JSON ({error}); copy it again.") from error
+    if not isinstance(config, dict):
+        raise L0MoEError(f"{file} must hold a JSON object; copy it again.")
+    return config
 
 
 def first_architecture(config: dict[str, Any]) -> str:

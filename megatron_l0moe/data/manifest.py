@@ -139,7 +139,13 @@ def is_done(stage: Stage) -> bool:
     """
     if not has_marker(stage):
         return False
-    recorded = _recorded_inputs(stage)
+    manifest = read_manifest(stage.folder)
+    if manifest.get("config_hash", stage.config_hash) != stage.config_hash:
+        raise L0MoEError(
+            f"{stage.folder / MANIFEST} is not the one that the stage wrote, as it names other settings than {MARKER}; "
+            f"restore it, or remove {stage.folder} to make it anew."
+        )
+    recorded = _recorded_inputs(manifest)
     for name, digest in input_digests(stage).items():
         if recorded.get(name) != digest:
             raise L0MoEError(
@@ -300,8 +306,8 @@ def _identity(stage: Stage) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _recorded_inputs(stage: Stage) -> dict[str, object]:
-    recorded = read_manifest(stage.folder).get("inputs", {})
+def _recorded_inputs(manifest: dict[str, Any]) -> dict[str, object]:
+    recorded = manifest.get("inputs", {})
     return recorded if isinstance(recorded, dict) else {}
 
 
