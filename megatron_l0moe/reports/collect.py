@@ -1,5 +1,6 @@
 """Reading what the stages of a run left behind; nothing is computed here, and no torch is needed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_l0moe.data.manifest import parse_json, read_json, unsealed
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.method_counts import exported_counts
+from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.reports import forms
 from megatron_l0moe.reports.gpu_samples import read_gpu_samples
@@ -17,6 +20,8 @@ from megatron_l0moe.reports.gpu_samples import read_gpu_samples
 Json = dict[str, Any]
 STAGES = ("convert", "curate", "experts", "assemble", "moe", "export", "evaluate")
 ONLY_L0MOE = ("experts", "assemble")
+BY_LAYER = ("retention", "active_fraction", "sparsity_loss")
+"""What metrics.jsonl holds of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +84,12 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
     masked = forms.MaskedStep if recipe.method == "mom" else forms.Step
     return RunFiles(
         recipe=recipe,
-        dense_config=read_form(Path(recipe.model.path) / "config.json", "convert", forms.Config),
-        export_config=read_form(run / "export" / "config.json", "export", forms.Config),
+        dense_config=_read_config(Path(recipe.model.path) / "config.json", "convert", count_parameters),
+        export_config=_read_config(
+            run / "export" / "config.json",
+            "export",
+            lambda config: exported_counts(recipe.method, config, open_blocks=1.0),
+        ),
         ccm=_read_ccm(run / "curate" / "ccm.json"),
         curate=_read_corpus(run / "curate" / "summary.json", recipe.model.num_experts),
         experts=[
@@ -97,11 +106,15 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         moe_metrics=read_metrics(run / "moe" / "metrics.jsonl", "moe", masked),
         perplexity=_read_perplexity(run / "evaluate" / "perplexity.json", recipe.method),
         speed=_read_speed(run / "evaluate" / "speed.json", recipe.method),
-        router_load=_of_evaluate(run, "router_load.json", dict[str, forms.Shares], recipe.method != "dsmoe"),
-        open_blocks=_of_evaluate(run, "open_blocks.json", forms.OpenBlocks, recipe.method == "dsmoe"),
+        router_load=_read_shares(run, "router_load.json", forms.Layers) if recipe.method != "dsmoe" else {},
+        open_blocks=_read_shares(run, "open_blocks.json", forms.OpenBlocks)
+        if recipe.method == "dsmoe"
+        else {},
         parity=read_form(run / "evaluate" / "parity.json", "evaluate", forms.Parity),
-        benchmarks=_of_evaluate(
-            run, "benchmarks.json", forms.Benchmarks, recipe.evaluation.benchmarks is not None
+        benchmarks=(
+            read_form(run / "evaluate" / "benchmarks.json", "evaluate", forms.Benchmarks)
+            if recipe.evaluation.benchmarks is not None
+            else {}
         ),
         gpu_samples=read_gpu_samples(run),
         manifests=manifests,
@@ -127,6 +140,12 @@ def read_metrics(file: Path, stage: str, form: Any = dict[str, Any]) -> list[Jso
     if not rows:
         raise L0MoEError(f"{file} is empty; {_mend(stage)}.")
     forms.check(rows, list[form], file, _mend(stage))
+    for number, row in enumerate(rows, 1):
+        for name in BY_LAYER:
+            if (row.get(name) or {}).keys() != (rows[-1].get(name) or {}).keys():
+                raise L0MoEError(
+                    f"{file}:{number} has {name} of other layers than the last line; {_mend(stage)}."
+                )
     return rows
 
 
@@ -154,8 +173,29 @@ def _mend(stage: str) -> str:
     return f"remove its folder and run the {stage} stage again"
 
 
-def _of_evaluate(run: Path, name: str, form: Any, expected: bool) -> Json:
-    return read_form(run / "evaluate" / name, "evaluate", form) if expected else {}
+def _read_config(file: Path, stage: str, count: Callable[[Json], object]) -> Json:
+    """Read a config.json that parameters can be counted from."""
+    config = read_form(file, stage, forms.Config)
+    try:
+        count(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise L0MoEError(
+            f"{file} does not describe a model of this method ({error}); {_mend(stage)}."
+        ) from error
+    return config
+
+
+def _read_shares(run: Path, name: str, form: Any) -> Json:
+    """Read shares by layer and domain: each layer has the same domains, each domain as many shares."""
+    file = run / "evaluate" / name
+    found = read_form(file, "evaluate", form)
+    layers = list(found.get("layers", found).values())
+    if (
+        len({(*layer, *map(len, layer.values())) for layer in layers}) > 1
+        or len({len(x) for x in layers[0].values()}) > 1
+    ):
+        raise L0MoEError(f"{file} has layers of other domains or sizes than the first; {_mend('evaluate')}.")
+    return found
 
 
 def _read_perplexity(file: Path, method: str) -> Json:

@@ -13,6 +13,8 @@ Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Shares = Annotated[dict[str, Annotated[list[NotNegative], Field(min_length=1)]], Field(min_length=1)]
 """By source domain, of each expert or block."""
+Layers = Annotated[dict[str, Shares], Field(min_length=1)]
+"""router_load.json."""
 
 
 class Form(BaseModel):
@@ -106,7 +108,7 @@ class OpenBlocks(Form):
     """open_blocks.json."""
 
     mean_open: Positive
-    layers: Annotated[dict[str, Shares], Field(min_length=1)]
+    layers: Layers
 
 
 class Parity(Form):
@@ -143,6 +145,10 @@ class Step(Form):
     tokens: Count
     lm_loss: float
     seconds: NotNegative
+    balance_loss: float | None = None
+    z_loss: float | None = None
+    active_fraction: dict[str, float] | None = None
+    sparsity_loss: dict[str, float] | None = None
 
 
 class MaskedStep(Step):

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from run_folder import build_run
+from safetensors.numpy import save_file
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe import Recipe
@@ -30,7 +32,9 @@ FILES = [
     "moe/manifest.json",
 ]
 MISSING = object()
-OTHERS = (MISSING, None, "x", [], {}, float("nan"), 0, -1, True)
+PLACES = 16
+"""Of each file that are edited."""
+OTHERS = (None, "x", [], {}, float("nan"), 0, -1, True)
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +65,23 @@ def changed(value: Any, place: tuple[Any, ...], other: Any) -> Any:
 
 @pytest.mark.parametrize("name", FILES)
 def test_any_key_missing_or_of_another_kind(made_up_run, plots, name) -> None:
-    """Hundreds of edits; whatever is not refused with the file's name must come to a page."""
+    """Whatever is not refused with the file's name must come to a page."""
     recipe, run = made_up_run
-    file, refused, passed = run / name, 0, 0
+    file, refused = run / name, 0
     whole = file.read_text()
     first, _, rest = whole.partition("\n") if name.endswith("jsonl") else (whole, "", "")
     value = json.loads(first)
-    for place in places(value):
-        for other in OTHERS:
+    found = list(places(value))
+    for i, place in enumerate(found[:: -(-len(found) // PLACES)]):
+        for other in (MISSING, OTHERS[i % len(OTHERS)]):
             file.write_text(json.dumps(changed(value, place, other)) + "\n" + rest)
             try:
                 render(build_summary(collect(recipe, run)), plots)
-                passed += 1
             except L0MoEError as error:
                 assert name in str(error), (place, other)  # noqa: PT017 - both outcomes are right
                 assert "\n" not in str(error)  # noqa: PT017
                 refused += 1
-    assert refused > passed or name == "moe/manifest.json"
+    assert refused > 3
     file.write_text(whole)
     render(build_summary(collect(recipe, run)), plots)  # control
 
@@ -112,12 +116,9 @@ def test_a_damaged_config_of_the_dense_model(made_up_run) -> None:
 
 
 def test_files_that_do_not_fit_each_other_are_one_sentence(made_up_run) -> None:
-    """Each is a sound file: the domains of router_load.json are others than those of perplexity.json's layers."""
+    """Each is a sound file, but one expert has layers that the others lack."""
     recipe, run = made_up_run
-    file = run / "evaluate" / "router_load.json"
-    load = json.loads(file.read_text())
-    load["5"] = {"another domain": [0.25] * 4}
-    file.write_text(json.dumps(load))
+    save_file({"layers.2.units": np.arange(8)}, run / "experts" / "003" / "expert.safetensors")
     with pytest.raises(L0MoEError, match=r"do not fit each other .*find the one .*`l0moe verify"):
         report(recipe, run, run / "report")
 
