@@ -1,11 +1,13 @@
 """Run one conversion in this process and say what it took: seconds, and memory of the imports and at the peak.
 
     python benchmarks/one_conversion.py convert HF OUT
+    python benchmarks/one_conversion.py recorded HF OUT
     python benchmarks/one_conversion.py export MEGATRON HF OUT
     python benchmarks/one_conversion.py assemble MEGATRON EXPERTS OUT
     python benchmarks/one_conversion.py copy FOLDER OUT
 
-`copy` is the measure for the others. --whole-tensors converts every tensor in one block. Linux only.
+`copy` is the measure for the others; `recorded` is `convert` with the sha256 of all that is read and written, as the
+stage records it. --whole-tensors converts every tensor in one block. Linux only.
 """
 
 import argparse
@@ -19,8 +21,9 @@ from pathlib import Path
 import torch
 
 from megatron_l0moe.conversion import mapping
-from megatron_l0moe.conversion.convert import convert_any
+from megatron_l0moe.conversion.convert import convert_any, weight_files
 from megatron_l0moe.conversion.export import export_dense
+from megatron_l0moe.data import digests
 from megatron_l0moe.experts.merging import assemble
 
 
@@ -70,8 +73,19 @@ def _assemble(dense: Path, experts: Path, out: Path) -> object:
     return assemble(dense, sorted(experts.glob("*.safetensors")), out, top_k=2)
 
 
+def _recorded(hf: Path, out: Path) -> object:
+    weights = weight_files(hf)
+    for file in weights:
+        digests.begin(file)
+    with digests.following():
+        convert_any(hf, out)
+    files = [*weights, *(file for file in out.rglob("*") if file.is_file())]
+    return digests.of({str(file): file for file in files})
+
+
 WORK: dict[str, Callable[..., object]] = {
     "convert": convert_any,
+    "recorded": _recorded,
     "export": export_dense,
     "assemble": _assemble,
     "copy": shutil.copytree,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, caller_environment, plan_command, slurm_command
+from megatron_l0moe import bench_command, caller_environment, plan_command, slurm_command, verify_command
 from megatron_l0moe.command_errors import VERBOSE, one_sentence
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ Phase = Annotated[
     typer.Option(
         "--phase", metavar="PHASE", help="prepare or finish: what a batch job does around the training."
     ),
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Do not compare the files of the stages before with their manifests."),
 ]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Folder that holds the runs.")]
 
@@ -90,13 +94,14 @@ def run(
         Path | None,
         typer.Option("--cluster", metavar="FILE", help="Settings of the Slurm cluster, see slurm/clusters/."),
     ] = None,
+    no_verify: NoVerify = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Do a whole run: every stage that is not done yet, in order."""
     with one_sentence(runs_dir):
         from megatron_l0moe.launch import dryrun, pipeline, stages
 
-        this = _load(recipe, runs_dir)
+        this = _load(recipe, runs_dir, verify=not no_verify)
         selected = stages.selection(this.recipe.method, first, last)
         if slurm_command.chosen(launcher, cluster):
             slurm_command.run_on_slurm(this, selected, cluster, dry_run=dry_run)
@@ -110,22 +115,28 @@ def run(
 app.command()(plan_command.plan)
 app.command()(slurm_command.status)
 app.command()(slurm_command.cancel)
+app.command()(verify_command.verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def convert(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def convert(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Turn the dense Hugging Face checkpoint into a Megatron checkpoint."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.conversion.convert import convert_dense
+        from megatron_l0moe.conversion.convert import convert_dense, weight_files
+        from megatron_l0moe.data import digests
 
-        return convert_dense(Path(this.recipe.model.path), stage.folder)
+        dense = Path(this.recipe.model.path)
+        weights = weight_files(dense)
+        for file in weights:
+            digests.begin(file)  # beside the conversion, which reads them too
+        return {**convert_dense(dense, stage.folder), "weights": [file.name for file in weights]}
 
-    _stage("convert", recipe, runs_dir, work)
+    _stage("convert", recipe, runs_dir, work, verify=not no_verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def curate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def curate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Cluster the corpus into K domains and cut it into Q ordered sets."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
@@ -133,7 +144,7 @@ def curate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
         return curate_corpus(this.recipe, stage.folder)
 
-    _stage("curate", recipe, runs_dir, work)
+    _stage("curate", recipe, runs_dir, work, verify=not no_verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -143,6 +154,7 @@ def experts(
         int | None, typer.Option("--index", metavar="K", help="Train this expert only, counted from 0.")
     ] = None,
     phase: Phase = None,
+    no_verify: NoVerify = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Make the K experts, one domain each, and cut each to its exact width."""
@@ -163,11 +175,11 @@ def experts(
 
         return pipeline.extract_once(stage.folder, extract)
 
-    _stage("experts", recipe, runs_dir, work, only=index, phase=phase)
+    _stage("experts", recipe, runs_dir, work, verify=not no_verify, only=index, phase=phase)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def assemble(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Put the K experts and the start of the routers into one MoE checkpoint."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
@@ -181,11 +193,13 @@ def assemble(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
             dense, files, stage.folder, top_k=model.top_k, router_init=router_init, seed=this.recipe.seed
         )
 
-    _stage("assemble", recipe, runs_dir, work)
+    _stage("assemble", recipe, runs_dir, work, verify=not no_verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def moe(recipe: RecipePath, phase: Phase = None, runs_dir: RunsDir = Path("runs")) -> None:
+def moe(
+    recipe: RecipePath, phase: Phase = None, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")
+) -> None:
     """Train experts and routers together on the ordered sets; of other methods: blocks and gates."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
@@ -195,11 +209,11 @@ def moe(recipe: RecipePath, phase: Phase = None, runs_dir: RunsDir = Path("runs"
             pipeline.train_moe(this, stage)
         return {"steps": this.recipe.moe_steps}
 
-    _stage("moe", recipe, runs_dir, work, phase=phase)
+    _stage("moe", recipe, runs_dir, work, verify=not no_verify, phase=phase)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def export(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Write the trained model as a Hugging Face checkpoint."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
@@ -207,11 +221,11 @@ def export(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
         return export_run(this.recipe, this.stage_folder("moe") / "checkpoints", stage.folder)
 
-    _stage("export", recipe, runs_dir, work)
+    _stage("export", recipe, runs_dir, work, verify=not no_verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Measure perplexity by domain, speed and benchmarks, dense against the model made of it."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
@@ -234,11 +248,11 @@ def evaluate(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
         numbers = evaluate_models(this.recipe, this.folder, stage.folder)
         return {**benchmarks, **numbers, "parity": agreement}
 
-    _stage("evaluate", recipe, runs_dir, work)
+    _stage("evaluate", recipe, runs_dir, work, verify=not no_verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
-def report(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
+def report(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Write the HTML report and summary.json."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
@@ -246,7 +260,7 @@ def report(recipe: RecipePath, runs_dir: RunsDir = Path("runs")) -> None:
 
         return write_report(this.recipe, this.folder, stage.folder)
 
-    _stage("report", recipe, runs_dir, work)
+    _stage("report", recipe, runs_dir, work, verify=not no_verify)
 
 
 @app.command()
@@ -296,6 +310,7 @@ def _stage(
     runs_dir: Path,
     work: "Callable[[Run, Stage], dict[str, object]]",
     *,
+    verify: bool,
     only: int | None = None,
     phase: str | None = None,
 ) -> None:
@@ -303,7 +318,7 @@ def _stage(
         from megatron_l0moe.launch.machine import begun
         from megatron_l0moe.launch.pipeline import carry_out
 
-        this = _load(recipe, runs_dir)
+        this = _load(recipe, runs_dir, verify=verify)
         _log_to_stderr(this.log_file(name))
         this = begun(this)
         if phase is not None:
@@ -313,11 +328,11 @@ def _stage(
         carry_out(this, name, lambda stage: work(this, stage), only=only)
 
 
-def _load(recipe: Path, runs_dir: Path) -> "Run":
+def _load(recipe: Path, runs_dir: Path, *, verify: bool) -> "Run":
     from megatron_l0moe.launch.stages import Run
     from megatron_l0moe.recipe import load_recipe
 
-    return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir)
+    return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir, verify=verify)
 
 
 def _log_to_stderr(log: Path | None = None) -> None:

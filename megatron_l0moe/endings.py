@@ -7,12 +7,13 @@
 | failure.json | the job, or the phase that judges its attempts | do not simply start it again; holds the sentence |
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_l0moe.data.manifest import write_json
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_l0moe.data.manifest import read_json, write_json
 from megatron_l0moe.errors import L0MoEError
 
 STOPPED = 75
@@ -49,12 +50,14 @@ def read_failure(folder: Path) -> Failure | None:
     file = folder / FAILURE_FILE
     if not file.is_file():
         return None
+    mend = "remove it to go on from the last checkpoint"
+    values = read_json(file, mend)
     try:
-        return Failure(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise L0MoEError(
-            f"{file} cannot be read ({error}); remove it to go on from the last checkpoint."
-        ) from error
+        return TypeAdapter(Failure).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise L0MoEError(f"{file} has no fitting {key} ({problem['msg']}); {mend}.") from error
 
 
 def refuse_failure(folder: Path) -> None:

@@ -96,7 +96,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Construct a value; one that its own type refuses, such as a 13th month, is named with its line."""
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except (L0MoEError, yaml.YAMLError):
             raise
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
@@ -199,7 +199,7 @@ def _parse(text: str) -> tuple[Any, Written]:
             _check_written(place, node)
         return loader.construct_document(root), written
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _scalars(loader: _Loader, root: yaml.Node) -> Iterator[tuple[Place, yaml.ScalarNode]]:

@@ -28,6 +28,7 @@ from torch.utils import serialization
 
 from megatron_l0moe.conversion.mapping import Piece
 from megatron_l0moe.conversion.megatron_checkpoint import COMMON_KEY, RELEASE, SETTINGS_KEY, TRACKER_NAME
+from megatron_l0moe.data import digests
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
@@ -38,7 +39,8 @@ CONTENT_METADATA = {
     "chained_optim_avoid_prefix": True,
     "non_homogeneous_layers": True,
 }
-MAX_FILE_BYTES = 2 * 10**9
+MAX_FILE_BYTES = 2**28
+"""Large enough for any file system, small enough for the last file's sha256 to be known soon after it is written."""
 _DCP_VERSION = "1.0.0"
 _SETTINGS: Any = serialization.config  # of torch.save; made at run time, without types
 
@@ -110,8 +112,7 @@ class CheckpointWriter:
         try:
             if kind is None:
                 self._write_object(COMMON_KEY, self._common)
-            if self._file is not None:
-                self._file.close()
+            self._close()
             if kind is None:
                 self._publish()
         finally:
@@ -119,12 +120,17 @@ class CheckpointWriter:
 
     def _stream(self) -> BinaryIO:
         if self._file is not None and self._file.tell() >= MAX_FILE_BYTES:
-            self._file.close()
-            self._file = None
+            self._close()
         if self._file is None:
             self._file = (self._partial / f"__0_{self._files}.distcp").open("wb")
             self._files += 1
         return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            digests.written(Path(self._file.name))
+            self._file = None
 
     def _note(self, index: MetadataIndex, begin: int) -> None:
         assert self._file is not None

@@ -54,6 +54,16 @@ def convert_dense(hf: Path, out: Path) -> dict[str, object]:
     return _convert(hf, out, architecture, None, dense_rules(architecture), common)
 
 
+def weight_files(hf: Path) -> list[Path]:
+    """Return the files that the weights of a checkpoint are read from.
+
+    Raises:
+        L0MoEError: see `SafetensorsFolder`.
+    """
+    read_config(hf)
+    return SafetensorsFolder(hf).paths
+
+
 def convert_moe(hf: Path, out: Path) -> dict[str, object]:
     """Write `out/megatron` out of an L0-MoE that `export` wrote, in whichever layout, for continued MoE training.
 

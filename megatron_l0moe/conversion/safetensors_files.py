@@ -15,6 +15,7 @@ import torch
 
 from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.conversion.safetensors_reader import DTYPE_NAMES, SafetensorsFile
+from megatron_l0moe.data import digests
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 
@@ -79,6 +80,11 @@ class SafetensorsFolder:
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._files)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({file.path for file in self._files.values()})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
@@ -232,6 +238,7 @@ class SafetensorsWriter:
             self._file.seek(0)
             self._file.write(struct.pack("<Q", self._header_bytes) + encoded)
         self._file = None
+        digests.written(self._partial / f"{len(self._shards)}")
 
     def _publish(self) -> None:
         count = len(self._shards)

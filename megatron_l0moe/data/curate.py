@@ -3,6 +3,7 @@
 Shape letters: N = documents, Q = iterations, K = clusters, V = embedding dimension, S = sequence length.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_l0moe.data import digests
 from megatron_l0moe.data.catalog import Catalog
 from megatron_l0moe.data.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
 from megatron_l0moe.data.clustering import (
@@ -112,6 +114,9 @@ def _curate(
     with clock.step("index"):
         shards = [tokeniser.shards[number] for number in range(data.iterations)]
         write_indexes(recipe, out, tokenizer, shards, chosen, budgets, replay, order, distances)
+        for shard in itertools.chain(*shards):
+            digests.remember(out / f"{shard.path}.bin", shard.bin_sha256)
+            digests.remember(out / f"{shard.path}.idx", shard.idx_sha256)
         first = nearest_of_first_documents(heldout, embedded.of(heldout.ids), clusters[0])
         write_heldout(out / "heldout.jsonl", heldout.sequences, first, catalog.domains)
     write_clusters(out / "clusters.npz", clusters)

@@ -6,7 +6,6 @@ so the number of consumed samples is the whole state of the data, for every data
 Shape letters: K = clusters = domains, p = sequences of each domain in a global batch, S = sequence length.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_l0moe.data.manifest import sha256_file, write_json
+from megatron_l0moe.data import digests
+from megatron_l0moe.data.manifest import parse_json, sealed, unsealed, write_json
 from megatron_l0moe.errors import L0MoEError
 
 VERSION = 2
@@ -188,11 +188,11 @@ def write_index(
         shards=shards,
         samples=total,
         iteration_start_samples=starts,
-        docs_sha256=sha256_file(docs_file),
-        samples_sha256=sha256_file(samples_file),
+        docs_sha256=digests.begin(docs_file).result(),
+        samples_sha256=digests.begin(samples_file).result(),
         **settings,
     )
-    write_json(header_file, asdict(header))
+    write_json(header_file, sealed(asdict(header)))
     return header
 
 
@@ -200,18 +200,14 @@ def load_header(prefix: Path) -> IndexHeader:
     """Read a header.
 
     Raises:
-        L0MoEError: it is missing, damaged, or of another version.
+        L0MoEError: it is missing, damaged, changed after it was written, or of another version.
     """
     file = index_files(prefix)[0]
     if not file.is_file():
         raise L0MoEError(f"Sample index {file} does not exist; run the curate stage first.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise L0MoEError(
-            f"Sample index {file} is not valid JSON ({error}); run the curate stage again."
-        ) from error
-    version = values.get("version") if isinstance(values, dict) else None
+    mend = "copy the curate folder again, or run the curate stage again"
+    values = unsealed(parse_json(file.read_bytes(), f"Sample index {file}", mend), file, mend)
+    version = values.get("version")
     if version != VERSION:
         raise L0MoEError(
             f"Sample index {file} has version {version}, this program reads version {VERSION}; run the curate stage "

@@ -1,6 +1,5 @@
 """What a curate folder holds, in tables for people, and the verification of all of it."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_l0moe.data import digests
 from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.data.index import IndexHeader, load_header
-from megatron_l0moe.data.manifest import MARKER, read_manifest, sha256_file
+from megatron_l0moe.data.manifest import MARKER, read_json, sha256_file
+from megatron_l0moe.data.recorded import recorded_outputs
 from megatron_l0moe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
 from megatron_l0moe.data.verify import check_checksums, check_sizes, checksums_of
 from megatron_l0moe.errors import L0MoEError
@@ -124,10 +125,12 @@ def verify(folder: CurateFolder) -> str:
                 raise L0MoEError(
                     f"The indexes of {folder.path} name different checksums for {file}; run curate again."
                 )
-    _check_lists(folder)
     size = sum(file.stat().st_size for file in expected)
     logger.info("checksums of %d files, %.2f GB ...", len(expected), size / 1e9)
     check_checksums(folder.prefix(MOE), expected)
+    for file, checksum in expected.items():
+        digests.remember(file, checksum)
+    _check_lists(folder)
     for name in folder.headers:
         CurriculumDataset(folder.prefix(name), verify=False).check_all()
     samples = sum(header.samples for header in folder.headers.values())
@@ -150,15 +153,8 @@ def _check_alike(folder: CurateFolder, name: str, header: IndexHeader) -> None:
 
 def _check_lists(folder: CurateFolder) -> None:
     """Compare manifest, summary and ccm.json with what is there."""
-    sizes = read_manifest(folder.path).get("outputs", {})
-    for name, size in sizes.items() if isinstance(sizes, dict) else ():
-        file = folder.path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            raise L0MoEError(
-                f"{file} has {'no' if found is None else found} bytes, but the manifest says {size}; copy the curate "
-                "folder again or run curate again."
-            )
+    for file, problem in recorded_outputs(folder.path).problems():
+        raise L0MoEError(f"{folder.path / file} {problem}; copy the curate folder again or run curate again.")
     order = [number for number in folder.moe.order if number]
     for name, content in (
         ("ccm.json", _read_json(folder.path / "ccm.json")),
@@ -272,17 +268,9 @@ def _dropped(folder: CurateFolder) -> Table:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON mapping, empty if the file is not there.
+    """Return a JSON object, empty if the file is not there.
 
     Raises:
         L0MoEError: it is damaged.
     """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise L0MoEError(f"{path} is not valid JSON ({error}); copy the curate folder again.") from error
-    if not isinstance(content, dict):
-        raise L0MoEError(f"{path} is no JSON mapping; copy the curate folder again.")
-    return content
+    return read_json(path, "copy the curate folder again") if path.is_file() else {}

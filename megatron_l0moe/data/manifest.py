@@ -8,15 +8,18 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
+from megatron_l0moe.data import digests
 from megatron_l0moe.data.source_tree import commit
 from megatron_l0moe.errors import L0MoEError
 
@@ -26,6 +29,10 @@ STARTED = "config_hash"
 """Written when a stage that can be resumed starts; names the settings that its checkpoints belong to."""
 WORK = "work"
 """Folder inside a stage's for what an interrupted run goes on from; removed when the stage is done, never listed."""
+CHANGES_AFTERWARDS = ("verdict", "attempts.jsonl", "stop", "stopped", "README.md")
+"""Written after the manifest, by a batch job or with the measured numbers; never listed or compared."""
+CHECKSUM = "checksum"
+"""Key of a JSON file of ours that holds the sha256 of all the rest."""
 RECORDED_PACKAGES = (
     "megatron-l0moe",
     "megatron-core",
@@ -54,6 +61,8 @@ class Stage:
     config_hash: str
     inputs: tuple[Path, ...] = ()
     """Folders of the finished stages whose files are read."""
+    beside: tuple[Path, ...] = ()
+    """Outputs that lie outside of the folder."""
 
 
 def write_json(path: Path, value: object) -> None:
@@ -75,10 +84,51 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """Read a JSON object of finite numbers.
+
+    Args:
+        mend: what helps when the file is damaged, as the end of a sentence: "run the curate stage again".
+
+    Raises:
+        L0MoEError: the file is missing, not UTF-8, not JSON, holds NaN, or holds something else than an object.
+    """
+    if not path.is_file():
+        raise L0MoEError(f"{path} is missing; {mend}.")
+    return parse_json(path.read_bytes(), str(path), mend)
+
+
+def parse_json(text: bytes, where: str, mend: str) -> dict[str, Any]:
+    """Read a JSON object of finite numbers from bytes; `where` names them in the message. See `read_json`."""
+    try:
+        value = json.loads(text.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise L0MoEError(f"{where} is not valid JSON ({error}); {mend}.") from error
+    if not isinstance(value, dict):
+        raise L0MoEError(f"{where} must hold a JSON object; {mend}.")
+    return value
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with a checksum of itself, which `unsealed` compares."""
+    return {**values, CHECKSUM: _checksum(values)}
+
+
+def unsealed(values: dict[str, Any], path: Path, mend: str) -> dict[str, Any]:
+    """Return a JSON object without its checksum; one that was written before there were checksums passes.
+
+    Raises:
+        L0MoEError: the object is not the one that the checksum was made of.
+    """
+    rest = {key: value for key, value in values.items() if key != CHECKSUM}
+    if CHECKSUM in values and values[CHECKSUM] != _checksum(rest):
+        raise L0MoEError(f"{path} was changed after it was written (its checksum differs); {mend}.")
+    return rest
+
+
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digests.compute(path)
 
 
 def is_done(stage: Stage) -> bool:
@@ -89,7 +139,13 @@ def is_done(stage: Stage) -> bool:
     """
     if not has_marker(stage):
         return False
-    recorded = _recorded_inputs(stage)
+    manifest = read_manifest(stage.folder)
+    if manifest.get("config_hash", stage.config_hash) != stage.config_hash:
+        raise L0MoEError(
+            f"{stage.folder / MANIFEST} is not the one that the stage wrote, as it names other settings than {MARKER}; "
+            f"restore it, or remove {stage.folder} to make it anew."
+        )
+    recorded = _recorded_inputs(manifest)
     for name, digest in input_digests(stage).items():
         if recorded.get(name) != digest:
             raise L0MoEError(
@@ -117,18 +173,30 @@ def has_marker(stage: Stage) -> bool:
     return True
 
 
-def finish(stage: Stage, command: list[str], extra: dict[str, object]) -> None:
+def finish(
+    stage: Stage,
+    command: list[str],
+    extra: dict[str, object],
+    *,
+    model: dict[str, object] | None = None,
+    unread: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Write the manifest, then the marker; after this the stage is done.
 
     Args:
         command: what was run, word by word.
         extra: the numbers that the stage returned.
+        model: sizes and sha256 of the dense model's files, of a stage that records them.
+        unread: says of an output, by its name in the folder, that no stage reads it; it gets no sha256.
     """
+    files = _outputs(stage)
     manifest: dict[str, object] = {
         "stage": stage.name,
         "config_hash": stage.config_hash,
         "inputs": input_digests(stage),
-        "outputs": _output_sizes(stage.folder),
+        "outputs": {name: path.stat().st_size for name, path in files.items()},
+        "sha256": digests.of({name: path for name, path in files.items() if not unread(name)}),
+        **({"model": model} if model else {}),
         "command": command,
         "commit": commit(),
         "versions": versions(),
@@ -136,7 +204,7 @@ def finish(stage: Stage, command: list[str], extra: dict[str, object]) -> None:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "numbers": extra,
     }
-    write_json(stage.folder / MANIFEST, manifest)
+    write_json(stage.folder / MANIFEST, sealed(manifest))
     write_text(stage.folder / MARKER, stage.config_hash + "\n")
 
 
@@ -209,13 +277,17 @@ def input_digests(stage: Stage) -> dict[str, str]:
     return digests
 
 
-def read_manifest(folder: Path) -> dict[str, object]:
-    """Return a finished stage's manifest, or an empty mapping when there is none."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a finished stage's manifest, or an empty mapping when there is none.
+
+    Raises:
+        L0MoEError: it is damaged.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
+    mend = f"restore it, or remove {folder} to make it anew"
+    return unsealed(read_json(path, mend), path, mend)
 
 
 def versions() -> dict[str, str]:
@@ -234,19 +306,37 @@ def _identity(stage: Stage) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _recorded_inputs(stage: Stage) -> dict[str, object]:
-    recorded = read_manifest(stage.folder).get("inputs", {})
+def _recorded_inputs(manifest: dict[str, Any]) -> dict[str, object]:
+    recorded = manifest.get("inputs", {})
     return recorded if isinstance(recorded, dict) else {}
 
 
-def _output_sizes(folder: Path) -> dict[str, int]:
-    work = folder / WORK
+def _outputs(stage: Stage) -> dict[str, Path]:
+    """Return the files that the stage wrote, by their name relative to its folder."""
+    folder, work = stage.folder, stage.folder / WORK
+    left_out = (MARKER, MANIFEST, *CHANGES_AFTERWARDS)
     files = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (MARKER, MANIFEST) and work not in path.parents
+        if path.is_file() and path.name not in left_out and work not in path.parents
     )
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    named = {path.relative_to(folder).as_posix(): path for path in files}
+    return named | {os.path.relpath(path, folder): path for path in stage.beside if path.is_file()}
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
 
 
 def _short(folder: Path) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType
 
+from megatron_l0moe.data.digests import MAX_READERS
 from megatron_l0moe.data.index import IndexHeader, Records, Shard, index_files
 from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
@@ -22,8 +23,6 @@ from megatron_l0moe.errors import L0MoEError
 BLOCK_RECORDS = 1 << 20
 IDX_HEADER = struct.Struct("<9sQBQQ")
 IDX_MAGIC = b"MMIDIDX\x00\x00"
-MAX_READERS = 8
-"""Files that are read at a time: a checksum takes a core, and file systems of clusters like several readers."""
 
 Ints = npt.NDArray[np.int64]
 

@@ -9,7 +9,6 @@ Legend: B sequences that run together.
 | `decode_bB` | steps of B sequences, each after a short prompt |
 """
 
-import json
 import logging
 import random
 import tempfile
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.evaluate import checkpoint_counts
 from megatron_l0moe.evaluation.hardware import describe_machine
@@ -261,7 +261,7 @@ def text_for(dense: Path, heldout: Path | None, settings: BenchSettings) -> list
     """Return the token ids that prompts are cut from: held-out text, or as many random ids as the modes need."""
     if heldout is not None:
         return [token for sequence in read_heldout(heldout) for token in sequence.tokens]
-    counts = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    counts = read_config(dense)
     rows = settings.repeats * max(mode.batch * (mode.prompt + mode.tokens) for mode in settings.modes())
     draw = random.Random(0)  # noqa: S311
     return [draw.randrange(counts["vocab_size"]) for _ in range(rows)]

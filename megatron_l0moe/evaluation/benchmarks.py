@@ -4,7 +4,6 @@ Both models get one `HarnessCall`, which differs in the checkpoint folder only; 
 same is checked on the results. A task that is finished for a model is not run again.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -12,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import sha256_file, write_json
+from megatron_l0moe.data.manifest import read_json, sha256_file, write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import code_execution
 from megatron_l0moe.evaluation.benchmark_scores import Estimate, Pairs, difference, ratio
@@ -248,4 +247,4 @@ def _run(call: HarnessCall, folder: Path, name: str, *, offline: bool) -> None:
 
 
 def _records(folder: Path, names: list[str]) -> list[Json]:
-    return [json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+    return [read_json(folder / f"{name}.json", "remove it to run the task again") for name in names]

@@ -1,14 +1,13 @@
 """The evaluate stage: perplexity, load of experts or blocks, and speed; each written as soon as it is known."""
 
 import gc
-import json
 import logging
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
@@ -74,7 +73,7 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
         dense,
         made,
         sequences,
-        counts=(checkpoint_counts(dense_dir), exported_counts(method, _config(export_dir), open_blocks)),
+        counts=(checkpoint_counts(dense_dir), exported_counts(method, read_config(export_dir), open_blocks)),
         prefill_tokens=recipe.evaluation.prefill_tokens,
         decode_tokens=recipe.evaluation.decode_tokens,
         repeats=recipe.evaluation.repeats,
@@ -102,12 +101,7 @@ def _write_load(load: RouterLoad | OpenBlocks, out: Path) -> float | None:
 
 def checkpoint_counts(folder: Path) -> ParameterCounts:
     """Count the parameters of a Hugging Face checkpoint folder from its config.json."""
-    return count_parameters(_config(folder))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    return count_parameters(read_config(folder))
 
 
 def _untrained(

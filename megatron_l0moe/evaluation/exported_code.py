@@ -24,7 +24,7 @@ def exported_code(folder: Path, model_type: str) -> ModuleType:
     """
     file = folder / MODELLING_FILE
     ours = modelling_text(model_type.removeprefix(MODEL_TYPE))
-    if not file.is_file() or file.read_text(encoding="utf-8") != ours:
+    if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != ours:
         raise L0MoEError(
             f"{file} is not the modelling file that this version exports, and no other code is run here; export the "
             "checkpoint again."

@@ -6,12 +6,13 @@ can be set.
 """
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_l0moe.conversion.architecture import read_config
+from megatron_l0moe.data.manifest import read_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import BenchmarkSection
 
@@ -41,7 +42,7 @@ class HarnessCall:
     @classmethod
     def read(cls, file: Path) -> "HarnessCall":
         """Read a call that `write` wrote."""
-        return cls(**json.loads(file.read_text(encoding="utf-8")))
+        return cls(**read_json(file, "run the evaluate stage again"))
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict."""
@@ -88,7 +89,7 @@ def common_length(folders: Sequence[Path], wanted: int | None) -> int:
     """
     lengths = {}
     for folder in folders:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         length = config.get("max_position_embeddings")
         if not isinstance(length, int):
             raise L0MoEError(

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import write_json, write_text
+from megatron_l0moe.data.manifest import read_json, write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.harness import HarnessCall
 
@@ -22,9 +22,7 @@ Json = dict[str, Any]
 
 def is_finished(file: Path, key: str) -> bool:
     """Say whether a task's result is there and was made with these settings."""
-    if not file.is_file():
-        return False
-    return bool(json.loads(file.read_text(encoding="utf-8")).get("key") == key)
+    return file.is_file() and read_json(file, "remove it to run the task again").get("key") == key
 
 
 def carry_out(call: HarnessCall) -> None:

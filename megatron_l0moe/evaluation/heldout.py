@@ -1,10 +1,9 @@
 """The held-out sequences that the curate stage writes: curate/heldout.jsonl, one JSON object a line."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_l0moe.data.manifest import parse_json
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -28,7 +27,7 @@ def read_heldout(file: Path) -> list[HeldoutSequence]:
     """
     if not file.is_file():
         raise L0MoEError(f"Held-out text {file} does not exist; run the curate stage first.")
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         sequences = [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
     if not sequences:
         raise L0MoEError(
@@ -37,17 +36,34 @@ def read_heldout(file: Path) -> list[HeldoutSequence]:
     return sequences
 
 
-def _parse(line: str, where: str) -> HeldoutSequence:
+def check_vocabulary(largest: int, vocab_size: int) -> None:
+    """Refuse held-out text with a token id that a model does not have.
+
+    Raises:
+        L0MoEError: `largest` is one.
+    """
+    if largest >= vocab_size:
+        raise L0MoEError(
+            f"The held-out text holds token id {largest}, the model's vocabulary ends at {vocab_size - 1}; curate and "
+            "evaluate with the same tokenizer."
+        )
+
+
+def _parse(line: bytes, where: str) -> HeldoutSequence:
+    raw = parse_json(line, where, "run curate again")
     try:
-        raw: Any = json.loads(line)
         tokens = tuple(raw["tokens"])
         sequence = HeldoutSequence(tokens=tokens, domain=raw["domain"], cluster=raw["cluster"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise L0MoEError(
             f"{where} is not a held-out sequence with tokens, domain and cluster ({error!r}); run curate again."
         ) from error
-    if len(tokens) < 2 or not all(isinstance(token, int) for token in tokens):
+    if len(tokens) < 2 or not all(type(token) is int and token >= 0 for token in tokens):
         raise L0MoEError(
-            f"{where} holds {len(tokens)} tokens, at least 2 whole numbers are needed; run curate again."
+            f"{where} holds {len(tokens)} tokens, at least 2 whole numbers from 0 on are needed; run curate again."
+        )
+    if not isinstance(sequence.domain, str) or type(sequence.cluster) is not int:
+        raise L0MoEError(
+            f"{where} has a domain that is no text or a cluster that is no number; run curate again."
         )
     return sequence

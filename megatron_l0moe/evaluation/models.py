@@ -1,6 +1,5 @@
 """Loading Hugging Face checkpoints for evaluation: plain AutoModelForCausalLM, no code that is not ours."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from megatron_l0moe.conversion.architecture import read_config
+from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.exported_code import exported_code, is_dsmoe
 
@@ -37,8 +38,8 @@ def load_model(
     Raises:
         L0MoEError: no checkpoint there, or its weights do not fill the model exactly.
     """
-    if not (folder / "config.json").is_file():
-        raise L0MoEError(f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint.")
+    read_config(folder)
+    SafetensorsFolder(folder)  # a file that is cut short is said in one sentence
     configs, models = _classes(folder)
     config = configs.from_pretrained(folder, local_files_only=True, **_trust(configs))
     # a dense model class refuses the setting
@@ -67,7 +68,7 @@ def load_model(
 
 def _classes(folder: Path) -> tuple[Any, Any]:
     """Return the classes of config and model: those that transformers finds, or a DSMoE's own."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    model_type = str(read_config(folder).get("model_type"))
     if not is_dsmoe(model_type):
         return AutoConfig, AutoModelForCausalLM
     module = exported_code(folder, model_type)

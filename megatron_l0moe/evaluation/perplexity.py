@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.heldout import HeldoutSequence, read_heldout
+from megatron_l0moe.evaluation.heldout import HeldoutSequence, check_vocabulary, read_heldout
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.module_hooks import DomainCounts
 
@@ -70,12 +70,7 @@ def measure(
     Raises:
         L0MoEError: a token id outside the model's vocabulary, or a likelihood that is not a number.
     """
-    largest = max(max(sequence.tokens) for sequence in sequences)
-    if largest >= model.config.vocab_size:
-        raise L0MoEError(
-            f"The held-out text holds token id {largest}, the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1}; curate and evaluate with the same tokenizer."
-        )
+    check_vocabulary(max(max(sequence.tokens) for sequence in sequences), model.config.vocab_size)
     totals = _Totals()
     done, last = 0, time.monotonic()
     for rows in _batches(sequences, batch):

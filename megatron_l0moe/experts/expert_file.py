@@ -84,12 +84,17 @@ class ExpertFile:
             raise L0MoEError(
                 f"{file} is not an expert file of version {' or '.join(READABLE)}; extract the expert again."
             )
-        self.width = int(metadata["expert_ffn"])
-        self.layers = [int(layer) for layer in metadata["moe_layers"].split(",")]
         self.fingerprints: dict[int, str] | None = None
         """Digest of the dense MLP of each layer, for an expert without weights of its own; else None."""
-        if "fingerprints" in metadata:
-            self.fingerprints = {int(i): text for i, text in json.loads(metadata["fingerprints"]).items()}
+        try:
+            self.width = int(metadata["expert_ffn"])
+            self.layers = [int(layer) for layer in metadata["moe_layers"].split(",")]
+            if "fingerprints" in metadata:
+                self.fingerprints = {int(i): text for i, text in json.loads(metadata["fingerprints"]).items()}
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise L0MoEError(
+                f"{file} does not say its width and layers ({error!r}); it is damaged, so extract the expert again."
+            ) from error
         self._check()
         self.hidden = int(self._shape(self.layers[0], "input_mean")[0])
 

@@ -22,6 +22,8 @@ LEAST_SHARE = 0.1
 MOST_OFF = 5.0
 """Times that a stage may turn out slower or faster than was forecast."""
 TAIL_BYTES = 1 << 18
+SHOWN = ("iteration", "seconds", "lm_loss")
+"""What a row of metrics.jsonl is read for; one that holds something else there is damaged."""
 EVALUATION_COST = 1.0
 """Held-out tokens pass three models forwards only, and a forward pass is a third of a training step."""
 
@@ -212,7 +214,9 @@ def _tail(path: Path) -> list[dict[str, float]]:
     rows = []
     for line in lines[1:-1] if size > TAIL_BYTES else lines[:-1]:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and all(isinstance(row.get(name, 0), int | float) for name in SHOWN):
+            rows.append(row)
     return rows

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.data.manifest import STARTED, Stage, begin, finish, has_marker, is_done, write_text
+from megatron_l0moe.data.manifest import STARTED, Stage, begin, has_marker, is_done, write_text
 from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.endings import STOPPED, Failure, how_to_go_on, read_failure, refuse_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, pipeline, preflight
+from megatron_l0moe.launch import attempts, jobs, pipeline, preflight, provenance
 from megatron_l0moe.launch.job_log import lost_a_node
 from megatron_l0moe.launch.late_files import wait_for_inputs
 from megatron_l0moe.launch.lock import locked
 from megatron_l0moe.launch.log_reason import reason_in
 from megatron_l0moe.launch.sbatch import place_of
-from megatron_l0moe.launch.stages import Run, spec_of, stage_command, stages
+from megatron_l0moe.launch.stages import Run, spec_of, stages
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ def _prepare(this: TrainingStage) -> int:
     spec = spec_of(this.stage.name, this.run.recipe.method)
     wait_for_inputs(this.stage)
     pipeline.check_inputs(this.run, spec)
+    provenance.check(this.run, this.stage)
     begin(this.stage, spec.restart)
     past = _close_last(this, seen=False)
     if this.is_trained:
@@ -167,7 +168,7 @@ def _finish(this: TrainingStage) -> int:
         numbers = this.work(this.stage)
         seconds = sum(attempts.seconds(attempt) for attempt in past) + time.monotonic() - begun
         process = {"seconds": round(seconds, 3), "attempts": len(past)}
-        finish(this.stage, stage_command(this.run, this.stage.name), {**numbers, "process": process})
+        provenance.finish_stage(this.run, this.stage, {**numbers, "process": process})
         return _say(this, "done")
     failure = read_failure(this.folder)
     if failure is not None:

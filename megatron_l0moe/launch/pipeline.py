@@ -5,7 +5,6 @@ is what such a stage process does around the stage's own function: begin the fol
 """
 
 import contextlib
-import json
 import logging
 import os
 import resource
@@ -21,15 +20,15 @@ from megatron_l0moe.data.manifest import (
     Stage,
     begin,
     drop_work,
-    finish,
     has_marker,
     input_digests,
     is_done,
+    read_json,
     write_json,
 )
 from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, machine, preflight, records
+from megatron_l0moe.launch import attempts, jobs, machine, preflight, provenance, records
 from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.estimate import seconds_left, words
 from megatron_l0moe.launch.forecast import Forecast, forecast
@@ -124,10 +123,11 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
             input_digests(stage)
             begin(stage, spec.restart)
             started = time.monotonic()
-            numbers = work(stage)
+            with provenance.checked(run, stage):
+                numbers = work(stage)
             seconds = round(time.monotonic() - started, 3)
             process = {"seconds": seconds, "peak_process_bytes": peak_process_bytes()}
-            finish(stage, stage_command(run, name), {**numbers, "process": process})
+            provenance.finish_stage(run, stage, {**numbers, "process": process})
             if spec.restart == "own":
                 drop_work(stage)
 
@@ -152,8 +152,7 @@ def construct_expert(run: Run, stage: Stage) -> Numbers:
             "Expert %d of %d: %s, %d sequences.", k + 1, run.recipe.model.num_experts, method, sequences
         )
         _run_job(construct_job(run, _architecture(run), k), stage.folder / "construct.log")
-    numbers: Numbers = json.loads(record.read_text(encoding="utf-8"))
-    return numbers
+    return read_json(record, f"remove {stage.folder} to make the expert anew")
 
 
 def train_moe(run: Run, stage: Stage) -> None:
@@ -179,8 +178,7 @@ def extract_once(folder: Path, extract: Callable[[], Numbers]) -> Numbers:
     if not record.is_file():
         write_json(record, extract())
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    numbers: Numbers = json.loads(record.read_text(encoding="utf-8"))
-    return numbers
+    return read_json(record, f"remove {folder} to train the expert anew")
 
 
 def is_extracted(folder: Path) -> bool:
@@ -305,7 +303,7 @@ def _run_stage(run: Run, spec: StageSpec, progress: Progress, lock: tuple[int, .
 def _say_where(run: Run, progress: Progress) -> None:
     from megatron_l0moe.reports.report import summary_lines  # matplotlib and jinja2: only here
 
-    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(run.folder / "summary.json", f"remove {run.stage_folder('report')} to write it anew")
     progress.say(f"Report: {run.stage_folder('report') / 'report.html'}")
     progress.say(f"Model:  {run.stage_folder('export')}")
     for line in summary_lines(summary):

@@ -1,11 +1,12 @@
 """Where each stage and each expert of a run is: from its folders, from Slurm where it answers, from the logs."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_l0moe.data.manifest import MARKER
+from megatron_l0moe.endings import read_failure
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import estimate
 from megatron_l0moe.launch.job_log import reason
 from megatron_l0moe.launch.progress import last_message
@@ -14,8 +15,6 @@ from megatron_l0moe.launch.slurm_commands import JobState
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob
 from megatron_l0moe.launch.stages import Run, chain, folders
 
-FAILURE = "failure.json"
-"""Of a training job that must not simply be started again; holds the sentence."""
 WORDS = {
     "PENDING": "waiting",
     "NODE_FAIL": "node failed",
@@ -141,9 +140,12 @@ def _note(row: Row, folder: Path, job: JobState | None) -> str:
         return WAITS.get(job.reason, job.reason)
     if not row.bad:
         return ""
-    if (folder / FAILURE).is_file():
-        value = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
-        return str(value.get("sentence", ""))
+    try:
+        failure = read_failure(folder)
+    except L0MoEError as damaged:
+        return str(damaged)
+    if failure is not None:
+        return failure.sentence
     if row.log is None:
         return "it wrote no log" if job else FORGOTTEN
     return reason(row.log)

@@ -153,6 +153,8 @@ class Run:
     recipe: Recipe
     recipe_file: Path
     runs_dir: Path
+    verify: bool = True
+    """Whether a stage compares the files that it reads with what the stages before recorded."""
 
     def __post_init__(self) -> None:
         """Refuse paths that leave their line in a batch script or a record.
@@ -228,14 +230,17 @@ def stages(run: Run, name: str) -> tuple[Stage, ...]:
     spec = spec_of(name, run.recipe.method)
     inputs = tuple(folder for previous in spec.inputs for folder in folders(run, previous))
     digest = config_hash(name, run.recipe)
+    beside = (run.folder / "summary.json",) if name == "report" else ()
     return tuple(
-        Stage(name=name, folder=folder, config_hash=digest, inputs=inputs) for folder in folders(run, name)
+        Stage(name=name, folder=folder, config_hash=digest, inputs=inputs, beside=beside)
+        for folder in folders(run, name)
     )
 
 
 def stage_command(run: Run, name: str, *, python: str = sys.executable) -> list[str]:
     """Return the command of one stage as words."""
-    return [python, "-m", "megatron_l0moe", name, str(run.recipe_file), "--runs-dir", str(run.runs_dir)]
+    words = [python, "-m", "megatron_l0moe", name, str(run.recipe_file), "--runs-dir", str(run.runs_dir)]
+    return words if run.verify else [*words, "--no-verify"]
 
 
 def folders(run: Run, name: str) -> tuple[Path, ...]:

@@ -1,6 +1,5 @@
 """`l0moe status RUN`: the table, and below it why something failed and where its log is."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from megatron_l0moe.data.manifest import read_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import slurm_commands
 from megatron_l0moe.launch.slurm_commands import JobState, SlurmUnreachableError
@@ -75,6 +75,6 @@ def _failure(line: Row) -> str:
 def _recipe(folder: Path) -> Recipe:
     file = folder / "recipe.json"
     try:
-        return Recipe.model_validate(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ValidationError) as error:
+        return Recipe.model_validate(read_json(file, "give the folder of a run"))
+    except ValidationError as error:
         raise L0MoEError(f"{file} is no recipe that this version wrote; give the folder of a run.") from error

@@ -1,21 +1,27 @@
 """Reading what the stages of a run left behind; nothing is computed here, and no torch is needed."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from megatron_l0moe.data.manifest import parse_json, read_json, unsealed
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.method_counts import exported_counts
+from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.reports import forms
 from megatron_l0moe.reports.gpu_samples import read_gpu_samples
 
 Json = dict[str, Any]
 STAGES = ("convert", "curate", "experts", "assemble", "moe", "export", "evaluate")
 ONLY_L0MOE = ("experts", "assemble")
+BY_LAYER = ("retention", "active_fraction", "sparsity_loss")
+"""What metrics.jsonl holds of each layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,78 +65,87 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
     """Read the run folder.
 
     Raises:
-        L0MoEError: a file is missing or broken; the message names the stage to run.
+        L0MoEError: a file is missing, damaged, or lacks what the report shows; the message names it and the stage to
+            run.
     """
     is_l0moe = recipe.method == "l0moe"
     expert_folders = [f"experts/{k:03d}" for k in range(recipe.model.num_experts)] if is_l0moe else []
     manifests = {}
     for stage in STAGES if is_l0moe else [stage for stage in STAGES if stage not in ONLY_L0MOE]:
         for folder in expert_folders if stage == "experts" else [stage]:
-            manifests[folder] = read_json(run / folder / "manifest.json", stage)
+            file = run / folder / "manifest.json"
+            form: type[forms.Manifest] = forms.Manifest
+            if stage == "experts" and recipe.construction is not None:
+                form = forms.ConstructionManifest
+            if stage == "export" and recipe.method == "mom":
+                form = forms.MasksManifest
+            manifests[folder] = unsealed(read_form(file, stage, form), file, _mend(stage))
+    trained = expert_folders if recipe.construction is None else []
+    masked = forms.MaskedStep if recipe.method == "mom" else forms.Step
     return RunFiles(
         recipe=recipe,
-        dense_config=read_json(Path(recipe.model.path) / "config.json", "convert"),
-        export_config=read_json(run / "export" / "config.json", "export"),
-        ccm=read_json(run / "curate" / "ccm.json", "curate"),
-        curate=read_json(run / "curate" / "summary.json", "curate"),
+        dense_config=_read_config(Path(recipe.model.path) / "config.json", "convert", count_parameters),
+        export_config=_read_config(
+            run / "export" / "config.json",
+            "export",
+            lambda config: exported_counts(recipe.method, config, open_blocks=1.0),
+        ),
+        ccm=_read_ccm(run / "curate" / "ccm.json"),
+        curate=_read_corpus(run / "curate" / "summary.json", recipe.model.num_experts),
         experts=[
             ExpertFiles(
                 metrics=(
-                    read_metrics(run / folder / "metrics.jsonl", "experts")
-                    if recipe.construction is None
+                    read_metrics(run / folder / "metrics.jsonl", "experts", forms.MaskedStep)
+                    if folder in trained
                     else []
                 ),
                 units=read_units(run / folder / "expert.safetensors"),
             )
             for folder in expert_folders
         ],
-        moe_metrics=read_metrics(run / "moe" / "metrics.jsonl", "moe"),
-        perplexity=read_json(run / "evaluate" / "perplexity.json", "evaluate"),
-        speed=read_json(run / "evaluate" / "speed.json", "evaluate"),
-        router_load=_of_evaluate(run, "router_load.json", recipe.method != "dsmoe"),
-        open_blocks=_of_evaluate(run, "open_blocks.json", recipe.method == "dsmoe"),
-        parity=read_json(run / "evaluate" / "parity.json", "evaluate"),
-        benchmarks=_of_evaluate(run, "benchmarks.json", recipe.evaluation.benchmarks is not None),
+        moe_metrics=read_metrics(run / "moe" / "metrics.jsonl", "moe", masked),
+        perplexity=_read_perplexity(run / "evaluate" / "perplexity.json", recipe.method),
+        speed=_read_speed(run / "evaluate" / "speed.json", recipe.method),
+        router_load=_read_shares(run, "router_load.json", forms.Layers) if recipe.method != "dsmoe" else {},
+        open_blocks=_read_shares(run, "open_blocks.json", forms.OpenBlocks)
+        if recipe.method == "dsmoe"
+        else {},
+        parity=read_form(run / "evaluate" / "parity.json", "evaluate", forms.Parity),
+        benchmarks=(
+            read_form(run / "evaluate" / "benchmarks.json", "evaluate", forms.Benchmarks)
+            if recipe.evaluation.benchmarks is not None
+            else {}
+        ),
         gpu_samples=read_gpu_samples(run),
         manifests=manifests,
     )
 
 
-def _of_evaluate(run: Path, name: str, expected: bool) -> Json:
-    return read_json(run / "evaluate" / name, "evaluate") if expected else {}
-
-
-def read_json(file: Path, stage: str) -> Json:
-    """Read a JSON object that `stage` wrote."""
+def read_form(file: Path, stage: str, form: Any) -> Json:
+    """Read a JSON object of a form of `forms.py` that `stage` wrote."""
     if not file.is_file():
         raise L0MoEError(f"{file} is missing; run the {stage} stage first.")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise L0MoEError(
-            f"{file} is not valid JSON ({error}); remove its folder and run the {stage} stage again."
-        ) from error
-    if not isinstance(value, dict):
-        raise L0MoEError(
-            f"{file} must hold a JSON object; remove its folder and run the {stage} stage again."
-        )
+    value = read_json(file, _mend(stage))
+    forms.check(value, form, file, _mend(stage))
     return value
 
 
-def read_metrics(file: Path, stage: str) -> list[Json]:
+def read_metrics(file: Path, stage: str, form: Any = dict[str, Any]) -> list[Json]:
     """Read metrics.jsonl: one object per training step, at least one."""
     if not file.is_file():
         raise L0MoEError(f"{file} is missing; run the {stage} stage first.")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise L0MoEError(
-                f"{file}:{number} is not valid JSON ({error}); remove its folder and run the {stage} stage again."
-            ) from error
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        rows.append(parse_json(line, f"{file}:{number}", _mend(stage)))
     if not rows:
-        raise L0MoEError(f"{file} is empty; remove its folder and run the {stage} stage again.")
+        raise L0MoEError(f"{file} is empty; {_mend(stage)}.")
+    forms.check(rows, list[form], file, _mend(stage))
+    for number, row in enumerate(rows, 1):
+        for name in BY_LAYER:
+            if (row.get(name) or {}).keys() != (rows[-1].get(name) or {}).keys():
+                raise L0MoEError(
+                    f"{file}:{number} has {name} of other layers than the last line; {_mend(stage)}."
+                )
     return rows
 
 
@@ -138,12 +153,88 @@ def read_units(file: Path) -> dict[int, npt.NDArray[np.int64]]:
     """Read `layers.{i}.units` of expert.safetensors: int64 [E] for every MoE layer."""
     if not file.is_file():
         raise L0MoEError(f"{file} is missing; run the experts stage first.")
-    with safe_open(file, framework="np") as tensors:
-        units = {
-            int(name.split(".")[1]): np.asarray(tensors.get_tensor(name), dtype=np.int64)
-            for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
-            if name.endswith(".units")
-        }
+    try:
+        with safe_open(file, framework="np") as tensors:
+            units = {
+                int(name.split(".")[1]): np.asarray(tensors.get_tensor(name), dtype=np.int64)
+                for name in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+                if name.endswith(".units")
+            }
+    except (SafetensorError, ValueError, IndexError, TypeError) as error:
+        raise L0MoEError(
+            f"{file} is cut short or no file of an expert ({error}); {_mend('experts')}."
+        ) from error
     if not units:
-        raise L0MoEError(f"{file} holds no kept units; remove its folder and run the experts stage again.")
+        raise L0MoEError(f"{file} holds no kept units; {_mend('experts')}.")
     return dict(sorted(units.items()))
+
+
+def _mend(stage: str) -> str:
+    return f"remove its folder and run the {stage} stage again"
+
+
+def _read_config(file: Path, stage: str, count: Callable[[Json], object]) -> Json:
+    """Read a config.json that parameters can be counted from."""
+    config = read_form(file, stage, forms.Config)
+    try:
+        count(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise L0MoEError(
+            f"{file} does not describe a model of this method ({error}); {_mend(stage)}."
+        ) from error
+    return config
+
+
+def _read_shares(run: Path, name: str, form: Any) -> Json:
+    """Read shares by layer and domain: each layer has the same domains, each domain as many shares."""
+    file = run / "evaluate" / name
+    found = read_form(file, "evaluate", form)
+    layers = list(found.get("layers", found).values())
+    if (
+        len({(*layer, *map(len, layer.values())) for layer in layers}) > 1
+        or len({len(x) for x in layers[0].values()}) > 1
+    ):
+        raise L0MoEError(f"{file} has layers of other domains or sizes than the first; {_mend('evaluate')}.")
+    return found
+
+
+def _read_perplexity(file: Path, method: str) -> Json:
+    """Read perplexity.json: a table for each model, all over the same domains and clusters."""
+    models = ("dense", "l0moe_untrained", "l0moe") if method == "l0moe" else ("dense", method)
+    tables = read_form(file, "evaluate", dict[str, forms.Table])
+    groups = ("per_domain", "domain_tokens"), ("per_cluster", "cluster_tokens")
+    for name in (*models, *tables):
+        if name not in tables:
+            raise L0MoEError(f"{file} has no table of {name}; {_mend('evaluate')}.")
+        for one, other in groups:
+            if not tables[name][one].keys() == tables[name][other].keys() == tables["dense"][one].keys():
+                raise L0MoEError(f"{file}: {name} has another {one} than dense; {_mend('evaluate')}.")
+    return tables
+
+
+def _read_speed(file: Path, method: str) -> Json:
+    speed = read_form(file, "evaluate", forms.Speed)
+    for mode, numbers in speed["details"].items():
+        if mode in forms.Modes.model_fields:
+            forms.check({mode: numbers.get(method)}, dict[str, forms.Pace], file, _mend("evaluate"))
+    return speed
+
+
+def _read_ccm(file: Path) -> Json:
+    ccm = read_form(file, "curate", forms.Ccm)
+    rows = len(ccm["d_ds"])
+    same = all(len(ccm[name]) == rows for name in ("f1", "f2", "f3", "ccm"))
+    if not same or len({len(row) for row in ccm["ccm"]}) > 1 or max(ccm["order"]) > rows:
+        raise L0MoEError(f"{file} has lists of lengths that do not fit each other; {_mend('curate')}.")
+    return ccm
+
+
+def _read_corpus(file: Path, clusters: int) -> Json:
+    corpus = read_form(file, "curate", forms.Corpus)
+    table = corpus["table"]
+    if len(table) != len(corpus["domains"]) or any(len(row) != clusters for row in table):
+        raise L0MoEError(
+            f"{file}: table must have a row for each domain and a column for each of {clusters} clusters; "
+            f"{_mend('curate')}."
+        )
+    return corpus

@@ -1,11 +1,14 @@
 """What `runtime/gpu_sampling.py` saw, in a few numbers for each training stage; nothing where no GPU was sampled."""
 
 import itertools
-import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from megatron_l0moe.data.manifest import parse_json
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.reports import forms
 
 Json = dict[str, Any]
 
@@ -29,12 +32,14 @@ def _numbers(files: Iterable[Path]) -> Json:
     by_gpu: dict[tuple[Path, str], list[Json]] = {}
     unreadable = 0
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_bytes().splitlines():
             try:
-                sample = json.loads(line)
-                by_gpu.setdefault((file, sample["gpu"]), []).append(sample)
-            except (ValueError, KeyError, TypeError):  # a job that was killed while it wrote
+                sample = parse_json(line, str(file), "")
+                forms.check(sample, forms.GpuSample, file, "")
+            except L0MoEError:  # a job that was killed while it wrote
                 unreadable += 1
+                continue
+            by_gpu.setdefault((file, sample["gpu"]), []).append(sample)
     every = [sample for samples in by_gpu.values() for sample in samples]
     power, memory, utilization = (
         [float(sample[name]) for sample in every if sample.get(name) is not None] for name in NUMBERS

@@ -31,6 +31,7 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 10,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a source domain may be named `$_$`
     "figure.dpi": 100,
 }
 MODES = {"prefill": "prefill", "decode_b1": "decode, batch 1", "decode_b8": "decode, batch 8"}
@@ -129,7 +130,7 @@ def ccm_map(summary: Json) -> Figure:
     right.plot(distances, range(len(rows)), "o-", color=BLUE)
     right.set_yticks(range(len(rows)), labels)
     right.set_ylim(len(rows) - 0.5, -0.5)
-    right.set_xlabel("$d_{ds}$ (eq. 5, no unit)")
+    right.set_xlabel("$d_{ds}$ (eq. 5, no unit)", parse_math=True)
     right.margins(x=0.3)
     right.locator_params(axis="x", nbins=3)
     return figure

@@ -2,8 +2,12 @@
 
 import logging
 from pathlib import Path
+from typing import Any
+
+from jinja2 import UndefinedError
 
 from megatron_l0moe.data.manifest import write_json, write_text
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.recipe_methods import TITLES, ModelMethod
 from megatron_l0moe.reports.collect import Json, collect
@@ -21,10 +25,19 @@ def report(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
         The five summary lines, for the manifest.
 
     Raises:
-        L0MoEError: something is missing; the message names the stage to run.
+        L0MoEError: something is missing or damaged; the message names the file and the stage to run.
     """
-    summary = build_summary(collect(recipe, run))
-    page = render(summary, draw(summary))
+    files = collect(recipe, run)
+    try:
+        summary = _printable(build_summary(files))
+        page = render(summary, draw(summary))
+    except L0MoEError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
+        raise L0MoEError(
+            f"The files of {run} do not fit each other ({type(error).__name__}: {error}); find the one that was "
+            f"changed with `l0moe verify {run}`, and make its stage anew."
+        ) from error
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.html", page)
     write_json(run / "summary.json", summary)
@@ -62,6 +75,15 @@ def summary_lines(summary: Json) -> list[str]:
         f"{'router' if 'router' in summary else 'gate'} near-ties",
         f"Training: {trained}{verdict}",
     ]
+
+
+def _printable(value: Any) -> Any:
+    """Return JSON whose texts can be written as UTF-8: half of a surrogate pair becomes its escape."""
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _millions(count: int) -> str:

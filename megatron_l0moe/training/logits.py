@@ -8,7 +8,6 @@ smallest distance of a block's score from the threshold or, where none is above 
 Where that gap is of the size of rounding, two correct programs may choose differently.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from megatron_l0moe.caller_environment import for_one_process, for_our_processes, replace
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.heldout import check_vocabulary, read_heldout
 from megatron_l0moe.runtime import checkpoint_fixes, cpu
 from megatron_l0moe.training.pretrain import exit_with_one_sentence
 
@@ -52,6 +52,7 @@ def main() -> None:
     args, config, settings = arguments.parse_beside_training(LogitsConfig, "L0 logits")
     checkpoint_check.check_model(CheckpointReader(Path(args.load)), args, settings, settings.plan.stage)
     tokens = _first_tokens(Path(config.l0_heldout), config.l0_positions)
+    check_vocabulary(int(tokens.max()), args.padded_vocab_size)
     megatron_training.initialize_megatron()
     builder = GPTModelBuilder(model.model_config(args, settings))
     gpt = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
@@ -106,15 +107,12 @@ def block_margins(scores: Tensor, threshold: float) -> Tensor:
 
 def _first_tokens(heldout: Path, positions: int) -> Tensor:
     """Return the first tokens of the first held-out sequence that is long enough; int64 [positions]."""
-    if not heldout.is_file():
-        raise L0MoEError(f"Held-out text {heldout} does not exist; run the curate stage first.")
     longest = 0
-    with heldout.open(encoding="utf-8") as lines:
-        for line in lines:
-            tokens = json.loads(line)["tokens"]
-            longest = max(longest, len(tokens))
-            if len(tokens) >= positions:
-                return torch.tensor(tokens[:positions], dtype=torch.int64)
+    for sequence in read_heldout(heldout):
+        tokens = sequence.tokens
+        longest = max(longest, len(tokens))
+        if len(tokens) >= positions:
+            return torch.tensor(tokens[:positions], dtype=torch.int64)
     raise L0MoEError(
         f"No sequence of {heldout} has {positions} tokens (the longest has {longest}); "
         "lower evaluation.parity_positions."

@@ -167,9 +167,10 @@ def test_bad_headers(toy_index, tmp_path: Path) -> None:
     prefix, _ = toy_index()
     file = index_files(prefix)[0]
     good = json.loads(file.read_text())
+    del good["checksum"]  # what is edited here would be refused for it
     for content, message in (
         ({**good, "version": 1}, "has version 1, this program reads version 2"),
-        ([], "has version None"),
+        ([], "must hold a JSON object"),
         ({**good, "extra": 1}, r"missing or unknown keys \(extra\)"),
         ({k: v for k, v in good.items() if k != "eod"}, r"missing or unknown keys \(eod\)"),
         ({**good, "samples": "many"}, "has a wrong value for samples"),
@@ -188,3 +189,33 @@ def test_bad_headers(toy_index, tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(L0MoEError, match="is not valid JSON"):
         load_header(prefix)
+
+
+EDITS = {
+    "order": [1, 2],
+    "eod": 7,
+    "rotate": False,
+    "kind": "expert",
+    "tokenizer_sha256": "0" * 64,
+    "d_ds": [0.5, 0.25],
+    "iterations": 9,
+    "batches": "random",
+    "vocab_size": 4096,
+}
+
+
+def test_a_header_is_part_of_its_own_checksum(toy_index):
+    """Each of these edits fits the rest, so nothing else would notice it."""
+    prefix, _ = toy_index()
+    file, header = index_files(prefix)[0], load_header(prefix)
+    written = json.loads(file.read_text())
+    for key, value in EDITS.items():
+        assert written[key] != value
+        file.write_text(json.dumps({**written, key: value}))
+        with pytest.raises(L0MoEError, match=r"moe\.ccm\.json was changed after it was written"):
+            load_header(prefix)
+    file.write_text(json.dumps(written, indent=7, sort_keys=True))  # control: the same values
+    assert load_header(prefix) == header
+    del written["checksum"]  # as earlier versions wrote it
+    file.write_text(json.dumps(written))
+    assert load_header(prefix) == header

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from megatron_l0moe import cli
 from megatron_l0moe.data.curate import curate
 from megatron_l0moe.data.index import index_files
-from megatron_l0moe.data.manifest import Stage, finish, sha256_file
+from megatron_l0moe.data.manifest import Stage, finish, sealed, sha256_file, write_json
 from megatron_l0moe.recipe import Recipe
 
 K, Q, S, P = 3, 3, 16, 2
@@ -181,16 +181,16 @@ def test_damaged_files(run: Path, name: str, message: str) -> None:
 
 
 def rewrite(run: Path, **records: object) -> None:
-    """Change record 7 of the MoE index, with a header that fits."""
+    """Change record 7 of the MoE index, with a header that fits, and without the manifest that would show it."""
+    (run / "curate" / "manifest.json").unlink(missing_ok=True)
     header_file, _, samples_file = index_files(run / "curate" / "moe")
     samples = np.load(samples_file)
     for field, value in records.items():
         samples[7][field] = value
     np.save(samples_file, samples)
     header = json.loads(header_file.read_text())
-    header_file.write_text(
-        json.dumps({**header, "samples_sha256": sha256_file(samples_file)}, indent=2) + "\n"
-    )
+    del header["checksum"]
+    write_json(header_file, sealed({**header, "samples_sha256": sha256_file(samples_file)}))
 
 
 def test_records_that_checksums_do_not_show(run: Path) -> None:
@@ -206,7 +206,7 @@ def test_records_that_checksums_do_not_show(run: Path) -> None:
     ("name", "content", "message"),
     [
         ("ccm.json", {"order": [2, 2]}, r"says the order [2, 2]"),
-        ("summary.json", [], "is no JSON mapping"),
+        ("summary.json", [], "must hold a JSON object"),
         ("summary.json", "{", "is not valid JSON"),
     ],
     ids=["order", "list", "damaged"],
@@ -228,6 +228,29 @@ def test_other_folders(tmp_path: Path, run: Path) -> None:
     (run / "curate" / "heldout.jsonl").write_text("")
     code, _, err = inspect(run, "--verify")
     assert code == 2
-    assert "heldout.jsonl has 0 bytes, but the manifest says" in err
+    assert "heldout.jsonl has 0 bytes instead of" in err
     (run / "curate" / "expert_001.ccm.json").unlink()
     assert "expert_001.ccm.json does not exist" in inspect(run)[2]
+
+
+@pytest.mark.parametrize("name", ["heldout.jsonl", "clusters.npz", "ccm.json", "summary.json"])
+def test_a_flipped_bit_in_any_file_is_found(run: Path, name: str) -> None:
+    """The size stays; ccm.json and summary.json get another digit, so that they are JSON still."""
+    file = run / "curate" / name
+    whole = file.read_bytes()
+    place = max(whole.rfind(digit) for digit in (b"1", b"3", b"5", b"7"))
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 2]) + whole[place + 1 :])
+    code, out, err = inspect(run, "--verify")
+    assert (code, out) == (2, "")
+    assert f"{name} is not the file that was written (its sha256 differs)" in err.splitlines()[-1]
+    file.write_bytes(whole)
+    assert inspect(run, "--verify")[0] == 0  # control
+
+
+@pytest.mark.parametrize("damage", [b"{", b"\xff", b"[]", b'{"outputs": 5}', b'{"outputs": {"a": "b"}}'])
+def test_a_damaged_manifest_is_one_sentence(run: Path, damage: bytes) -> None:
+    (run / "curate" / "manifest.json").write_bytes(damage)
+    code, out, err = inspect(run, "--verify")
+    assert (code, out) == (2, "")
+    assert "curate/manifest.json" in err.splitlines()[-1]
+    assert "Traceback" not in err

@@ -15,6 +15,7 @@ from megatron_l0moe.data.manifest import (
     drop_work,
     finish,
     is_done,
+    read_json,
     read_manifest,
     sha256_file,
     write_json,
@@ -154,3 +155,50 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_not_a_number_is_not_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff{}", "is not valid JSON"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": 1e999}', "1e999 is too large"),
+        (b"[1]", "must hold a JSON object"),
+        (b'{"a": ' + b"[" * 100_000, "is not valid JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not valid JSON"),
+    ],
+)
+def test_json_that_is_none(tmp_path: Path, text: bytes, reason: str) -> None:
+    file = tmp_path / "x.json"
+    with pytest.raises(L0MoEError, match=r"x\.json is missing; look again\.$"):
+        read_json(file, "look again")
+    file.write_bytes(text)
+    with pytest.raises(L0MoEError, match=rf"x\.json .*{reason}.*; look again\.$") as refused:
+        read_json(file, "look again")
+    assert "\n" not in str(refused.value)
+    file.write_bytes(b'{"a": 1.5e3}')
+    assert read_json(file, "look again") == {"a": 1500.0}
+
+
+def test_a_manifest_is_part_of_its_own_checksum(stage: Stage) -> None:
+    made(stage)
+    file = stage.folder / "manifest.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "numbers": {"tokens": 6}}))
+    with pytest.raises(L0MoEError, match=r"manifest\.json was changed after it was written"):
+        is_done(stage)
+    file.write_text(json.dumps(written, sort_keys=True))  # control: the same values
+    assert is_done(stage)
+    assert "checksum" not in read_manifest(stage.folder)
+
+
+def test_outputs_beside_the_folder(tmp_path: Path) -> None:
+    summary = tmp_path / "run" / "summary.json"
+    stage = Stage(name="report", folder=tmp_path / "run" / "report", config_hash="aaaa", beside=(summary,))
+    made(stage)
+    assert set(read_manifest(stage.folder)["outputs"]) == {"out.bin"}
+    summary.write_text("{}")
+    finish(stage, [], {})
+    assert read_manifest(stage.folder)["outputs"] == {"out.bin": 5, "../summary.json": 2}

@@ -132,6 +132,19 @@ def test_a_failure_that_the_job_wrote_down_goes_first(run: Run) -> None:
     assert found(rows(run, submitted(run), failed), "moe").note == "The loss is no number."
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"kind": "nan"}', '{"kind": "nan", "sentence": 5}', "\udcff"])
+def test_a_damaged_failure_file_is_said_in_the_table(
+    run: Run, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    write_record(run, submitted(run))
+    file = run.stage_folder("moe") / "failure.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(damage, encoding="utf-8", errors="surrogateescape")
+    note = found(rows(run, submitted(run), state("105", "FAILED")), "moe").note
+    assert str(file) in note
+    assert note.endswith("; remove it to go on from the last checkpoint.")
+
+
 def test_after_a_failure_only_the_failed_job_is_blamed(run: Run) -> None:
     known = state("101", "FAILED") | state("102", "CANCELLED", "DependencyNeverSatisfied")
     lines = rows(run, submitted(run), known)

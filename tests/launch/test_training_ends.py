@@ -73,5 +73,5 @@ def test_a_stop_is_no_error_of_the_job_and_is_forgotten_at_the_next_start(stage:
 
 def test_a_damaged_failure_file_is_named(stage: Stage) -> None:
     (stage.folder / "failure.json").write_text("{")
-    with pytest.raises(L0MoEError, match=r"failure\.json cannot be read .*; remove it to go on"):
+    with pytest.raises(L0MoEError, match=r"failure\.json is not valid JSON .*; remove it to go on"):
         train(stage, NAN)

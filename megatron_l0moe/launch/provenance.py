@@ -1,0 +1,218 @@
+"""What a stage reads is what the stage before wrote: its inputs are compared with the manifests of those who made them.
+
+The sizes of all files of `READS` are compared, and their sha256. The token files and arrays of `curate` are not among
+them: their sha256 lie in the headers of the indexes, and the training jobs compare them. So it is with the files of the
+dense model, whose sha256 `convert` and `curate` record; weights are read for it by `evaluate` only, which computes with
+them.
+"""
+
+import contextlib
+import fnmatch
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_l0moe.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
+from megatron_l0moe.data import digests
+from megatron_l0moe.data.index import load_header
+from megatron_l0moe.data.manifest import MARKER, Stage, finish, read_manifest
+from megatron_l0moe.data.recorded import Recorded, recorded_model, recorded_outputs
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.attempts import saved_step
+from megatron_l0moe.launch.stages import Run, folders, spec_of, stage_command
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "checkpoints/latest_checkpointed_iteration.txt"
+EXPORTED = ("*.safetensors", "*.json", "*.py", "*.model*", "*.txt", "*.jinja")
+"""What a model is loaded from; the rest is for people."""
+READS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "experts": {"convert": ("*",), "curate": ("expert_*.ccm.json",)},
+    "assemble": {"convert": ("*",), "experts": ("expert.safetensors",)},
+    "moe": {"convert": ("*",), "curate": ("moe.ccm.json",), "assemble": ("*",)},
+    "export": {"moe": ("checkpoints/*",)},
+    "evaluate": {
+        "curate": ("heldout.jsonl",),
+        "assemble": ("*",),
+        "moe": ("checkpoints/*",),
+        "export": EXPORTED,
+    },
+    "report": {
+        "curate": ("ccm.json", "summary.json"),
+        "experts": ("expert.safetensors", "metrics.jsonl", "gpu/*"),
+        "moe": ("metrics.jsonl", "gpu/*"),
+        "export": ("config.json",),
+        "evaluate": ("*.json",),
+    },
+}
+"""Names in the folders of the stages before that a stage reads."""
+BESIDE = ("convert", "assemble", "export")
+"""Stages that read their inputs within minutes: these are compared meanwhile. Others compare before they begin."""
+WEIGHTS = "*.safetensors"
+MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES, "*.safetensors.index.json", WEIGHTS)
+"""Of the dense model's folder."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""One of them is what `curate` tokenises with: the first that there is."""
+_TOLD: list[str] = []
+"""Folders without sha256 that the log has named; it does so once."""
+
+
+@contextlib.contextmanager
+def checked(run: Run, stage: Stage) -> Iterator[None]:
+    """Compare what a stage reads, before or beside the work of the `with` block; see `check`."""
+    if stage.name not in BESIDE:
+        check(run, stage)
+        yield
+        return
+    if run.verify:
+        for recorded, _ in _inputs(run, stage):
+            recorded.begin()
+    try:
+        with digests.following():
+            yield
+    except Exception as error:
+        try:
+            check(run, stage)  # says more than what the damage led to
+        except L0MoEError as damage:
+            raise damage from error
+        digests.stop()
+        raise
+    except BaseException:
+        digests.stop()
+        raise
+    check(run, stage)
+
+
+def check(run: Run, stage: Stage) -> None:
+    """Compare what a stage reads with what the stages before recorded, unless the run is not to be verified.
+
+    Raises:
+        L0MoEError: names the first file that differs.
+    """
+    if not run.verify:
+        return
+    older = []
+    for recorded, mend in _inputs(run, stage):
+        for name, problem in recorded.problems():
+            raise L0MoEError(f"{recorded.folder / name} {problem}; {mend}, or use --no-verify.")
+        if recorded.sizes and not recorded.sha256:
+            older.append(str(recorded.folder))
+    if older and not _TOLD:
+        _TOLD.extend(older)
+        logger.info(
+            "Compared by size only, as an earlier version recorded no sha256: the files of %s.",
+            ", ".join(older),
+        )
+    _check_tokenizer(run, stage)
+    if "checkpoints/*" in READS.get(stage.name, {}).get("moe", ()):
+        _check_last_step(run)
+
+
+def finish_stage(run: Run, stage: Stage, numbers: dict[str, object]) -> None:
+    """Write a stage's manifest, with the dense model's files where it records them, and its marker."""
+    model = None
+    if stage.name in ("convert", "curate"):
+        weights = numbers.get("weights", [])
+        model = _model_record(Path(run.recipe.model.path), weights if isinstance(weights, list) else [])
+    step = saved_step(stage.folder)
+    finish(
+        stage,
+        stage_command(run, stage.name),
+        numbers,
+        model=model,
+        unread=lambda name: _is_of_another_step(name, step),
+    )
+
+
+def _inputs(run: Run, stage: Stage) -> Iterator[tuple[Recorded, str]]:
+    """Yield the recorded files that a stage reads, and what helps where they differ."""
+    model = _recorded_model(run, stage)
+    if model is not None:
+        yield model, "put the file back, or give the recipe another name to use another model"
+    reads = READS.get(stage.name, {})
+    for name in spec_of(stage.name, run.recipe.method).inputs:
+        for folder in folders(run, name):
+            files = recorded_outputs(folder)
+            patterns = reads.get(name, ())
+            read = files.only(
+                file for file in files.sizes if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+            )
+            step = saved_step(folder)
+            read = read.only(file for file in read.sizes if not _is_of_another_step(file, step))
+            yield read, f"restore it, or remove {folder} to make it anew"
+
+
+def _is_of_another_step(name: str, step: int) -> bool:
+    """Say whether an output is of a training checkpoint that no stage reads, and that may be removed."""
+    used = name == TRACKER or name.startswith(f"checkpoints/iter_{step:07d}/")
+    return name.startswith("checkpoints/") and not used
+
+
+def _recorded_model(run: Run, stage: Stage) -> Recorded | None:
+    """Return the dense model's files that a stage has to find unchanged, in the folder that the recipe names now.
+
+    Raises:
+        L0MoEError: there is one more.
+    """
+    place = Path(run.recipe.model.path)
+    makers = [run.stage_folder(name) for name in ("convert", "curate") if name != stage.name]
+    for folder in makers:
+        recorded = recorded_model(folder) if (folder / MARKER).is_file() else None
+        if recorded is None:
+            continue
+        recorded = Recorded(place, recorded.sizes, recorded.sha256)
+        for name in _model_files(place):
+            if name not in recorded.sizes:
+                raise L0MoEError(
+                    f"{place / name} was not there when {folder} was made of this model; remove it, or give the "
+                    "recipe another name to use another model, or use --no-verify."
+                )
+        if stage.name != "evaluate":
+            small = {name: digest for name, digest in recorded.sha256.items() if not _is_weights(name)}
+            recorded = Recorded(place, recorded.sizes, small)
+        return recorded
+    return None
+
+
+def _model_record(folder: Path, weights: list[str]) -> dict[str, object]:
+    """Return sizes of the dense model's files, and sha256 of all small ones and of the weights that were read."""
+    files = _model_files(folder)
+    hashed = {name: file for name, file in files.items() if not _is_weights(name) or name in weights}
+    return {
+        "path": str(folder),
+        "sizes": {name: file.stat().st_size for name, file in files.items()},
+        "sha256": digests.of(hashed),
+    }
+
+
+def _model_files(folder: Path) -> dict[str, Path]:
+    found = {file.name: file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
+    return dict(sorted(found.items()))
+
+
+def _is_weights(name: str) -> bool:
+    return fnmatch.fnmatch(name, WEIGHTS)
+
+
+def _check_tokenizer(run: Run, stage: Stage) -> None:
+    """Compare the tokenizer with the sets', also where no manifest records it."""
+    curate, model = run.stage_folder("curate"), Path(run.recipe.model.path)
+    if stage.name == "curate" or not (curate / MARKER).is_file() or not (curate / "moe.ccm.json").is_file():
+        return
+    file = next((model / name for name in TOKENIZERS if (model / name).is_file()), None)
+    if file is not None and digests.begin(file).result() != load_header(curate / "moe").tokenizer_sha256:
+        raise L0MoEError(
+            f"{file} is not the tokenizer that {curate} was made with (its sha256 differs); put the file back, or give "
+            "the recipe another name to use another model, or use --no-verify."
+        )
+
+
+def _check_last_step(run: Run) -> None:
+    """Refuse a training whose newest checkpoint is not that of its last step."""
+    folder = run.stage_folder("moe")
+    steps, step = run.recipe.moe_steps, saved_step(folder)
+    if read_manifest(folder) and (folder / "checkpoints").is_dir() and step != steps:
+        raise L0MoEError(
+            f"{folder / TRACKER} names step {step}, but the training ended with step {steps}; write {steps} into it, "
+            f"remove {folder} to train anew, or use --no-verify."
+        )
