@@ -24,9 +24,9 @@ MAX_LINE_BYTES = 1 << 30
 """A longer line is no document but a file without newlines; it is passed over without being held in memory."""
 HEAD_BYTES = 512
 """Bytes that tell what a file is; a tar archive says so at byte 257."""
-SLICE_BYTES = 512
+SLICE_BYTES = 256
 """Compressed bytes that zstd is given at a time, since nothing else bounds what it returns: 128 KiB for every 4 bytes
-at most, which makes 16 MiB."""
+at most, which makes 8 MiB."""
 MAX_WINDOW = 1 << 31
 COMPRESSED = (".zst", ".zstd", ".gz", ".bz2", ".xz")
 FOREIGN = {
@@ -111,7 +111,7 @@ def _joined(held: io.BytesIO, piece: bytes) -> bytes:
 
 
 def read_chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Yield the decompressed content in pieces of at most 16 MiB.
+    """Yield the decompressed content in pieces of at most 8 MiB.
 
     What zstd, gzip, bzip2 and xz write is recognised by its first bytes, several frames or members too. ``name`` only
     decides what is said of a file that is named as compressed and holds neither that nor text.

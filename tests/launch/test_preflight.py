@@ -168,6 +168,8 @@ def test_missing_corpus(tmp_path: Path) -> None:
     run = make_run(tmp_path, model__path=str(model), data__corpus=str(tmp_path / "none"))
     with pytest.raises(L0MoEError, match=r"data\.corpus: the folder .*none does not exist"):
         preflight.check(run.recipe)
+    (tmp_path / "none").write_bytes(b"")  # a single file may be the corpus
+    preflight.check(run.recipe)
 
 
 def test_missing_model(tmp_path: Path) -> None:
