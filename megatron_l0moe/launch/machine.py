@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.data.manifest import write_json
+from megatron_l0moe.data.manifest import read_json, write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.hardware import cpu_model
 from megatron_l0moe.launch.stages import Run
@@ -28,6 +28,7 @@ KNOWN_FLOPS = "L0MOE_CPU_FLOPS"
 """Variable that holds FLOP/s by dtype as JSON, for a machine that is not to be measured: `{"float32": 1e11, ...}`."""
 CLEARLY_FASTER = 1.2
 """From this ratio to float32 on, bfloat16 is worth its rounding."""
+DAMAGED = "write the dtype that the run was begun in into the recipe, and remove the file"
 PLAIN_SHAPES = ((1024, 4096), (4096, 1024))
 """Of a model that is not there yet."""
 Shapes = Sequence[tuple[int, int]]
@@ -166,17 +167,19 @@ def read_record(folder: Path) -> Record | None:
     file = folder / RECORD
     if not file.is_file():
         return Record(dtype="float32", machine=None) if _is_older(folder / "recipe.json") else None
+    raw = read_json(file, DAMAGED)
     try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         record = Record(dtype=raw["dtype"], machine=Machine(**raw["machine"]))
-        if record.dtype not in ("float32", "bfloat16"):
-            raise ValueError(record.dtype)
+        if record.dtype not in ("float32", "bfloat16") or (record.machine and not _is_sound(record.machine)):
+            raise ValueError("other values than a run writes")
     except (ValueError, KeyError, TypeError) as error:
-        raise L0MoEError(
-            f"{file}, which says what dtype the run computes in, is damaged ({error}); write dtype: float32 or "
-            "bfloat16 into the recipe, as the run was begun, and remove the file."
-        ) from error
+        raise L0MoEError(f"{file} is damaged ({error}); {DAMAGED}.") from error
     return record
+
+
+def _is_sound(machine: Machine) -> bool:
+    speeds = list(machine.flops.values())
+    return machine.kind == "gpu" or (set(machine.flops) == {"float32", "bfloat16"} and min(speeds) > 0)
 
 
 def _dtype(run: Run, record: Record | None, machine: Machine) -> Dtype:

@@ -94,13 +94,18 @@ def test_a_run_from_before_there_was_a_dtype_stays_what_it_was(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"dtype": "float16", "machine": {}}', '{"dtype": "float32"}']
+    "text",
+    [
+        *("", "{", "[]", '{"dtype": "float32"}', '{"dtype": "float32", "machine": {}}'),
+        '{"dtype": "float16", "machine": {"kind": "gpu", "name": "x", "cores": 1, "flops": {}}}',
+        '{"dtype": "float32", "machine": {"kind": "cpu", "name": "x", "cores": 1, "flops": {"float32": 0}}}',
+    ],
 )
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     run = make_run(tmp_path)
     run.folder.mkdir(parents=True)
     (run.folder / "machine.json").write_text(text)
-    with pytest.raises(L0MoEError, match=r"machine\.json.*damaged"):
+    with pytest.raises(L0MoEError, match=r"machine\.json.*write the dtype that the run was begun in"):
         begun(run)
 
 
