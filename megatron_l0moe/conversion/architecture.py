@@ -252,7 +252,7 @@ def first_architecture(config: dict[str, Any]) -> str:
     """Return the name of the model's class as config.json gives it."""
     names = config.get("architectures")
     if isinstance(names, list) and names:
-        return str(names[0])
+        return str(names[0])[:80]
     return f"model_type {config.get('model_type')}" if not names else str(names)[:80]
 
 

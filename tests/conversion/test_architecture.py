@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_l0moe.conversion.architecture import MEGATRON_LLAMA3_SCALING, Architecture
+from megatron_l0moe.conversion.architecture import DENSE_FAMILIES, MEGATRON_LLAMA3_SCALING, Architecture
 from megatron_l0moe.errors import L0MoEError
 
 LLAMA = {
@@ -230,3 +233,36 @@ def test_missing_folder_and_broken_config(tmp_path):
 def test_no_torch_is_imported():
     code = "import sys, megatron_l0moe.conversion.architecture; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = sorted(
+    {
+        *LLAMA,
+        "rope_scaling",
+        "rope_parameters",
+        "head_dim",
+        "sliding_window",
+        "use_sliding_window",
+        "hidden_act",
+    }
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3),
+    st.sampled_from(sorted(DENSE_FAMILIES)),
+)
+def test_any_value_is_taken_or_refused_with_its_file(changes, family):
+    config = {**LLAMA, "architectures": [DENSE_FAMILIES[family].hf_architecture], **changes}
+    problem = None
+    try:
+        Architecture.from_config(config, Path("config.json")).megatron_flags()
+    except L0MoEError as error:
+        problem = str(error)
+    assert problem is None or problem.startswith("config.json")

@@ -224,6 +224,9 @@ def test_old_computed_tensors_are_ignored_and_a_stored_tied_output_must_be_the_e
     rewrite(source, put("lm_head.weight", embedding + 1))
     with pytest.raises(L0MoEError, match="tie_word_embeddings = true, but lm_head"):
         convert_dense(source, tmp_path / "again")
+    rewrite(source, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(L0MoEError, match=r"hf lacks the tensor model\.embed_tokens\.weight, which"):
+        convert_dense(source, tmp_path / "again")
 
 
 def test_an_existing_checkpoint_is_not_written_over(tmp_path):
