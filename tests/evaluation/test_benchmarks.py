@@ -150,7 +150,7 @@ def test_finished_tasks_are_not_run_again(finished, world, monkeypatch):
     kept = file.read_text()
     file.unlink()
     try:
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(L0MoEError, match=r"gsm8k\.json is missing; remove it"):
             run_benchmarks(section, world[0], world[1], out, dtype="float32", device="cpu")
     finally:
         file.write_text(kept)

@@ -98,6 +98,11 @@ def test_foreign_token_stops(models):
         ("{}\n", r":1 is not a held-out sequence"),
         ('{"tokens": [1, 2], "domain": "a", "cluster": 0}\n{"tok', r":2 is not valid JSON"),
         ('{"tokens": [1], "domain": "a", "cluster": 0}\n', r":1 holds 1 tokens"),
+        ('{"tokens": [1, -1], "domain": "a", "cluster": 0}\n', r":1 holds .* whole numbers from 0 on"),
+        ('{"tokens": [1, true], "domain": "a", "cluster": 0}\n', r":1 holds .* whole numbers from 0 on"),
+        ('{"tokens": [1, 2], "domain": 5, "cluster": 0}\n', r":1 has a domain that is no text"),
+        ('{"tokens": [1, 2], "domain": "a", "cluster": "0"}\n', r":1 has .* a cluster that is no number"),
+        ("[1]\n", r":1 must hold a JSON object"),
     ],
 )
 def test_bad_heldout_files(tmp_path, text, message):
@@ -151,8 +156,21 @@ def test_incomplete_checkpoint_is_refused(models, tmp_path):
     (tmp_path / "config.json").write_text((models[0] / "config.json").read_text())
     with pytest.raises(L0MoEError, match=r"1 missing keys, the first is model.layers.1.mlp.up_proj.weight"):
         load_model(tmp_path)
-    with pytest.raises(L0MoEError, match=r"holds no config\.json"):
+    with pytest.raises(
+        L0MoEError, match=r"none does not exist; give the folder of a Hugging Face checkpoint"
+    ):
         load_model(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_files_that_are_cut_short_are_named(models, tmp_path, name, part):
+    for file in ("config.json", "model.safetensors"):
+        whole = (models[0] / file).read_bytes()
+        (tmp_path / file).write_bytes(whole[: int(len(whole) * part)] if file == name else whole)
+    with pytest.raises(L0MoEError, match=name) as refused:
+        load_model(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_experts_implementations_agree(models, heldout):

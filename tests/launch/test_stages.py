@@ -1,6 +1,7 @@
 """The table of the chain, and which change of a recipe invalidates which stage."""
 
 import ast
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,17 @@ from toy_recipe import make_run
 
 import megatron_l0moe
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES, config_hash, selection, spec_of, stages
+from megatron_l0moe.launch.provenance import READS
+from megatron_l0moe.launch.stages import (
+    CHAIN,
+    STAGE_NAMES,
+    chain,
+    config_hash,
+    selection,
+    spec_of,
+    stage_command,
+    stages,
+)
 from megatron_l0moe.recipe import section_hash
 
 PACKAGE = Path(megatron_l0moe.__file__).parent
@@ -124,3 +135,19 @@ def test_a_key_that_came_later_keeps_old_hashes(tmp_path: Path) -> None:
         "moe_training.sequences_per_domain": recipe.moe_training.sequences_per_domain,
     }
     assert config_hash("curate", recipe) == section_hash("curate", own, {})
+
+
+def test_no_verify_goes_into_every_command(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "--no-verify" not in stage_command(run, "moe")
+    assert stage_command(dataclasses.replace(run, verify=False), "moe") == [
+        *stage_command(run, "moe"),
+        "--no-verify",
+    ]
+
+
+def test_reads_are_of_stages_that_are_inputs() -> None:
+    """What a stage reads comes from the inputs that its rows of the chain name, whatever the method."""
+    rows = [spec for method in ("l0moe", "dsmoe", "mom") for spec in chain(method)]
+    for name, reads in READS.items():
+        assert set(reads) <= {previous for spec in rows if spec.name == name for previous in spec.inputs}
