@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_l0moe.conversion.convert import convert_any
 from megatron_l0moe.conversion.gguf import gguf_to_hf
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.errors import L0MoEError, sentence_of
 
 
 def main() -> int:
@@ -29,8 +29,8 @@ def main() -> int:
     try:
         convert = gguf_to_hf if arguments.source.suffix == ".gguf" else convert_any
         result = convert(arguments.source, arguments.out)
-    except L0MoEError as error:
-        sys.stderr.write(f"{error}\n")
+    except (L0MoEError, OSError) as error:
+        sys.stderr.write(f"{sentence_of(error, arguments.out)}\n")
         return 2
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0
