@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_l0moe.conversion.convert import convert_any
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.errors import L0MoEError, sentence_of
 
 
 def main() -> int:
@@ -32,8 +32,8 @@ def main() -> int:
             result = gguf_to_hf(arguments.source, arguments.out)
         else:
             result = convert_any(arguments.source, arguments.out)
-    except L0MoEError as error:
-        sys.stderr.write(f"{error}\n")
+    except (L0MoEError, OSError) as error:
+        sys.stderr.write(f"{sentence_of(error, arguments.out)}\n")
         return 2
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0

@@ -15,7 +15,7 @@ from megatron_l0moe.conversion.export import export_dense, export_dsmoe, export_
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, summary_facts
 from megatron_l0moe.conversion.targets import Target
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.errors import L0MoEError, sentence_of
 from megatron_l0moe.recipe import load_recipe
 
 
@@ -58,8 +58,8 @@ def main() -> int:
                 target=arguments.target,
                 card=_facts(arguments),
             )
-    except L0MoEError as error:
-        sys.stderr.write(f"{error}\n")
+    except (L0MoEError, OSError) as error:
+        sys.stderr.write(f"{sentence_of(error, arguments.out)}\n")
         return 2
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     return 0

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_l0moe.conversion.model_card import rewrite_card, summary_facts
-from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.errors import L0MoEError, sentence_of
 
 
 def main() -> int:
@@ -26,8 +26,8 @@ def main() -> int:
     try:
         facts = dataclasses.replace(summary_facts(arguments.summary), base_name=arguments.base_name)
         rewrite_card(arguments.export, arguments.base, facts)
-    except L0MoEError as error:
-        sys.stderr.write(f"{error}\n")
+    except (L0MoEError, OSError) as error:
+        sys.stderr.write(f"{sentence_of(error, arguments.export)}\n")
         return 2
     sys.stdout.write(f"wrote {arguments.export / 'README.md'}\n")
     return 0

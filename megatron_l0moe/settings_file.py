@@ -93,6 +93,18 @@ def check_option_name(name: str) -> None:
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e-4` is a number, and a key that is written twice is an error."""
 
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a value, unless it lies too deep in others: the parser takes minutes for thousands of brackets."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            line = self.peek_event().start_mark.line + 1
+            raise L0MoEError(f"{_TOO_DEEP} (line {line})")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Construct a value; one that its own type refuses, such as a 13th month, is named with its line."""
         try:

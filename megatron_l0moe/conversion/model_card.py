@@ -274,7 +274,14 @@ def _base_licence(hf_base: Path) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ):  # a 13th month ...
         return {}
     keys = ("license", "license_name", "license_link")
     return {key: values[key] for key in keys if key in values} if isinstance(values, dict) else {}

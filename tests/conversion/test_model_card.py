@@ -116,7 +116,9 @@ def parameters(export: Path) -> int:
     return sum(w.numel() for name, w in model.named_parameters() if "e_score_correction_bias" not in name)
 
 
-@pytest.mark.parametrize("text", ["# no front matter\n", "---\n: [\n---\n", "---\n- a list\n---\n"])
+@pytest.mark.parametrize(
+    "text", ["# no front matter\n", "---\n: [\n---\n", "---\n- a list\n---\n", "---\nday: 2026-13-45\n---\n"]
+)
 def test_a_base_without_a_licence_is_said_so(folder, text):
     (folder / "hf/README.md").write_text(text)
     export(folder)
