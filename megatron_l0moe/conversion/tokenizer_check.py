@@ -63,7 +63,8 @@ def check_tokenizer(base: Path, files: list[Path], config: dict[str, Any]) -> No
         )
 
 
-def _problem(folder: Path) -> str:
+def problem_of(folder: Path) -> str:
+    """Return what is wrong with the tokenizer in a folder, `ok` where nothing is; for a process of its own."""
     from transformers import AutoTokenizer
 
     try:
@@ -76,4 +77,4 @@ def _problem(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"\n{_MARK}{_problem(Path(sys.argv[1]))}\n")
+    sys.stdout.write(f"\n{_MARK}{problem_of(Path(sys.argv[1]))}\n")

@@ -22,10 +22,8 @@ SCRIPTS = Path(__file__).parents[2] / "checkpoints_conversion"
 BASE_CARD = "---\nlicense: other\nlicense_name: toy-licence\nlanguage: [en]\n---\n# Toy\n"
 
 
-TEXTS = (
-    *("tokenizer.model", "tokenizer.model.v3", "LICENSE.txt", "NOTICE"),
-    "additional_chat_templates/tool_use.jinja",
-)
+LICENCES = ("LICENSE.txt", "NOTICE")
+TEXTS = ("tokenizer.model", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja")
 
 
 @pytest.fixture
@@ -33,9 +31,7 @@ def folder(tmp_path: Path) -> Path:
     make_moe(tmp_path)
     base = tmp_path / "hf"
     (base / "README.md").write_text(BASE_CARD)
-    save_tokenizer(base)
-    (base / "additional_chat_templates").mkdir()
-    for name in (*TEXTS, "secret.txt", "additional_chat_templates/notes.txt"):
+    for name in (*LICENCES, "secret.txt"):
         (base / name).write_text(name)
     return tmp_path
 
@@ -45,19 +41,23 @@ def front_matter(card: str) -> dict:
 
 
 def test_tokenizer_and_licence_are_copied_and_nothing_else(folder):
-    (folder / "hf/generation_config.json").unlink(missing_ok=True)
+    base = save_tokenizer(folder / "hf")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    (base / "additional_chat_templates").mkdir()
+    for name in (*TEXTS, "additional_chat_templates/notes.txt"):
+        (base / name).write_text(name)
     export(folder)
     out = folder / "export"
-    for name in TEXTS:
+    for name in (*TEXTS, *LICENCES):
         assert (out / name).read_text() == name
     assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == {
         *("config.json", "model.safetensors", "generation_config.json", "README.md"),
-        *("tokenizer.json", "tokenizer_config.json", *TEXTS),
+        *("tokenizer.json", "tokenizer_config.json", *TEXTS, *LICENCES),
     }
 
 
 def test_a_sentencepiece_tokenizer_encodes_as_that_of_the_base(folder):
-    base, out = folder / "hf", folder / "dense_back"
+    base, out = save_tokenizer(folder / "hf"), folder / "dense_back"
     text = ["a mixture of experts", "the experts of a layer", "one layer after the other"] * 20
     with (base / "tokenizer.model").open("wb") as file:
         settings = {"vocab_size": 24, "byte_fallback": False, "minloglevel": 2}

@@ -6,7 +6,7 @@ import pytest
 from conversion.toy_checkpoints import save_tokenizer
 
 from megatron_l0moe.conversion.companions import tokenizer_files
-from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
+from megatron_l0moe.conversion.tokenizer_check import check_tokenizer, problem_of
 from megatron_l0moe.errors import L0MoEError
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300}
@@ -30,19 +30,26 @@ DAMAGE = {
     "zeros": lambda folder: (folder / "tokenizer.json").write_bytes(bytes(1000)),
     "settings cut": lambda folder: (folder / "tokenizer_config.json").write_text('{"tok'),
     "no decoder": without_decoder,
-    "own code": own_code,
 }
 
 
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(CONFIG))
+    return save_tokenizer(tmp_path / "base")
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damage_is_named(tmp_path, damage):
-    folder = tmp_path / "base"
-    folder.mkdir()
-    damage(save_tokenizer(folder))
+def test_damage_is_seen(folder, damage):
+    assert problem_of(folder) == "ok"
+    damage(folder)
+    assert problem_of(folder) != "ok"
+
+
+def test_it_runs_apart_and_without_the_folders_code(folder):
+    check_tokenizer(folder, tokenizer_files(folder), CONFIG)
+    own_code(folder)
     with pytest.raises(L0MoEError, match=r"The tokenizer in .*base cannot be used \("):
-        check_tokenizer(folder, tokenizer_files(folder), CONFIG)
-    assert not (tmp_path / "RAN").exists()
-
-
-def test_a_good_one_passes(tmp_path):
-    check_tokenizer(tmp_path, tokenizer_files(save_tokenizer(tmp_path)), CONFIG)
+        check_tokenizer(folder, [*tokenizer_files(folder), folder / "own.py"], CONFIG)
+    assert not (folder.parent / "RAN").exists()
