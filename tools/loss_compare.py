@@ -27,6 +27,7 @@ from megatron_l0moe.data.manifest import is_done, write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.hardware import describe_machine
 from megatron_l0moe.launch import jobs, preflight
+from megatron_l0moe.launch.machine import begun
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.planning.layouts import SIZES, Layout, parse_layouts
@@ -217,7 +218,9 @@ def markdown(
 
 def compare(options: argparse.Namespace) -> bool:
     """Do it all; returns whether every layout equals one process."""
-    run = Run(recipe=load_recipe(options.recipe), recipe_file=options.recipe, runs_dir=options.runs_dir)
+    run = begun(
+        Run(recipe=load_recipe(options.recipe), recipe_file=options.recipe, runs_dir=options.runs_dir)
+    )
     layouts = [layout for layout in parse_layouts(options.layouts) if layout != Layout()]
     architecture = check_inputs(run, options.stage, options.steps)
     check_layouts(run, options.stage, architecture, [Layout(), *layouts])

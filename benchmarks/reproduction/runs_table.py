@@ -11,6 +11,7 @@ from settings import Place, TrainingSettings, parse
 
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.machine import begun
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe import load_recipe
 from megatron_l0moe.recipe_methods import ModelMethod, only_l0moe
@@ -140,4 +141,4 @@ def chain_run(place: Place, table: RunsTable, case: Case) -> Run:
     file = folder / f"{case.name}.yaml"
     head = {"name": case.name, "seed": case.seed, "method": method}
     write_text(file, yaml.safe_dump(head | recipe, sort_keys=False))
-    return Run(recipe=load_recipe(file), recipe_file=file, runs_dir=folder)
+    return begun(Run(recipe=load_recipe(file), recipe_file=file, runs_dir=folder))
