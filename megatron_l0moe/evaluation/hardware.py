@@ -1,10 +1,11 @@
 """What a measurement ran on: processor, memory, versions, threads, date. Nothing that names a machine or a user."""
 
-import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from megatron_l0moe.runtime.devices import usable_cores
 
 PACKAGES = ("torch", "transformers", "megatron-core", "numpy")
 
@@ -13,7 +14,7 @@ def describe_machine(*, device: str, threads: int) -> dict[str, object]:
     """Return processor model, cores this process may use, memory in GiB, device, threads, versions and UTC date."""
     return {
         "cpu": cpu_model(Path("/proc/cpuinfo")),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": memory_gib(Path("/proc/meminfo")),
         "device": device,
         "threads": threads,

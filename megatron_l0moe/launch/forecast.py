@@ -11,8 +11,9 @@ from pathlib import Path
 
 from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch.machine import Machine
+from megatron_l0moe.launch.plan import stage_models
 from megatron_l0moe.planning.flops import Recompute, forward_flops, training_flops
-from megatron_l0moe.planning.stage_model import StageModel, dense_model, stage_model
+from megatron_l0moe.planning.stage_model import StageModel, dense_model
 from megatron_l0moe.recipe import Recipe, Section
 
 MATRIX_SHARE = 0.6
@@ -76,20 +77,9 @@ class _Work:
         self.recipe, self.machine = recipe, machine
         self.layers = architecture.num_layers
         self.dense = dense_model(architecture)
-        self.expert_model, self.moe_model = (
-            stage_model(
-                architecture,
-                stage,
-                dense_layers=recipe.model.dense_layers,
-                num_experts=recipe.model.num_experts,
-                expert_ffn=recipe.model.expert_ffn,
-                top_k=recipe.model.top_k,
-                trains_weights=recipe.expert_training.train_weights,
-            )
-            for stage in ("expert", "moe")
-        )
+        expert_model, self.moe_model = stage_models(recipe, architecture)
         length = recipe.data.seq_length
-        self.experts = training_flops(self.expert_model, length, Recompute())
+        self.experts = training_flops(expert_model, length, Recompute())
         self.moe = training_flops(self.moe_model, length, Recompute())
 
     def speed(self, section: Section) -> float:

@@ -187,7 +187,8 @@ def _dtype(run: Run, record: Record | None, machine: Machine) -> Dtype:
         return run.recipe.dtype
     if record is None:
         return machine.dtype
-    if record.machine is not None and record.dtype != machine.dtype:
+    elsewhere = record.machine is not None and not record.machine.is_like(machine)
+    if record.machine and elsewhere and record.dtype != machine.dtype:
         raise L0MoEError(
             f"{run.folder} was begun in {record.dtype} ({record.machine.words}), and dtype auto means {machine.dtype} "
             f"on this machine ({machine.words}); write dtype: {record.dtype} into the recipe to go on with it, or give "

@@ -15,12 +15,13 @@ from megatron_l0moe.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_l0moe.planning.layout_rules import check_layout
 from megatron_l0moe.planning.published import PUBLISHED
 from megatron_l0moe.planning.speed import DecodeSpeed, PrefillSpeed, decode_speeds, prefill_speed
-from megatron_l0moe.planning.stage_model import StageModel, stage_model
+from megatron_l0moe.planning.stage_model import StageModel, TrainingStage, stage_model
 from megatron_l0moe.planning.storage import CheckpointSize, checkpoint_size, expert_file_bytes, token_bytes
 from megatron_l0moe.recipe import Recipe, Section, layout_names
 
 MFU = {"expert_training": 0.40, "moe_training": 0.25}
 """Model FLOPs utilisation that GPU-hours are computed with; an assumption, not measured here."""
+STAGES: tuple[TrainingStage, TrainingStage] = ("expert", "moe")
 TITLES = {"expert_training": "experts", "moe_training": "moe"}
 
 
@@ -110,19 +111,7 @@ def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float |
     architecture, source = find_architecture(recipe.model.path)
     recipe = recipe.settled("bfloat16")  # the plan is one for GPUs
     bf16 = recipe.trains_in_bf16("moe_training")
-    models = {
-        stage: stage_model(
-            architecture,
-            stage,
-            dense_layers=recipe.model.dense_layers,
-            num_experts=recipe.model.num_experts,
-            expert_ffn=recipe.model.expert_ffn,
-            top_k=recipe.model.top_k,
-            trains_weights=recipe.expert_training.train_weights,
-        )
-        for stage in ("expert", "moe")
-    }
-    dense, moe = models["expert"], models["moe"]
+    dense, moe = stage_models(recipe, architecture)
     stages = (
         _stage(recipe, "expert_training", dense, gpu, gpus, mfu),
         _stage(recipe, "moe_training", moe, gpu, gpus, mfu),
@@ -145,6 +134,23 @@ def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float |
         decode=decode_speeds(dense, moe, gpu, recipe.evaluation.prefill_tokens),
         context=recipe.evaluation.prefill_tokens,
     )
+
+
+def stage_models(recipe: Recipe, architecture: Architecture) -> tuple[StageModel, StageModel]:
+    """Return the models of a recipe's two training stages: the dense one under masks, and the L0-MoE."""
+    expert, moe = (
+        stage_model(
+            architecture,
+            stage,
+            dense_layers=recipe.model.dense_layers,
+            num_experts=recipe.model.num_experts,
+            expert_ffn=recipe.model.expert_ffn,
+            top_k=recipe.model.top_k,
+            trains_weights=recipe.expert_training.train_weights,
+        )
+        for stage in STAGES
+    )
+    return expert, moe
 
 
 def find_architecture(path: str) -> tuple[Architecture, str]:

@@ -90,7 +90,8 @@ def test_a_run_from_before_there_was_a_dtype_stays_what_it_was(tmp_path: Path) -
     run = make_run(tmp_path)
     run.folder.mkdir(parents=True)
     (run.folder / "recipe.json").write_text(json.dumps({"name": "toy"}))
-    assert settled(run, flops=FAST_BF16)[0].recipe.dtype == "float32"
+    for _ in range(2):  # the second time there is a record of this machine, which would choose otherwise
+        assert settled(run, flops=FAST_BF16)[0].recipe.dtype == "float32"
 
 
 @pytest.mark.parametrize(
