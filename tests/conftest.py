@@ -1,5 +1,16 @@
-"""For all tests: the processes that they start do not time this machine, which takes seconds and differs every time."""
+"""For all tests: their processes do not time this machine, and none leaves its floating-point mode to the next."""
 
 import os
+import sys
 
+import pytest
+
+# A measurement takes seconds and differs every time.
 os.environ.setdefault("L0MOE_CPU_FLOPS", '{"float32": 1e11, "bfloat16": 1e10}')
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> None:
+    """Keep numbers below 1e-38 in each test: `runtime.cpu.install` of an earlier one lets the CPU flush them."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

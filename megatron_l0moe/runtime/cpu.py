@@ -238,6 +238,8 @@ def install() -> bool:
     _replace(distributed, "all_to_all_single", _all_to_all_single(distributed.all_to_all_single))
     _replace(distributed, "all_gather", _all_gather(distributed.all_gather))
     _replace(distributed, "init_process_group", _init_process_group(distributed.init_process_group))
+    with _without_compile():
+        _module("megatron.core")
     mode = _CudaToCpu()
     mode.__enter__()
     _installed.append(mode)
@@ -245,11 +247,29 @@ def install() -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _without_compile() -> Iterator[None]:
+    """Let torch.compile return what it is given.
+
+    Megatron's package decorates its small fusions with it while it is imported (core/__init__.py:5,
+    fusions/fused_bias_geglu.py:16), before `megatron.core.jit.disable_jit_fuser` can be called. That alone loads
+    torch's compiler, a third of the start of each process; compiling costs minutes on a CPU and changes no number.
+    """
+    original = torch.compile
+    _replace(torch, "compile", lambda function=None, **_: _same if function is None else function)
+    try:
+        yield
+    finally:
+        _replace(torch, "compile", original)
+
+
+def _same(function: Any) -> Any:
+    return function
+
+
 def _patch_core() -> None:
     """Patch megatron.core itself: the RNG tracker's device states and the compile step of the data helpers."""
-    # torch.compile of small fusions costs minutes of start-up on a CPU and changes no number.
-    jit = _module("megatron.core.jit")
-    jit.disable_jit_fuser()
+    _module("megatron.core.jit").disable_jit_fuser()  # for the modules that are imported later
     random = _module("megatron.core.tensor_parallel.random")
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.default_generator.get_state())
     _replace(

@@ -50,7 +50,9 @@ def imported(folder: Path, family: str) -> tuple[Run, Architecture]:
     write_indexes(run.stage_folder("curate"))
     run.stage_folder("moe").mkdir()
     tokens = torch.randint(0, VOCAB - 1, (POSITIONS,), generator=torch.Generator().manual_seed(0)).tolist()
-    (run.stage_folder("curate") / "heldout.jsonl").write_text(json.dumps({"tokens": tokens}) + "\n")
+    (run.stage_folder("curate") / "heldout.jsonl").write_text(
+        json.dumps({"tokens": tokens, "domain": "a", "cluster": 0}) + "\n"
+    )
     return run, Architecture.from_hf(folder / "hf")
 
 

@@ -83,3 +83,22 @@ def test_platform_flags_do_not_overrule_the_user():
     assert "--transformer-impl" not in done.stdout
     assert "--distributed-backend" not in done.stdout
     assert "'--moe-token-dispatcher-type', 'allgather'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "without", ["", "import contextlib\ncpu._without_compile = contextlib.nullcontext\n"]
+)
+def test_torchs_compiler_is_not_loaded(without):
+    program = (
+        "cpu.install()\nimport sys, megatron.training\nprint('torch._inductor.compile_fx' in sys.modules)"
+    )
+    done = run(f"from megatron_l0moe.runtime import cpu\n{without}{program}")
+    assert done.stdout.split()[-1] == str(bool(without)), done.stderr[-2000:]
+
+
+def test_torch_compiles_again_after_it():
+    done = run(
+        "import torch\ncompiler = torch.compile\nfrom megatron_l0moe.runtime import cpu\ncpu.install()\n"
+        "print(torch.compile is compiler)"
+    )
+    assert done.stdout.split()[-1] == "True", done.stderr[-2000:]
