@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json; give the folder of a Hugging Face checkpoint, as "
             "`save_pretrained` or `hf download` writes it."
         )
-    return read_object(file)
+    return read_json(file, "copy it again", finite=False)
 
 
 def first_architecture(config: dict[str, Any]) -> str:

@@ -16,9 +16,9 @@ import torch
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.conversion.saved_tensors import DAMAGED_PICKLE, SavedTensor
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -172,7 +172,7 @@ def _latest(folder: Path) -> Path:
 
 
 def _read_metadata(path: Path) -> Metadata:
-    backend = read_object(path / "metadata.json", "make the checkpoint again").get("sharded_backend")
+    backend = read_json(path / "metadata.json", "make the checkpoint again").get("sharded_backend")
     if backend != "torch_dist":
         raise L0MoEError(f"{path} has the format {backend!r}; save with Megatron's --ckpt-format torch_dist.")
     metadata = read_metadata(path)

@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_l0moe.conversion.json_files import read_object
 from megatron_l0moe.conversion.safetensors_reader import DTYPE_NAMES, SafetensorsFile
 from megatron_l0moe.data import digests
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def _chosen(folder: Path) -> dict[str, str] | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Return the file of each tensor; every file lies in the folder itself."""
-    found = read_object(index, "download it again").get("weight_map")
+    found = read_json(index, "download it again").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise L0MoEError(f"{index} is not a valid safetensors index (no weight_map); download it again.")
     for tensor, name in found.items():

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.json_files import parse_object
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import parse_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -125,8 +125,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         if 8 + length > size or length > _MAX_HEADER_BYTES:
             raise _damaged(path)
         try:
-            header = parse_object(file.read(length))
-        except ValueError as error:
+            header = parse_json(file.read(length), "the header", "download it again", finite=False)
+        except L0MoEError as error:
             raise _damaged(path) from error
     return header, 8 + length
 

@@ -5,7 +5,6 @@ in corpus order.
 """
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from megatron_l0moe.data.quarantine import Quarantine
 from megatron_l0moe.data.readers import ShardReader
 from megatron_l0moe.data.records import UNKNOWN
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.recipe_sections import FilterSection
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Catalog:
     @classmethod
     def load(cls, folder: Path) -> "Catalog":
         """Return what `save` wrote; the rows stay on disk."""
-        record = json.loads((folder / "catalog.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "catalog.json", "start curate again")
         rows = np.load(folder / "rows.npy", mmap_mode="r")
         return cls(Corpus.from_record(record["corpus"]), record["domains"], rows, record["dropped"])
 

@@ -1,9 +1,9 @@
 """Tokens on disk: texts to Megatron's .bin/.idx with Megatron's own builder, one document per text plus EOD."""
 
-import json
 from collections.abc import Callable, Iterable
 from itertools import batched
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.data.tokenizer_files import TextTokenizer, open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """End-of-document tokens by preference. A chat model's eos_token_id ends a turn, not a document: it is asked last."""
@@ -144,16 +145,12 @@ def _read_back(prefix: Path, lengths: list[int], last: Tokens) -> None:
         )
 
 
-def _read_config(file: Path) -> dict[str, object]:
+def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise L0MoEError(
             f"Model folder {file.parent} has no config.json; set model.path to a complete Hugging Face checkpoint."
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise L0MoEError(f"{file} is damaged ({error}); copy the model again.") from error
-    return config if isinstance(config, dict) else {}
+    return read_json(file, "copy the model again", finite=False)
 
 
 def _find_eod(tokenizer: TextTokenizer, config: dict[str, object], model: Path) -> int:

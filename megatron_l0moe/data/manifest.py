@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -17,11 +16,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from megatron_l0moe.data import digests
 from megatron_l0moe.data.source_tree import commit
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 
 MARKER = "DONE"
 MANIFEST = "manifest.json"
@@ -82,31 +82,6 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """Read a JSON object of finite numbers.
-
-    Args:
-        mend: what helps when the file is damaged, as the end of a sentence: "run the curate stage again".
-
-    Raises:
-        L0MoEError: the file is missing, not UTF-8, not JSON, holds NaN, or holds something else than an object.
-    """
-    if not path.is_file():
-        raise L0MoEError(f"{path} is missing; {mend}.")
-    return parse_json(path.read_bytes(), str(path), mend)
-
-
-def parse_json(text: bytes, where: str, mend: str) -> dict[str, Any]:
-    """Read a JSON object of finite numbers from bytes; `where` names them in the message. See `read_json`."""
-    try:
-        value = json.loads(text.decode(), parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise L0MoEError(f"{where} is not valid JSON ({error}); {mend}.") from error
-    if not isinstance(value, dict):
-        raise L0MoEError(f"{where} must hold a JSON object; {mend}.")
-    return value
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
@@ -326,17 +301,6 @@ def _outputs(stage: Stage) -> dict[str, Path]:
 
 def _checksum(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
-    return value
 
 
 def _short(folder: Path) -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import read_json, sha256_file, write_json
+from megatron_l0moe.data.manifest import sha256_file, write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import code_execution
 from megatron_l0moe.evaluation.benchmark_scores import Estimate, Pairs, difference, ratio
@@ -24,6 +24,7 @@ from megatron_l0moe.evaluation.harness import (
 )
 from megatron_l0moe.evaluation.harness_process import is_finished
 from megatron_l0moe.evaluation.harness_tasks import Tasks, find_tasks, write_task_files
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.launch.lock import inherited
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, CommandFailedError, run_command
 from megatron_l0moe.recipe import Recipe, section_hash

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.conversion.architecture import read_config
-from megatron_l0moe.data.manifest import read_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.recipe_sections import BenchmarkSection
 
 RESERVED = ("pretrained", "trust_remote_code", "dtype", "batch_size", "device")

@@ -190,7 +190,7 @@ def _redux_rows(text: str) -> Iterator[tuple[str, object, object]]:
 def _bbh_examples(file: Path) -> Iterator[object]:
     try:
         value = json.loads(_text(file))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise L0MoEError(f"{file} is not valid JSON ({error}); copy it again.") from error
     if not isinstance(value, dict) or not isinstance(value.get("examples"), list):
         raise L0MoEError(f"{file} must be an object with a list 'examples', as BIG-Bench Hard publishes it.")
@@ -202,7 +202,7 @@ def _json_lines(file: Path) -> Iterator[object]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise L0MoEError(f"{file}:{number} is not valid JSON ({error}); copy it again.") from error
 
 

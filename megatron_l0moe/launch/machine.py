@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.data.manifest import read_json, write_json
+from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.hardware import cpu_model
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe_sections import Dtype
 from megatron_l0moe.runtime.devices import gpu_name, usable_cores, visible_gpus
@@ -209,11 +210,9 @@ def _shapes(run: Run) -> Shapes:
 
 def _is_older(recipe: Path) -> bool:
     """Say whether a run was begun by a version whose recipes had no dtype."""
-    if not recipe.is_file():
-        return False
     try:
-        return "dtype" not in json.loads(recipe.read_text(encoding="utf-8"))
-    except ValueError:
+        return "dtype" not in read_json(recipe, DAMAGED)
+    except L0MoEError:
         return False
 
 

@@ -23,11 +23,11 @@ from megatron_l0moe.data.manifest import (
     has_marker,
     input_digests,
     is_done,
-    read_json,
     write_json,
 )
 from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.launch import attempts, jobs, machine, preflight, provenance, records
 from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.estimate import seconds_left, words

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from megatron_l0moe.data.manifest import read_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 from megatron_l0moe.launch import slurm_commands
 from megatron_l0moe.launch.slurm_commands import JobState, SlurmUnreachableError
 from megatron_l0moe.launch.slurm_record import read_record

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from megatron_l0moe.data.manifest import parse_json, read_json, unsealed
+from megatron_l0moe.data.manifest import unsealed
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import parse_json, read_json
 from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.recipe import Recipe

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import parse_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import parse_json
 from megatron_l0moe.reports import forms
 
 Json = dict[str, Any]

@@ -220,7 +220,7 @@ def test_missing_folder_and_broken_config(tmp_path):
     with pytest.raises(L0MoEError, match="is not valid JSON"):
         Architecture.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(L0MoEError, match=r"no JSON object \(a list\)"):
+    with pytest.raises(L0MoEError, match="must hold a JSON object, not a list"):
         Architecture.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[" * 200_000)
     with pytest.raises(L0MoEError, match="nested too deeply"):

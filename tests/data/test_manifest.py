@@ -15,12 +15,12 @@ from megatron_l0moe.data.manifest import (
     drop_work,
     finish,
     is_done,
-    read_json,
     read_manifest,
     sha256_file,
     write_json,
 )
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.json_files import read_json
 
 
 @pytest.fixture

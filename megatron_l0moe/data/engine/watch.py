@@ -1,6 +1,5 @@
 """What a driver sees of the tasks of a step while they run elsewhere: how far they are, and whether one was killed."""
 
-import json
 import logging
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
+from megatron_l0moe.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def task_states(folder: Path) -> dict[int, dict[str, Any]]:
     """Return the last report of each task of this run, by rank."""
     states = {}
     for file in (folder / "progress").glob("[0-9]*.json"):
-        states[int(file.stem)] = json.loads(file.read_text(encoding="utf-8"))
+        states[int(file.stem)] = read_json(file, "start curate again")
     return states
 
 
@@ -94,7 +94,7 @@ def raise_task_error(folder: Path) -> None:
         L0MoEError: a problem that a user can solve, or the last line of another one and where its traceback is.
     """
     for file in sorted((folder / "errors").glob("[0-9]*.json")):
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file, "start curate again")
         if report["kind"] == CorpusChangedError.__name__:
             raise CorpusChangedError(report["sentence"])
         if report["sentence"]:
