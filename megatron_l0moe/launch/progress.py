@@ -1,5 +1,6 @@
 """What a person sees while the chain runs: one live line on a terminal, plain lines in a file."""
 
+import re
 import time
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from megatron_l0moe.launch.stages import Run, StageSpec
 PLAIN_SECONDS = 20.0
 """Between two status lines when the output is not a terminal."""
 LIVE_SECONDS = 1.0
-LOG_SEPARATOR = " | "
-"""Between time and message in our own log lines; see `cli`."""
+OUR_MESSAGE = re.compile(r"\d\d:\d\d:\d\d \| (.*)")
+"""A line of our own in a log, see `cli`; progress bars of other libraries have strokes too."""
 
 
 class Progress:
@@ -119,7 +120,7 @@ def last_message(log: Path, start: int = 0) -> str:
         size = file.seek(0, 2)
         file.seek(max(start, size - 8192))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
-    ours = [line.split(LOG_SEPARATOR, 1)[1] for line in lines if LOG_SEPARATOR in line]
+    ours = [found[1] for line in lines if (found := OUR_MESSAGE.match(line))]
     return ours[-1].strip()[:100] if ours else ""
 
 

@@ -84,7 +84,9 @@ def test_status_lines(tmp_path: Path) -> None:
 
 def test_own_messages_are_shown(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("12:00:00 | embedded 5/10\nsome library says hello\n")
+    log.write_text(
+        "12:00:00 | embedded 5/10\nsome library says hello\nLoading weights:  0%| | 0/272 [00:00<?, ?it/s]\n"
+    )
     assert last_message(log) == "embedded 5/10"
     assert last_message(log, log.stat().st_size) == ""
     assert last_message(tmp_path / "none") == ""
