@@ -43,11 +43,11 @@ class Progress:
 
     def done_before(self, spec: StageSpec) -> None:
         """Say that a stage needs no work."""
-        self._console.print(f"{self._title(spec)}  done before")
+        self.say(f"{self._title(spec)}  done before")
 
     def start(self, spec: StageSpec) -> None:
         """Say what the next stage does."""
-        self._console.print(f"{self._title(spec)}  {spec.does}")
+        self.say(f"{self._title(spec)}  {spec.does}")
         self._stage_started = self._shown = time.monotonic()
         log = self._run.log_file(spec.name)
         self._log_start = log.stat().st_size if log.is_file() else 0
@@ -66,13 +66,13 @@ class Progress:
         if self._live:
             self._live.update(Text(f"    {line}", overflow="ellipsis", no_wrap=True), refresh=True)
         else:
-            self._console.print(f"    {line}", soft_wrap=True)
+            self.say(f"    {line}")
 
     def finish(self, spec: StageSpec) -> None:
         """Say that the stage has ended well."""
         self.stop()
         spent = estimate.words(time.monotonic() - self._stage_started)
-        self._console.print(f"    {spec.name} done in {spent}")
+        self.say(f"    {spec.name} done in {spent}")
 
     def stop(self) -> None:
         """Take the live line away."""
