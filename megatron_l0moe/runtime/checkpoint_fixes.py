@@ -7,6 +7,7 @@ Megatron takes where neither Transformer Engine nor Apex can be imported, do not
 
 import functools
 import importlib
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,18 @@ def install() -> None:
     for workaround in WORKAROUNDS:
         workaround()
         _installed.append(workaround.__name__)
+
+
+def keep_results_here() -> None:
+    """Hand the results of a synchronous save on inside the process; for runs without --async-save.
+
+    core/dist_checkpointing/strategies/filesystem_async.py:53, get_write_results_queue: the first save of each rank
+    starts a manager process for the one message that the writer, which runs in the same process then, has for it. The
+    manager is spawned, so it imports the training program and torch once more: 4 s and a third of a gigabyte a rank.
+    """
+    writer = _megatron("dist_checkpointing.strategies.filesystem_async")
+    assert hasattr(writer, "_results_queue"), "filesystem_async._results_queue is gone; see checkpoint_fixes"
+    writer._results_queue = queue.Queue()
 
 
 def fp32_parameters_in_float16_optimizer() -> None:

@@ -39,6 +39,8 @@ def main() -> None:
     arguments.install_argv()
     layout_check.check_command_line()
     args = parse_and_validate_args(extra_args_provider=arguments.add_l0_arguments)
+    if not args.async_save:
+        checkpoint_fixes.keep_results_here()
     settings = arguments.settings_from_args(args)
     config = model.model_config(args, settings)
     config.pre_wrap_hooks.append(functools.partial(checkpoint_start.check, args=args, settings=settings))

@@ -44,12 +44,13 @@ def main(folder: Path) -> None:
 def _begin(layout: Any) -> None:
     """Make Megatron's global state for a layout."""
     import torch
+    from distributed.groups import destroy_groups
     from distributed.layout_model import BATCH, arguments
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.training import global_vars
 
-    parallel_state.destroy_model_parallel()
+    destroy_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

@@ -26,6 +26,7 @@ def main(folder: Path) -> None:
     cpu.install_training()
     import torch
     from distributed import layouts
+    from distributed.groups import destroy_groups
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -33,7 +34,7 @@ def main(folder: Path) -> None:
     found: dict[str, dict[str, Any]] = {}
     for name in LAYOUTS:
         layout = layouts.LAYOUT[name]
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,

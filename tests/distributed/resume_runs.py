@@ -66,20 +66,16 @@ def _unpatched_loop() -> Iterator[None]:
 
 
 def _take_down() -> None:
-    import torch
-    from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
+    from distributed.groups import destroy_groups
+    from megatron.core import num_microbatches_calculator, rerun_state_machine
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training import global_vars
 
     destroy_moe_metrics_tracker()  # it holds the groups of the layout that ends
-    parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     rerun_state_machine.destroy_rerun_state_machine()
     global_vars.destroy_global_vars()
-    groups = torch.distributed.distributed_c10d._world.pg_map
-    for group in [group for group in groups if group is not torch.distributed.group.WORLD]:
-        torch.distributed.destroy_process_group(group)
-    torch.distributed.barrier()
+    destroy_groups()
 
 
 @contextlib.contextmanager

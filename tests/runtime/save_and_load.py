@@ -1,8 +1,9 @@
-"""Step, save and load the optimizer of a bf16 expert stage: `save_and_load.py FOLDER with|without`.
+"""Step, save and load the optimizer of a bf16 expert stage: `save_and_load.py FOLDER with|without|manager`.
 
 A program of its own, because Megatron's writer starts processes that import the main module again.
 """
 
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from megatron_l0moe.runtime import checkpoint_fixes, cpu
 
 def main(folder: Path, fix: str) -> None:
     cpu.install()
-    if fix == "with":
+    if fix != "without":
         checkpoint_fixes.install()
+    if fix == "with":
+        checkpoint_fixes.keep_results_here()
     import torch
     from megatron.core import dist_checkpointing
 
@@ -33,7 +36,7 @@ def main(folder: Path, fix: str) -> None:
         assert all(torch.equal(one, two) for one, two in pairs)
         moments = [[s["exp_avg"] for s in o.optimizer.state.values()] for o in (optimizer, fresh)]
         assert all(torch.equal(one, two) for one, two in zip(*moments, strict=True))
-        print("equal", len(moments[0]))
+        print("equal", len(moments[0]), "processes", len(multiprocessing.active_children()))
 
 
 def _build() -> tuple[Any, Any]:
