@@ -1,4 +1,4 @@
-"""The structure of the package, read from its source: who may import what, how long a file may be."""
+"""The structure of the package, read from its source: who may import what; its shape is tested by test_house.py."""
 
 import ast
 import re
@@ -12,7 +12,6 @@ import megatron_l0moe
 
 PACKAGE = Path(megatron_l0moe.__file__).parent
 ROOT = PACKAGE.parent
-MAX_LINES = 500
 WITHOUT_TORCH = (
     "launch/",
     "reports/",
@@ -60,7 +59,6 @@ def test_file(path: Path) -> None:
         assert not [name for name in names if within(name, "megatron.training")]
     if relative(path).startswith(WITHOUT_TORCH):
         assert not [name for name in names if any(within(name, user) for user in TORCH_USERS)]
-    assert len(text.splitlines()) <= MAX_LINES
     assert path.stem not in {"utils", "helpers", "misc", "common"}
     assert text.isascii()
 

@@ -1,0 +1,157 @@
+"""The shape of the package, read from its source: which rooms import which, how many files and lines there are.
+
+A room is a folder of the package, or a file beside them. `python tests/house.py` prints what is bent; with `--write` it
+becomes the list that tests/test_house.py compares with.
+"""
+
+import ast
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import megatron_l0moe
+
+PACKAGE = Path(megatron_l0moe.__file__).parent
+FINDINGS = Path(__file__).with_name("house_findings.json")
+# An import goes to a lower floor, or stays in its room. Rooms that are on no floor are to go.
+FLOORS = (
+    ("errors",),
+    ("json_files", "caller_environment", "runtime"),
+    ("recipe",),
+    ("runs", "sizes"),
+    ("modules", "index", "checkpoints"),
+    ("curate", "conversion", "experts", "reports", "plan"),
+    ("evaluation", "training"),
+    ("chain",),
+    ("cli",),
+    ("__main__",),
+)
+WITHOUT_TORCH = ("errors", "recipe", "runs", "sizes", "plan", "reports", "chain", "cli", "__main__")
+TORCH = ("torch", "megatron", "transformers", "FlagEmbedding")
+MOST_FILES, MOST_LINES, LEAST_MEDIAN, FEWEST_LINES, MOST_SMALL = 12, 500, 180, 60, 0.10
+ONE_MEANING = {"Plan", "Job", "Stage", "Record", "Part", "Progress", "Settings", "Cluster", "TrainingStage"}
+STAGES = {"convert", "curate", "experts", "assemble", "moe", "export", "evaluate", "report"}
+STAGE_TABLE, FEW_STAGES = "launch/stages.py", 3
+METHODS = ("dsmoe", "mom")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the package."""
+
+    name: str
+    """With its folders."""
+    lines: int
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        """The first folder, or the file itself."""
+        return self.name.split("/")[0].removesuffix(".py")
+
+    @property
+    def folder(self) -> str:
+        """All folders."""
+        return self.name.rpartition("/")[0] or "."
+
+
+def read(package: Path) -> list[File]:
+    """Return the files of a package."""
+    files = []
+    for path in sorted(package.rglob("*.py")):
+        if path.name != "__init__.py":
+            text = path.read_text(encoding="utf-8")
+            files.append(File(path.relative_to(package).as_posix(), text.count("\n"), ast.parse(text)))
+    return files
+
+
+def findings(files: list[File], package: str = PACKAGE.name) -> dict[str, int]:
+    """Return what is bent and how much, in words."""
+    found: Counter[str] = Counter({bent: 1 for file in files for bent in _of_imports(file, package)})
+    for file in files:
+        if file.lines > MOST_LINES:
+            found[f"{file.name}: lines, at most {MOST_LINES}"] = file.lines
+        if file.name != STAGE_TABLE and len(STAGES & _texts(file.tree)) >= FEW_STAGES:
+            found["files that list stages beside the table"] += 1
+        for method in METHODS:
+            found[f"files that name {method} outside its own"] += _names(file, method)
+    found.update(_of_sizes(files))
+    owners = defaultdict(set)
+    for file in files:
+        for node in ast.walk(file.tree):
+            if isinstance(node, ast.ClassDef) and node.name in ONE_MEANING:
+                owners[node.name].add(file.name)
+    found.update({f"classes called {name}": len(where) for name, where in owners.items() if len(where) > 1})
+    return {finding: count for finding, count in sorted(found.items()) if count}
+
+
+def _of_imports(file: File, package: str) -> Iterator[str]:
+    for name in _imports(file.tree):
+        first, *rest = name.split(".")
+        if first in TORCH and file.room in WITHOUT_TORCH:
+            yield f"{file.name} imports {first}"
+        if first == package and rest and rest[0] != file.room:
+            here, there = _floor(file.room), _floor(rest[0])
+            if there == 1:
+                continue
+            if here is None or there is None:
+                yield f"{file.room} imports {rest[0]}: not both are on a floor"
+            elif here <= there:
+                yield f"{file.name} imports {rest[0]}: up, from floor {here} to {there}"
+
+
+def _of_sizes(files: list[File]) -> dict[str, int]:
+    found = {
+        f"{folder}: files, at most {MOST_FILES}": count
+        for folder, count in Counter(file.folder for file in files).items()
+        if count > MOST_FILES
+    }
+    small = sum(file.lines < FEWEST_LINES for file in files)
+    if small > MOST_SMALL * len(files):
+        found[f"files under {FEWEST_LINES} lines, at most {MOST_SMALL:.0%}"] = small
+    missing = LEAST_MEDIAN - int(median(file.lines for file in files))
+    found[f"lines that the median file lacks to {LEAST_MEDIAN}"] = max(missing, 0)
+    names = Counter(file.name.rpartition("/")[2] for file in files)
+    return found | {f"files called {name}": count for name, count in names.items() if count > 1}
+
+
+def _floor(room: str) -> int | None:
+    return next((number for number, rooms in enumerate(FLOORS, 1) if room in rooms), None)
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Yield the names of imported modules, each once for every name that is taken from it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _texts(tree: ast.Module) -> set[str]:
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def _names(file: File, method: str) -> bool:
+    """Say whether a file that is not a method's own has the method's name in its code."""
+    if method in file.name:
+        return False
+    words = {node.id for node in ast.walk(file.tree) if isinstance(node, ast.Name)}
+    words |= {node.attr for node in ast.walk(file.tree) if isinstance(node, ast.Attribute)}
+    words |= set(_imports(file.tree)) | {text for text in _texts(file.tree) if " " not in text}
+    return any(method in part.split("_") for word in words for part in word.lower().split("."))
+
+
+if __name__ == "__main__":
+    now = findings(read(PACKAGE))
+    print(*(f"{count:5} {finding}" for finding, count in now.items()), sep="\n")
+    if "--write" in sys.argv:
+        FINDINGS.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")

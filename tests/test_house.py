@@ -1,0 +1,68 @@
+"""The package's shape is as good as the list says, no better and no worse; the list may only shrink."""
+
+import ast
+import json
+
+import house
+import pytest
+
+
+def files(**sources: str) -> list[house.File]:
+    """A package of files, `folder__file=source`; each is long enough to be no finding of its own."""
+    return [
+        house.File(name.replace("__", "/") + ".py", house.LEAST_MEDIAN, ast.parse(source))
+        for name, source in sources.items()
+    ]
+
+
+def test_nothing_is_bent_but_what_is_listed() -> None:
+    """Where this fails: mend what is new; where something got better, `python tests/house.py --write`."""
+    listed = json.loads(house.FINDINGS.read_text(encoding="utf-8"))
+    found = house.findings(house.read(house.PACKAGE))
+    worse = {bent: count for bent, count in found.items() if count > listed.get(bent, 0)}
+    better = {bent: count for bent, count in listed.items() if count > found.get(bent, 0)}
+    assert (worse, better) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("sources", "bent"),
+    [
+        ({"index__a": "from megatron_l0moe.training.b import c"}, "index/a.py imports training: up, from floor 5 to 7"),
+        ({"modules__a": "import megatron_l0moe.index.b"}, "modules/a.py imports index: up, from floor 5 to 5"),
+        ({"launch__a": "from megatron_l0moe import recipe"}, "launch imports recipe: not both are on a floor"),
+        ({"recipe__a": "def f():\n    import torch.nn"}, "recipe/a.py imports torch"),
+        ({"runs__a": "class Plan: ...", "plan__b": "class Plan: ..."}, "classes called Plan"),
+        ({"runs__a": "", "plan__a": ""}, "files called a.py"),
+        ({"runs__a": "x = ['moe', 'export', 'report']"}, "files that list stages beside the table"),
+        ({"runs__a": "if x.method == 'dsmoe': ..."}, "files that name dsmoe outside its own"),
+        ({"runs__a": "from megatron_l0moe.runtime import mom_layout"}, "files that name mom outside its own"),
+        ({f"runs__a{i}": "" for i in range(13)}, "runs: files, at most 12"),
+    ],
+)  # fmt: skip
+def test_each_rule_can_fail(sources: dict[str, str], bent: str) -> None:
+    assert list(house.findings(files(**sources))) == [bent]
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"training__a": "from megatron_l0moe.modules.b import c\nimport torch"},
+        {"training__a": "from megatron_l0moe.training.b import c"},
+        {"launch__a": "from megatron_l0moe.errors import L0MoEError"},
+        {"modules__dsmoe": "def dsmoe(): ..."},
+        {"runs__a": "moment = 'a sentence about mom, whose words are no code'"},
+        {"runs__a": "x = ['moe', 'export']", "launch__stages": "x = ['moe', 'export', 'report']"},
+    ],
+)
+def test_what_is_straight_is_no_finding(sources: dict[str, str]) -> None:
+    assert house.findings(files(**sources)) == {}
+
+
+def test_sizes() -> None:
+    small = house.File("runs/a.py", 59, ast.parse(""))
+    large = house.File("runs/b.py", 501, ast.parse(""))
+    assert house.findings([large]) == {"runs/b.py: lines, at most 500": 501}
+    assert house.findings([small]) == {
+        "files under 60 lines, at most 10%": 1,
+        "lines that the median file lacks to 180": 121,
+    }
