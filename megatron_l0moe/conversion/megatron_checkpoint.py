@@ -172,7 +172,9 @@ def _latest(folder: Path) -> Path:
 
 
 def _read_metadata(path: Path) -> Metadata:
-    backend = read_json(path / "metadata.json", "make the checkpoint again").get("sharded_backend")
+    backend = read_json(path / "metadata.json", "make the checkpoint again", finite=False).get(
+        "sharded_backend"
+    )
     if backend != "torch_dist":
         raise L0MoEError(f"{path} has the format {backend!r}; save with Megatron's --ckpt-format torch_dist.")
     metadata = read_metadata(path)

@@ -115,7 +115,7 @@ def _chosen(folder: Path) -> dict[str, str] | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Return the file of each tensor; every file lies in the folder itself."""
-    found = read_json(index, "download it again").get("weight_map")
+    found = read_json(index, "download it again", finite=False).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise L0MoEError(f"{index} is not a valid safetensors index (no weight_map); download it again.")
     for tensor, name in found.items():

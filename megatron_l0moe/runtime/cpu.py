@@ -249,7 +249,7 @@ def install() -> bool:
 
 @contextlib.contextmanager
 def _without_compile() -> Iterator[None]:
-    """Let torch.compile return what it is given.
+    """Let torch.compile return what it is given, and Megatron keep that as its `jit_fuser` (core/jit.py:21).
 
     Megatron's package decorates its small fusions with it while it is imported (core/__init__.py:5,
     fusions/fused_bias_geglu.py:16), before `megatron.core.jit.disable_jit_fuser` can be called. That alone loads
@@ -269,7 +269,6 @@ def _same(function: Any) -> Any:
 
 def _patch_core() -> None:
     """Patch megatron.core itself: the RNG tracker's device states and the compile step of the data helpers."""
-    _module("megatron.core.jit").disable_jit_fuser()  # for the modules that are imported later
     random = _module("megatron.core.tensor_parallel.random")
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.default_generator.get_state())
     _replace(
