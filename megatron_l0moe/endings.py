@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 STOPPED = 75
 """Exit code of a job that ended before its last step because it was asked to; EX_TEMPFAIL of sysexits.h."""

@@ -55,7 +55,7 @@ def run_on_slurm(
     run, _ = machine.settle(run, on_gpus=cluster.gpus_per_node > 0, keep=not dry_run)
     request = Request(run=run, selected=selected, cluster=cluster, cluster_file=cluster_file)
     if dry_run:
-        slurm_dryrun.show(request, typer.echo)
+        slurm_dryrun.show_jobs(request, typer.echo)
     else:
         submit_chain(request, typer.echo)
 

@@ -22,7 +22,7 @@ def verify(run: RunFolder, runs_dir: RunsDir = Path("runs")) -> None:
 
         from megatron_l0moe.launch.verify_run import table, verify_run
 
-        checked = verify_run(_folder(run, runs_dir))
+        checked = verify_run(_folder_with_stages(run, runs_dir))
         Console(highlight=False).print(table(checked))
         problems = [problem for one in checked for problem in one.problems]
         for problem in problems:
@@ -31,7 +31,7 @@ def verify(run: RunFolder, runs_dir: RunsDir = Path("runs")) -> None:
         raise typer.Exit(EXIT_DIFFERS)
 
 
-def _folder(run: str, runs_dir: Path) -> Path:
+def _folder_with_stages(run: str, runs_dir: Path) -> Path:
     from megatron_l0moe.launch.verify_run import stage_folders
 
     for folder in (runs_dir / run, Path(run)):

@@ -20,18 +20,20 @@ FINDINGS = Path(__file__).with_name("house_findings.json")
 # An import goes to a lower floor, or stays in its room. Rooms that are on no floor are to go.
 FLOORS = (
     ("errors",),
-    ("json_files", "caller_environment", "runtime"),
+    ("runtime",),
     ("recipe",),
     ("runs", "sizes"),
     ("modules", "index", "checkpoints"),
     ("curate", "conversion", "experts", "reports", "plan"),
     ("evaluation", "training"),
     ("chain",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
 WITHOUT_TORCH = (
-    *("errors", "json_files", "recipe", "runs", "sizes", "plan", "reports", "chain", "cli", "__main__"),
+    *("errors", "runtime/json_files", "runtime/gpus", "recipe", "runs", "sizes", "plan", "reports", "chain"),
+    *("cli", "commands", "__main__"),
     # where the rest of what belongs there is today
     *("launch/", "command_errors.py", "slurm_command.py", "settings_file.py"),
     *("data/manifest.py", "data/source_tree.py", "conversion/architecture.py"),

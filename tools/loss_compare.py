@@ -33,7 +33,7 @@ from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.planning.layouts import SIZES, Layout, parse_layouts
 from megatron_l0moe.recipe import Section, layout_names, load_recipe
 from megatron_l0moe.recipe_sections import Flag
-from megatron_l0moe.runtime.devices import visible_gpus
+from megatron_l0moe.runtime.gpus import visible_gpus
 
 LOSS_TOLERANCE = 5e-6
 """Largest difference of a step's loss, in nats a token: ten times the largest that docs/layouts.md measured."""

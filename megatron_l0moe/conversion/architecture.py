@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from megatron_l0moe.conversion.mapping import ReadRows, Rule, blocks, check_name
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of, moe_arguments
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.runtime.memory import keep_freed_memory
+from megatron_l0moe.runtime.platform import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

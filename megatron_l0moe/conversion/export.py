@@ -44,7 +44,7 @@ from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.runtime.memory import keep_freed_memory
+from megatron_l0moe.runtime.platform import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_l0moe.conversion.saved_tensors import DAMAGED_PICKLE, SavedTensor
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
 from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
+from megatron_l0moe.runtime.json_files import read_json
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

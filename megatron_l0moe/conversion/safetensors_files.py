@@ -17,7 +17,7 @@ from megatron_l0moe.conversion.safetensors_reader import DTYPE_NAMES, Safetensor
 from megatron_l0moe.data import digests
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)
 

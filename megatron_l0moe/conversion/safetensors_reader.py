@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import parse_json
+from megatron_l0moe.runtime.json_files import parse_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",

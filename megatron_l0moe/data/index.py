@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_l0moe.data import digests
 from megatron_l0moe.data.manifest import sealed, unsealed, write_json
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import parse_json
+from megatron_l0moe.runtime.json_files import parse_json
 
 VERSION = 2
 DOC = np.dtype([("shard", "<u4"), ("doc", "<u4")])

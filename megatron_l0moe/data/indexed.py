@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.data.tokenizer_files import TextTokenizer, open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 """End-of-document tokens by preference. A chat model's eos_token_id ends a turn, not a document: it is asked last."""

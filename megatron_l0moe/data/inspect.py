@@ -18,7 +18,7 @@ from megatron_l0moe.data.recorded import recorded_outputs
 from megatron_l0moe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
 from megatron_l0moe.data.verify import check_checksums, check_sizes, checksums_of
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from megatron_l0moe.data import digests
 from megatron_l0moe.data.source_tree import commit
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 MARKER = "DONE"
 MANIFEST = "manifest.json"

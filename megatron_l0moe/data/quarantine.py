@@ -14,7 +14,7 @@ from megatron_l0moe.errors import L0MoEError
 
 MAX_ENTRIES = 100_000
 """Entries that are written down; all are counted."""
-HEAD_BYTES = 200
+QUOTED_BYTES = 200
 
 
 class Quarantine:
@@ -77,7 +77,7 @@ class Quarantine:
 
     def _write(self, shard: str, line: int, reason: str, detail: str, content: bytes) -> None:
         if len(self._entries) < MAX_ENTRIES:
-            head = content[:HEAD_BYTES].decode("utf-8", errors="backslashreplace")
+            head = content[:QUOTED_BYTES].decode("utf-8", errors="backslashreplace")
             entry = {"shard": shard, "line": line, "reason": reason, "detail": detail, "head": head}
             self._entries.append(json.dumps(entry))
 

@@ -40,7 +40,7 @@ from megatron_l0moe.evaluation.timing import (
 from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, VllmRunner
 from megatron_l0moe.planning.parameters import ParameterCounts, pass_bounds
 from megatron_l0moe.runtime.cpu import device
-from megatron_l0moe.runtime.devices import energy_meter
+from megatron_l0moe.runtime.gpus import energy_meter
 
 logger = logging.getLogger(__name__)
 

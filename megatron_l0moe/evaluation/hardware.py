@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_l0moe.runtime.devices import usable_cores
+from megatron_l0moe.runtime.gpus import usable_cores
 
 PACKAGES = ("torch", "transformers", "megatron-core", "numpy")
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import parse_json
+from megatron_l0moe.runtime.json_files import parse_json
 
 
 @dataclass(frozen=True)

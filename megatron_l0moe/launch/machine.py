@@ -18,10 +18,10 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.hardware import cpu_model
-from megatron_l0moe.json_files import read_json
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe_sections import Dtype
-from megatron_l0moe.runtime.devices import gpu_name, usable_cores, visible_gpus
+from megatron_l0moe.runtime.gpus import gpu_name, usable_cores, visible_gpus
+from megatron_l0moe.runtime.json_files import read_json
 
 RECORD = "machine.json"
 PROGRAM = "megatron_l0moe.runtime.cpu_speed"

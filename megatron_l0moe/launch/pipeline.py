@@ -27,7 +27,6 @@ from megatron_l0moe.data.manifest import (
 )
 from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
 from megatron_l0moe.launch import attempts, jobs, machine, preflight, provenance, records
 from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.estimate import seconds_left, words
@@ -38,7 +37,8 @@ from megatron_l0moe.launch.progress import Progress
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
 from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
 from megatron_l0moe.recipe_methods import TITLES
-from megatron_l0moe.runtime.devices import gpu_share
+from megatron_l0moe.runtime.gpus import gpu_share
+from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from megatron_l0moe.evaluation import benchmarks
 from megatron_l0moe.planning.layout_rules import JobSizes, Names, check_layout
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import SECTIONS, Recipe, Section, layout_names
-from megatron_l0moe.runtime.devices import visible_gpus
+from megatron_l0moe.runtime.gpus import visible_gpus
 
 
 def check(recipe: Recipe) -> Architecture:

@@ -211,7 +211,7 @@ def _training(
             ")",
         ]
     )
-    yield sbatch_bash.TRAINING.format(
+    yield sbatch_bash.TRAIN.format(
         inputs=_needed(run, name),
         python=shlex.quote(_python(cluster)),
         marker=MARKER,

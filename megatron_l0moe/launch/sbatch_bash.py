@@ -59,7 +59,7 @@ run() {
 say "job $job on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"
 """
 
-TRAINING = r"""# A signal comes before the time limit, or when another job takes the nodes. Training looks for the file
+TRAIN = r"""# A signal comes before the time limit, or when another job takes the nodes. Training looks for the file
 # `stop` after every step; then it saves and ends.
 told=
 # shellcheck disable=SC2329 # the trap calls it

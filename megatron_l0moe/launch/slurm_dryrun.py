@@ -16,7 +16,7 @@ from megatron_l0moe.recipe import Recipe
 HEADER = ("stage", "jobs", "nodes", "GPUs", "CPUs", "memory", "time", "after", "script")
 
 
-def show(request: Request, say: Callable[[str], None]) -> None:
+def show_jobs(request: Request, say: Callable[[str], None]) -> None:
     """Print the plan, then what does not fit.
 
     Raises:
@@ -25,14 +25,14 @@ def show(request: Request, say: Callable[[str], None]) -> None:
     architecture, source = find_architecture(request.run.recipe.model.path)
     check_sizes(request.run.recipe, architecture)
     check_cluster(request.run.recipe, request.cluster, request.selected)
-    for line in describe(request, source):
+    for line in describe_jobs(request, source):
         say(line)
     for spec in request.selected:  # what a script must not hold is found here
         sbatch.render(request.run, architecture, request.cluster, spec.name, sbatch.place_of(request.run))
     check_memory(request.run.recipe, request.cluster, request.selected)
 
 
-def describe(request: Request, source: str) -> Iterator[str]:
+def describe_jobs(request: Request, source: str) -> Iterator[str]:
     """Yield the lines of the plan."""
     run, cluster = request.run, request.cluster
     yield f"Run {run.recipe.name} in {run.folder}, cluster {request.cluster_file}."

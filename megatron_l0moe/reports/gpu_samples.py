@@ -1,4 +1,4 @@
-"""What `runtime/gpu_sampling.py` saw, in a few numbers for each training stage; nothing where no GPU was sampled."""
+"""What `runtime/gpus.py` saw, in a few numbers for each training stage; nothing where no GPU was sampled."""
 
 import itertools
 import statistics
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import parse_json
 from megatron_l0moe.reports import forms
+from megatron_l0moe.runtime.json_files import parse_json
 
 Json = dict[str, Any]
 

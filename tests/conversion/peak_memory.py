@@ -18,7 +18,7 @@ from megatron_l0moe.conversion import mapping
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.experts.expert_file import UNITS, WEIGHTS, ExpertFile
-from megatron_l0moe.runtime.memory import keep_freed_memory
+from megatron_l0moe.runtime.platform import keep_freed_memory
 
 HIDDEN, FFN, VOCAB, LAYERS, EXPERTS, WIDTH = 1024, 2048, 32768, 4, 24, 512
 BLOCK = 2**19

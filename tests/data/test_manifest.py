@@ -20,7 +20,7 @@ from megatron_l0moe.data.manifest import (
     write_json,
 )
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import load_recipe
-from megatron_l0moe.runtime.devices import visible_gpus
+from megatron_l0moe.runtime.gpus import visible_gpus
 
 STEPS = 10
 LAYOUTS = {

@@ -11,7 +11,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import ExecutorSection
-from megatron_l0moe.runtime.devices import visible_gpus
+from megatron_l0moe.runtime.gpus import visible_gpus
 
 
 def execute(step: UnitStep, section: ExecutorSection, tasks: int, *, takes_gpu: bool) -> None:

@@ -16,7 +16,7 @@ from megatron_l0moe.data.engine.units import Plan, published, read_record, write
 from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.runtime.devices import gpu_share, visible_gpus
+from megatron_l0moe.runtime.gpus import gpu_share, visible_gpus
 
 REPORT_SECONDS = 2.0
 """Between two reports of a task on how far it is."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_l0moe.data.progress import Progress
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
-from megatron_l0moe.json_files import read_json
+from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
