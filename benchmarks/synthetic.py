@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.families import dense_rules
 from megatron_l0moe.conversion.mapping import blocks, hf_shapes
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.safetensors_files import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_l0moe.experts.cutting import fingerprint
 from megatron_l0moe.experts.expert_file import write_expert
+from megatron_l0moe.sizes.architecture import Architecture
 
 STD = 0.02
 POOL_VALUES = 2**24  # random values that are repeated: to draw billions would take minutes

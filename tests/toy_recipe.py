@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.sizes.architecture import Architecture
 
 MINIMAL: dict[str, Any] = {
     "name": "toy",

@@ -22,7 +22,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import is_done, write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.hardware import describe_machine
@@ -34,6 +33,7 @@ from megatron_l0moe.planning.layouts import SIZES, Layout, parse_layouts
 from megatron_l0moe.recipe import Section, layout_names, load_recipe
 from megatron_l0moe.recipe_sections import Flag
 from megatron_l0moe.runtime.gpus import visible_gpus
+from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 
 LOSS_TOLERANCE = 5e-6
 """Largest difference of a step's loss, in nats a token: ten times the largest that docs/layouts.md measured."""
@@ -118,7 +118,7 @@ def check_inputs(run: Run, stage: str, steps: int) -> Architecture:
 def check_layouts(run: Run, stage: str, architecture: Architecture, layouts: Sequence[Layout]) -> None:
     """Refuse layouts that cannot work with this model, this batch and this machine."""
     section = STAGES[stage][0]
-    sizes = preflight.job_sizes(run.recipe, section, architecture)
+    sizes = job_sizes(run.recipe, section, architecture)
     words = {field: word for word, field in SIZES.items()} | {
         "sequence": "sp",
         "pipeline_layers": "layersA+B",

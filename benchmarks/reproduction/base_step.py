@@ -11,7 +11,6 @@ import numpy as np
 from scanned import scan_corpus
 from settings import Place, PretrainedSettings, TrainingSettings
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.data.catalog import Catalog, read_documents
 from megatron_l0moe.data.heldout import hold_out, write_heldout
@@ -22,6 +21,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.sizes.architecture import Architecture
 
 STREAM = "stream"
 

@@ -13,7 +13,6 @@ from results import BASE, CONTROL, save
 from runs_table import ControlSettings, RunsTable, chain_run
 from settings import Place
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run
@@ -21,6 +20,7 @@ from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.recipe_sections import Flags
 from megatron_l0moe.reports.collect import Json, read_metrics
+from megatron_l0moe.sizes.architecture import Architecture
 
 
 def run_controls(place: Place, table: RunsTable) -> None:

@@ -30,10 +30,10 @@ from megatron_l0moe.data.manifest import (
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, selection, stages
-from megatron_l0moe.planning.method_counts import exported_counts
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.recipe_methods import ModelMethod
 from megatron_l0moe.reports.collect import Json
+from megatron_l0moe.sizes.parameters import exported_counts
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ seeds start from one base. The column `/ NAME` is the ratio to that row's run of
 parameters are counted: `benchmarks/reproduction/runs.yaml`; the tokens of a row come on top of pretraining.
 
 FLOPs are those of matrix products and causal attention scores, a multiply-add as two
-(`megatron_l0moe/planning/flops.py`). A token's forward pass takes two for each weight that it is multiplied with and,
+(`megatron_l0moe/sizes/flops.py`). A token's forward pass takes two for each weight that it is multiplied with and,
 in each layer, two for each position of the sequence and channel of the query heads; the backward pass takes twice that,
 but for an expert run, in which nothing below the lowest mask is trained. A calibration pass counts as its forward
 passes; what a method computes from them is left out. In training DSMoE and Mixture-of-Masks compute the whole FFN.

@@ -10,9 +10,9 @@ from settings import DataSettings, ModelSettings, TokenizerSettings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.data.manifest import write_json
+from megatron_l0moe.sizes.architecture import Architecture
 
 EOD = "<|endoftext|>"
 

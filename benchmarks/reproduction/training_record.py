@@ -12,13 +12,20 @@ from pathlib import Path
 from results import BASE, TRAINING, save
 from settings import Place
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.planning.flops import Recompute, forward_flops, training_flops
-from megatron_l0moe.planning.stage_model import StageModel, TrainingStage, dense_model, stage_model
 from megatron_l0moe.recipe import section_hash
 from megatron_l0moe.reports.collect import ExpertFiles, Json, read_metrics, read_units
 from megatron_l0moe.reports.summary import expert_training, experts_overlap
+from megatron_l0moe.sizes.architecture import Architecture
+from megatron_l0moe.sizes.flops import (
+    Recompute,
+    StageModel,
+    TrainingStage,
+    dense_model,
+    forward_flops,
+    stage_model,
+    training_flops,
+)
 
 CURVE_BINS = 60
 """Points of a loss curve, each the mean of its steps."""

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.sizes.architecture import read_config
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.architecture import Architecture, first_architecture, read_config
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
 from megatron_l0moe.conversion.families import (
     MoEShape,
@@ -25,6 +24,7 @@ from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of, moe_argume
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.platform import keep_freed_memory
+from megatron_l0moe.sizes.architecture import Architecture, first_architecture, read_config
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_l0moe.conversion import targets
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.companions import (
     copy_licence,
     copy_tokenizer,
@@ -45,6 +44,7 @@ from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.platform import keep_freed_memory
+from megatron_l0moe.sizes.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 

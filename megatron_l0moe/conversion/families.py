@@ -7,9 +7,9 @@ layers that Transformer Engine fuses them into, except the MLP norm of an MoE la
 
 from dataclasses import dataclass
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.mapping import Rule
 from megatron_l0moe.conversion.rules import QKV, Experts, GatedMLP, Rename, Zeros
+from megatron_l0moe.sizes.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy
 import torch
 
-from megatron_l0moe.conversion.architecture import MEGATRON_LLAMA3_SCALING, Architecture, integer
 from megatron_l0moe.conversion.families import dense_rules
 from megatron_l0moe.conversion.gguf_file import GGUFFile
 from megatron_l0moe.conversion.gguf_tokenizer import tokenizer_of
@@ -23,6 +22,7 @@ from megatron_l0moe.conversion.rules import half_split_rows
 from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter, refuse_existing_checkpoint
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import MEGATRON_LLAMA3_SCALING, Architecture, integer
 
 logger = logging.getLogger(__name__)
 

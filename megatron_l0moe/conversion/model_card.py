@@ -10,14 +10,14 @@ from typing import Any
 
 import yaml
 
-from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.conversion.companions import licence_files
 from megatron_l0moe.conversion.moe_layouts import ENGINES_KEY, layout_of
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.parameters import count_parameters, moe_layers
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.recipe_methods import TITLES
+from megatron_l0moe.sizes.architecture import read_config
+from megatron_l0moe.sizes.parameters import count_parameters, moe_layers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import (
+from megatron_l0moe.conversion.families import MoEShape, ernie_moe_rules, qwen2_moe_rules
+from megatron_l0moe.conversion.mapping import Rule
+from megatron_l0moe.conversion.targets import Form
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import (
     DENSE_FAMILIES,
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -16,11 +20,7 @@ from megatron_l0moe.conversion.architecture import (
     first_architecture,
     integer,
 )
-from megatron_l0moe.conversion.families import MoEShape, ernie_moe_rules, qwen2_moe_rules
-from megatron_l0moe.conversion.mapping import Rule
-from megatron_l0moe.conversion.targets import Form
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.parameters import BASE_FAMILY_KEY
+from megatron_l0moe.sizes.parameters import BASE_FAMILY_KEY
 
 ENGINES_KEY = "l0moe_engines"
 """Key of config.json that lists the engines which compute this checkpoint rightly; for the model card."""

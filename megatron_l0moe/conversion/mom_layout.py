@@ -6,7 +6,6 @@ Of the layouts that stock engines know, it has both a shared FFN that is added a
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.families import MoEShape, ernie_layers
 from megatron_l0moe.conversion.mapping import Rule
 from megatron_l0moe.conversion.masked_experts import MaskedExperts
@@ -15,6 +14,7 @@ from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.rules import Rename, Zeros
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.mask_units import ExpertWidths, MaskUnits, common_widths, sort_units
+from megatron_l0moe.sizes.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)

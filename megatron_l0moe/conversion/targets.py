@@ -7,8 +7,8 @@ SGLang 0.4.1 to 0.5.23, which needs a GPU to run. Most of these faults are silen
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import Architecture
 
 Engine = Literal["transformers", "vllm", "sglang"]
 Target = Literal["transformers", "vllm", "sglang", "all"]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.evaluate import checkpoint_counts
 from megatron_l0moe.evaluation.hardware import describe_machine
@@ -38,9 +37,10 @@ from megatron_l0moe.evaluation.timing import (
     windows,
 )
 from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, VllmRunner
-from megatron_l0moe.planning.parameters import ParameterCounts, pass_bounds
 from megatron_l0moe.runtime.cpu import device
 from megatron_l0moe.runtime.gpus import energy_meter
+from megatron_l0moe.sizes.architecture import read_config
+from megatron_l0moe.sizes.parameters import ParameterCounts, pass_bounds
 
 logger = logging.getLogger(__name__)
 

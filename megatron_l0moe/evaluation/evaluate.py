@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
@@ -17,10 +16,10 @@ from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
 from megatron_l0moe.evaluation.router_load import RouterLoad
 from megatron_l0moe.evaluation.speed import measure_speed
-from megatron_l0moe.planning.method_counts import exported_counts
-from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.runtime.cpu import device
+from megatron_l0moe.sizes.architecture import read_config
+from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, exported_counts
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from megatron_l0moe.conversion.architecture import DENSE_FAMILIES
 from megatron_l0moe.conversion.dsmoe_layout import MODEL_TYPE, MODELLING_FILE, modelling_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import DENSE_FAMILIES
 
 
 def is_dsmoe(model_type: object) -> bool:

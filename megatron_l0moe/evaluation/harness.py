@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import read_config
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe_sections import BenchmarkSection
 from megatron_l0moe.runtime.json_files import read_json
+from megatron_l0moe.sizes.architecture import read_config
 
 RESERVED = ("pretrained", "trust_remote_code", "dtype", "batch_size", "device")
 LENGTH_ARGUMENT = {"hf": "max_length", "vllm": "max_model_len", "sglang": "context_length"}

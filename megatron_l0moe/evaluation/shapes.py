@@ -3,7 +3,7 @@
 Scaled by s with L' of L layers: hidden size, FFN and expert channels, query and KV heads by s, the vocabulary by
 s L' / L, so that attention, FFN, experts and LM head keep their shares of the work and the bounds stay the same.
 
-Sources: planning/published.py; experts: the paper's 64 of 7 % width, top 2, above the bottom
+Sources: sizes/architecture.py; experts: the paper's 64 of 7 % width, top 2, above the bottom
 dense layers that the recipes in examples/ have.
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_l0moe.conversion import targets
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.families import MoEShape, dense_rules
 from megatron_l0moe.conversion.mapping import Rule, hf_shapes
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS, MoELayout
@@ -26,8 +25,8 @@ from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.evaluation.models import DTYPES
-from megatron_l0moe.planning.parameters import count_parameters, l0moe_counts
-from megatron_l0moe.planning.published import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B
+from megatron_l0moe.sizes.architecture import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B, Architecture
+from megatron_l0moe.sizes.parameters import count_parameters, l0moe_counts
 
 logger = logging.getLogger(__name__)
 

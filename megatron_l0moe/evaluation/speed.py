@@ -24,7 +24,7 @@ from megatron_l0moe.evaluation.timing import (
     ratios,
     time_pairs,
 )
-from megatron_l0moe.planning.parameters import ParameterCounts, speed_bounds
+from megatron_l0moe.sizes.parameters import ParameterCounts, speed_bounds
 
 PROMPT_TOKENS = 32
 BATCH = 8

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
 from megatron_l0moe.conversion.convert import MEGATRON_FOLDER
 from megatron_l0moe.conversion.families import MoEShape, extra_states
@@ -29,6 +28,7 @@ from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap
 from megatron_l0moe.recipe_sections import RouterInit
 from megatron_l0moe.runtime.platform import keep_freed_memory
+from megatron_l0moe.sizes.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 

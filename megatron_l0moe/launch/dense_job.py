@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe_sections import Flag
+from megatron_l0moe.sizes.architecture import Architecture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import Architecture, read_config
 from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, machine, preflight
@@ -13,10 +12,10 @@ from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.forecast import forecast
 from megatron_l0moe.launch.pipeline import outlook
 from megatron_l0moe.launch.stages import Run, StageSpec, chain, folders, stage_command
-from megatron_l0moe.planning.method_counts import dsmoe_counts
-from megatron_l0moe.planning.parameters import ParameterCounts, count_parameters, l0moe_counts
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.recipe_sections import ParallelSection
+from megatron_l0moe.sizes.architecture import Architecture, read_config
+from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, dsmoe_counts, l0moe_counts
 
 Row = tuple[str, str]
 NOT_KNOWN = "not known without the model"

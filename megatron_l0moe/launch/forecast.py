@@ -9,12 +9,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch.machine import Machine
 from megatron_l0moe.launch.plan import stage_models
-from megatron_l0moe.planning.flops import Recompute, forward_flops, training_flops
-from megatron_l0moe.planning.stage_model import StageModel, dense_model
 from megatron_l0moe.recipe import Recipe, Section
+from megatron_l0moe.sizes.architecture import Architecture
+from megatron_l0moe.sizes.flops import Recompute, StageModel, dense_model, forward_flops, training_flops
 
 MATRIX_SHARE = 0.6
 """Of the measured speed of matrix products, what a forward or backward pass reaches."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.layout_flags import layout_flags
@@ -19,6 +18,7 @@ from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import Recipe, Section
 from megatron_l0moe.recipe_sections import ExpertTrainingSection, Flag, Flags, MoETrainingSection
+from megatron_l0moe.sizes.architecture import Architecture
 
 PRETRAIN = "megatron_l0moe.training.pretrain"
 LOGITS = "megatron_l0moe.training.logits"

@@ -1,8 +1,8 @@
 """The flags that make a training job one of its recipe's method. Pure text."""
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.recipe import Recipe
 from megatron_l0moe.recipe_sections import Flags
+from megatron_l0moe.sizes.architecture import Architecture
 
 BALANCE_COEFFICIENT = 0.01
 """alpha of eq. 7."""

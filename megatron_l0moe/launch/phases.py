@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import STARTED, Stage, begin, has_marker, is_done, write_text
 from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.endings import STOPPED, Failure, how_to_go_on, read_failure, refuse_failure, write_failure
@@ -33,6 +32,7 @@ from megatron_l0moe.launch.lock import locked
 from megatron_l0moe.launch.log_reason import reason_in
 from megatron_l0moe.launch.sbatch import place_of
 from megatron_l0moe.launch.stages import Run, spec_of, stages
+from megatron_l0moe.sizes.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 

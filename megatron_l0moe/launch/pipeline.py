@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_l0moe.command_errors import VERBOSE
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.data.manifest import (
     Stage,
     begin,
@@ -39,6 +38,7 @@ from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, sta
 from megatron_l0moe.recipe_methods import TITLES
 from megatron_l0moe.runtime.gpus import gpu_share
 from megatron_l0moe.runtime.json_files import read_json
+from megatron_l0moe.sizes.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 

@@ -5,19 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import Architecture, read_config
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.preflight import job_sizes
 from megatron_l0moe.planning import proposals
 from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.flops import Flops, Recompute, training_flops
-from megatron_l0moe.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_l0moe.planning.layout_rules import check_layout
-from megatron_l0moe.planning.published import PUBLISHED
 from megatron_l0moe.planning.speed import DecodeSpeed, PrefillSpeed, decode_speeds, prefill_speed
-from megatron_l0moe.planning.stage_model import StageModel, TrainingStage, stage_model
 from megatron_l0moe.planning.storage import CheckpointSize, checkpoint_size, expert_file_bytes, token_bytes
 from megatron_l0moe.recipe import Recipe, Section, layout_names
+from megatron_l0moe.sizes.architecture import PUBLISHED, Architecture, job_sizes, read_config
+from megatron_l0moe.sizes.flops import (
+    Flops,
+    Recompute,
+    StageModel,
+    TrainingStage,
+    stage_model,
+    training_flops,
+)
+from megatron_l0moe.sizes.gpu_models import GPUS_PER_NODE, Gpu
 
 MFU = {"expert_training": 0.40, "moe_training": 0.25}
 """Model FLOPs utilisation that GPU-hours are computed with; an assumption, not measured here."""

@@ -9,10 +9,10 @@ from rich.text import Text
 
 from megatron_l0moe.launch.plan import Plan, StagePlan, recipe_keys
 from megatron_l0moe.planning import cost
-from megatron_l0moe.planning.hardware import FRAGMENTATION, GIB, RESERVED_BYTES
 from megatron_l0moe.planning.paper import TABLE5, Table5Row, disagreement, full_active, paper_total
 from megatron_l0moe.planning.proposals import Candidate, Proposals, refusal_text
 from megatron_l0moe.planning.speed import kv_cache_bytes
+from megatron_l0moe.sizes.gpu_models import FRAGMENTATION, GIB, RESERVED_BYTES
 
 SHOWN = 8
 """Layouts that are shown of those that fit."""

@@ -5,13 +5,13 @@ import tempfile
 from pathlib import Path
 
 from megatron_l0moe.conversion import targets
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import benchmarks
 from megatron_l0moe.planning.layout_rules import JobSizes, Names, check_layout
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.recipe import SECTIONS, Recipe, Section, layout_names
 from megatron_l0moe.runtime.gpus import visible_gpus
+from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 
 
 def check(recipe: Recipe) -> Architecture:
@@ -90,18 +90,6 @@ def check_target(recipe: Recipe, architecture: Architecture) -> None:
             f"export.target {recipe.export.target!r} writes a layout that transformers, which evaluates the export, "
             "cannot load; use 'all'."
         )
-
-
-def job_sizes(recipe: Recipe, section: Section, architecture: Architecture) -> JobSizes:
-    """Return what a layout of a training section has to divide: the recipe's sizes and the model's."""
-    return dataclasses.replace(
-        recipe.job_sizes(section),
-        layers=architecture.num_layers,
-        heads=architecture.num_attention_heads,
-        query_groups=architecture.num_query_groups,
-        ffn=architecture.ffn_hidden_size,
-        vocab=architecture.vocab_size,
-    )
 
 
 def check_machine(recipe: Recipe, *sections: Section) -> None:

@@ -12,9 +12,8 @@ input only if its weights are trained; attention and SwiGLU keep theirs always.
 import dataclasses
 from dataclasses import dataclass, field
 
-from megatron_l0moe.planning.flops import Recompute
 from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.planning.stage_model import StageModel, parts
+from megatron_l0moe.sizes.flops import Recompute, StageModel, parts
 
 FLOAT32 = 4
 ROUTING_MARGIN = 1.5

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.flops import layer_flops, part_flops
-from megatron_l0moe.planning.hardware import GPUS_PER_NODE, Gpu
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.planning.memory import rank_parameters
-from megatron_l0moe.planning.stage_model import Part, StageModel, parts
+from megatron_l0moe.sizes.flops import Part, StageModel, layer_flops, part_flops, parts
+from megatron_l0moe.sizes.gpu_models import GPUS_PER_NODE, Gpu
 
 DENSE_EFFICIENCY = 0.55
 """Share of the peak that large matrix products and attention reach: an assumption."""

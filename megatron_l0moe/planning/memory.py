@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_l0moe.planning.activations import FLOAT32, Workload, activation_bytes
 from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.planning.stage_model import StageModel, parts
+from megatron_l0moe.sizes.flops import StageModel, parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.planning.parameters import ParameterCounts
-from megatron_l0moe.planning.published import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B
-from megatron_l0moe.planning.stage_model import StageModel, stage_model
+from megatron_l0moe.sizes.architecture import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B, Architecture
+from megatron_l0moe.sizes.flops import StageModel, stage_model
+from megatron_l0moe.sizes.parameters import ParameterCounts
 
 FITTING_DENSE_LAYERS = 4
 """With so many dense layers Table 5's columns of parameters come out for all three models."""

@@ -8,10 +8,9 @@ speeds are lower.
 
 from dataclasses import dataclass
 
-from megatron_l0moe.planning.flops import forward_flops
-from megatron_l0moe.planning.hardware import Gpu
-from megatron_l0moe.planning.parameters import pass_bounds
-from megatron_l0moe.planning.stage_model import StageModel
+from megatron_l0moe.sizes.flops import StageModel, forward_flops
+from megatron_l0moe.sizes.gpu_models import Gpu
+from megatron_l0moe.sizes.parameters import pass_bounds
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WEIGHT_BYTES = 2

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.planning.memory import optimizer_bytes, rank_parameters
-from megatron_l0moe.planning.stage_model import StageModel
+from megatron_l0moe.sizes.flops import StageModel
 
 UINT16_IDS = 65500
 """Vocabularies below it are stored in two bytes a token (core/datasets/indexed_dataset.py, optimal_dtype)."""

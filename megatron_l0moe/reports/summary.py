@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.method_counts import exported_counts
-from megatron_l0moe.planning.parameters import count_parameters
 from megatron_l0moe.reports.collect import ExpertFiles, Json, RunFiles
 from megatron_l0moe.reports.loads import block_numbers, router_numbers
+from megatron_l0moe.sizes.parameters import count_parameters, exported_counts
 
 PAPER_TOKENS = 30_000_000_000
 """Tokens that the paper of L0-MoE trains on (section 4.1)."""

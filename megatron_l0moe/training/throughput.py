@@ -3,11 +3,10 @@
 import argparse
 import logging
 
-from megatron_l0moe.conversion.architecture import Architecture
-from megatron_l0moe.planning.flops import Recompute, training_flops
-from megatron_l0moe.planning.hardware import gpu_of_device
-from megatron_l0moe.planning.stage_model import stage_model
 from megatron_l0moe.runtime.gpus import gpu_name
+from megatron_l0moe.sizes.architecture import Architecture
+from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
+from megatron_l0moe.sizes.gpu_models import gpu_of_device
 from megatron_l0moe.training.arguments import Settings
 
 logger = logging.getLogger(__name__)

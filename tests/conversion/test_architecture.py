@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_l0moe.conversion.architecture import DENSE_FAMILIES, MEGATRON_LLAMA3_SCALING, Architecture
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import DENSE_FAMILIES, MEGATRON_LLAMA3_SCALING, Architecture
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -231,7 +231,7 @@ def test_missing_folder_and_broken_config(tmp_path):
 
 
 def test_no_torch_is_imported():
-    code = "import sys, megatron_l0moe.conversion.architecture; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_l0moe.sizes.architecture; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,7 +13,6 @@ from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make
 from distributed.resume_world import SEQUENCE, STEPS, write_indexes
 from toy_recipe import make_run
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
@@ -21,6 +20,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.parity import parity
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.sizes.architecture import Architecture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

@@ -11,13 +11,13 @@ from conversion.in_megatron import megatron_logits
 from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, STD, VOCAB, save_model
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_dense, export_dsmoe
 from megatron_l0moe.conversion.families import extra_states
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import Architecture
 
 FAMILIES = {"llama": "llama3.1", "llama_tied": "llama-tied", "mistral": "mistral-v0.2", "qwen2": "qwen2"}
 DENSE_LAYERS, BLOCKS = 1, 8

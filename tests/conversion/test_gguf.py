@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-from megatron_l0moe.conversion.architecture import MEGATRON_LLAMA3_SCALING
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.gguf import gguf_to_hf
 from megatron_l0moe.conversion.gguf_file import GGUFFile
 from megatron_l0moe.conversion.gguf_tokenizer import tokenizer_of
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.sizes.architecture import MEGATRON_LLAMA3_SCALING
 
 # Byte-level BPE: the 256 bytes as GPT-2 writes them, two merges, one special token in front.
 BYTES = (

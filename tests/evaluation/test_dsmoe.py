@@ -12,7 +12,7 @@ from megatron_l0moe.evaluation.exported_code import exported_code, is_dsmoe
 from megatron_l0moe.evaluation.heldout import read_heldout
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import measure
-from megatron_l0moe.planning.method_counts import dsmoe_counts
+from megatron_l0moe.sizes.parameters import dsmoe_counts
 
 BLOCKS, DENSE_LAYERS = 4, 1
 SIZES = {

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.shapes import SHAPES, find_shape, largest_scale, scaled, write_pair
-from megatron_l0moe.planning.parameters import count_parameters, pass_bounds
+from megatron_l0moe.sizes.parameters import count_parameters, pass_bounds
 
 ROUNDED = 0.04
 """Relative: heads and widths are whole multiples, so the smallest shapes are a little off the proportions."""

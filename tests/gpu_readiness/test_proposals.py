@@ -14,9 +14,9 @@ from gpu_readiness.test_flags import differences, resolve
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.plan import make_plan, recipe_keys
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.planning.hardware import GPUS
 from megatron_l0moe.planning.proposals import Candidate
 from megatron_l0moe.recipe import Recipe, Section, load_recipe
+from megatron_l0moe.sizes.gpu_models import GPUS
 
 
 def proposals(name: str) -> list[tuple[Section, Candidate]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from toy_recipe import CONFIG, make_run, write_model
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.dryrun import describe, shell_line
 from megatron_l0moe.launch.stages import CHAIN, Run
+from megatron_l0moe.sizes.architecture import Architecture
 
 
 def with_model(tmp_path: Path) -> Run:

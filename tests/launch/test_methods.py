@@ -15,7 +15,7 @@ from megatron_l0moe.launch.dryrun import describe
 from megatron_l0moe.launch.slurm_record import Record
 from megatron_l0moe.launch.slurm_status import rows
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES, Run, chain, config_hash, selection, spec_of
-from megatron_l0moe.planning.hardware import find_gpu
+from megatron_l0moe.sizes.gpu_models import find_gpu
 
 METHODS = ["dsmoe", "mom"]
 CLUSTERS = Path(__file__).parents[2] / "slurm" / "clusters"

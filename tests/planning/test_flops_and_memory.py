@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 from planning_cases import CASES, SIZES
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.planning.activations import Workload, chunks_in_flight, layer_bytes
-from megatron_l0moe.planning.flops import Recompute, layer_flops, training_flops
 from megatron_l0moe.planning.layouts import Layout, parse_layout
 from megatron_l0moe.planning.memory import peak_memory, rank_parameters
 from megatron_l0moe.planning.paper import TABLE5
-from megatron_l0moe.planning.stage_model import StageModel, dense_model, stage_model
+from megatron_l0moe.sizes.architecture import Architecture
+from megatron_l0moe.sizes.flops import (
+    Recompute,
+    StageModel,
+    dense_model,
+    layer_flops,
+    stage_model,
+    training_flops,
+)
 
 HERE = Path(__file__).parent
 # Adam's counter, 4 bytes for each tensor, and nothing else: the model has 20 to 60 tensors of 2000 to 20000 bytes.

@@ -18,7 +18,7 @@ from megatron_l0moe.planning.paper import (
     full_active,
     paper_total,
 )
-from megatron_l0moe.planning.parameters import count_parameters, speed_bounds
+from megatron_l0moe.sizes.parameters import count_parameters, speed_bounds
 
 PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 CONSTANTS = ("e_score_correction_bias", "shared_expert_gate")

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.parameters import count_parameters, l0moe_counts, pass_bounds, speed_bounds
+from megatron_l0moe.sizes.parameters import count_parameters, l0moe_counts, pass_bounds, speed_bounds
 
 TINY = {
     "vocab_size": 96,

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_l0moe.experts.expert_file import write_expert
-from megatron_l0moe.planning.hardware import GPUS
 from megatron_l0moe.planning.paper import TABLE5
-from megatron_l0moe.planning.parameters import speed_bounds
 from megatron_l0moe.planning.speed import decode_speeds, kv_cache_bytes, prefill_speed
 from megatron_l0moe.planning.storage import checkpoint_size, expert_file_bytes, token_bytes
+from megatron_l0moe.sizes.gpu_models import GPUS
+from megatron_l0moe.sizes.parameters import speed_bounds
 
 LLAMA, _, QWEN2 = TABLE5
 HEADER = 10_000  # of a safetensors file with 120 tensors

@@ -9,10 +9,10 @@ from conversion.toy_checkpoints import save_model
 from distributed import resume_world as toy
 from transformers import AutoModelForCausalLM
 
-from megatron_l0moe.conversion.architecture import Architecture
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_mom
 from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.sizes.architecture import Architecture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

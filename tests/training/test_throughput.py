@@ -10,9 +10,8 @@ from megatron.training.arguments import add_megatron_arguments
 from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.launch import jobs
-from megatron_l0moe.planning.flops import Recompute, training_flops
-from megatron_l0moe.planning.hardware import DEVICE_NAMES, GPUS, gpu_of_device
-from megatron_l0moe.planning.stage_model import stage_model
+from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
+from megatron_l0moe.sizes.gpu_models import DEVICE_NAMES, GPUS, gpu_of_device
 from megatron_l0moe.training import arguments, throughput
 
 GPU = "NVIDIA H100 80GB HBM3"

@@ -1,14 +1,69 @@
 """The shape of a dense model: read from a Hugging Face config, written as Megatron's flags. No torch.
 
 Sizes are global (not those of one tensor-parallel rank).
+
+Sizes of the paper's base models, as in their published config.json: plans need no download.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.planning.layout_rules import JobSizes
+from megatron_l0moe.recipe import Recipe, Section
 from megatron_l0moe.runtime.json_files import read_json
+
+_COMMON: dict[str, Any] = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+LLAMA_3_8B: dict[str, Any] = _COMMON | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+}
+MISTRAL_7B_V03: dict[str, Any] = LLAMA_3_8B | {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "vocab_size": 32768,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
+MISTRAL_7B_V01: dict[str, Any] = MISTRAL_7B_V03 | {
+    "vocab_size": 32000,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+}
+QWEN2_7B: dict[str, Any] = _COMMON | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 131072,
+    "use_sliding_window": False,
+}
+PUBLISHED = {
+    "meta-llama-3-8b": LLAMA_3_8B,
+    "llama-3-8b": LLAMA_3_8B,
+    "mistral-7b-v0.1": MISTRAL_7B_V01,
+    "mistral-7b-v0.3": MISTRAL_7B_V03,
+    "qwen2-7b": QWEN2_7B,
+}
+"""By the name of the folder in small letters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,3 +437,15 @@ def _sliding_window(config: dict[str, Any], family: DenseFamily, source: Path) -
     if family.model_type != "mistral" or config.get("sliding_window", family.sliding_window) is None:
         return None
     return integer({"sliding_window": family.sliding_window, **config}, "sliding_window", source)
+
+
+def job_sizes(recipe: Recipe, section: Section, architecture: Architecture) -> JobSizes:
+    """Return what a layout of a training section has to divide: the recipe's sizes and the model's."""
+    return dataclasses.replace(
+        recipe.job_sizes(section),
+        layers=architecture.num_layers,
+        heads=architecture.num_attention_heads,
+        query_groups=architecture.num_query_groups,
+        ffn=architecture.ffn_hidden_size,
+        vocab=architecture.vocab_size,
+    )
