@@ -25,7 +25,7 @@ import FlagEmbedding  # noqa: F401 - imported before the forks
 
 from megatron_l0moe.data import curate as curate_module
 from megatron_l0moe.data import drive, indexed  # noqa: F401
-from megatron_l0moe.recipe import Recipe, load_recipe
+from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
 STEPS = ("scan", "hold out", "embed", "cluster", "tokenise", "index")
 

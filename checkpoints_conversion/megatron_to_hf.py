@@ -16,7 +16,7 @@ from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, summary_facts
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.errors import L0MoEError, sentence_of
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 
 def main() -> int:

@@ -330,7 +330,7 @@ def _stage(
 
 def _load(recipe: Path, runs_dir: Path, *, verify: bool) -> "Run":
     from megatron_l0moe.launch.stages import Run
-    from megatron_l0moe.recipe import load_recipe
+    from megatron_l0moe.recipe.recipe import load_recipe
 
     return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir, verify=verify)
 

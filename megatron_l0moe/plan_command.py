@@ -37,7 +37,7 @@ def plan(
 
         from megatron_l0moe.launch.plan import make_plan
         from megatron_l0moe.launch.plan_tables import as_json, show
-        from megatron_l0moe.recipe import load_recipe
+        from megatron_l0moe.recipe.recipe import load_recipe
         from megatron_l0moe.sizes.gpu_models import find_gpu
 
         found = make_plan(load_recipe(recipe), gpu=find_gpu(gpu), gpus=gpus, mfu=mfu)

@@ -35,7 +35,7 @@ WITHOUT_TORCH = (
     *("errors", "runtime/json_files", "runtime/gpus", "recipe", "runs", "sizes", "plan", "reports", "chain"),
     *("cli", "commands", "__main__"),
     # where the rest of what belongs there is today
-    *("launch/", "command_errors.py", "slurm_command.py", "settings_file.py"),
+    *("launch/", "command_errors.py", "slurm_command.py"),
     *("data/manifest.py", "data/source_tree.py"),
 )
 """How the names of files begin that must not load torch."""

@@ -18,7 +18,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import pipeline
 from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
-from megatron_l0moe.recipe_sections import MOST_PROCESSES
+from megatron_l0moe.recipe.layout import MOST_PROCESSES
 
 HELP_SECONDS = 1.5
 """What a person accepts; the best of three runs counts, because the test machine may be busy."""

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from megatron_l0moe import cli
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.cluster import load_cluster
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [yaml.safe_load(file.read_text()) for file in sorted((ROOT / "examples").glob("*.yaml"))]

@@ -6,7 +6,7 @@ import pytest
 from toy_recipe import write_recipe
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import load_recipe, section_hash
+from megatron_l0moe.recipe.recipe import load_recipe, section_hash
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 

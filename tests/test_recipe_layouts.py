@@ -9,7 +9,7 @@ from toy_recipe import write_recipe
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import STAGE_NAMES, config_hash
-from megatron_l0moe.recipe import Recipe, load_recipe
+from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
 LAYOUTS: dict[int, Any] = {
     2: {

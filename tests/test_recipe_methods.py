@@ -4,7 +4,7 @@ import pytest
 from toy_recipe import make_run, of_method, write_recipe
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 LAYOUTS = {1: {name: {"parallel": {}} for name in ("expert_training", "moe_training")}}
 

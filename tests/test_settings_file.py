@@ -11,8 +11,8 @@ from toy_recipe import changed, write_recipe
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.cluster import Cluster, load_cluster
-from megatron_l0moe.recipe import RecipeFile, load_recipe
-from megatron_l0moe.settings_file import FREE_VALUES, MOST_BYTES, Settings
+from megatron_l0moe.recipe.recipe import RecipeFile, load_recipe
+from megatron_l0moe.recipe.yaml_file import FREE_VALUES, MOST_BYTES, Settings
 
 CLUSTER = "gpus_per_node: 8\ncpus_per_node: 96\n"
 

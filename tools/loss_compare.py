@@ -29,9 +29,8 @@ from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.machine import begun
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, stages
-from megatron_l0moe.planning.layouts import SIZES, Layout, parse_layouts
-from megatron_l0moe.recipe import Section, layout_names, load_recipe
-from megatron_l0moe.recipe_sections import Flag
+from megatron_l0moe.recipe.layout import SIZES, Flag, Layout, parse_layouts
+from megatron_l0moe.recipe.recipe import Section, layout_names, load_recipe
 from megatron_l0moe.runtime.gpus import visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 

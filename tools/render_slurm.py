@@ -6,7 +6,7 @@ from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.cluster import load_cluster
 from megatron_l0moe.launch.plan import find_architecture
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Path("examples/llama3_8b.yaml")

@@ -20,7 +20,7 @@ from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.launch.run import run_command
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.architecture import Architecture
 
 STREAM = "stream"

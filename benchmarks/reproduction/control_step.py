@@ -16,9 +16,8 @@ from settings import Place
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe import section_hash
-from megatron_l0moe.recipe_sections import Flags
+from megatron_l0moe.recipe.layout import Flags, Layout
+from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json, read_metrics
 from megatron_l0moe.sizes.architecture import Architecture
 

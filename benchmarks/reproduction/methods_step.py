@@ -30,8 +30,7 @@ from megatron_l0moe.data.manifest import (
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, selection, stages
-from megatron_l0moe.recipe import section_hash
-from megatron_l0moe.recipe_methods import ModelMethod
+from megatron_l0moe.recipe.recipe import ModelMethod, section_hash
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.sizes.parameters import exported_counts
 

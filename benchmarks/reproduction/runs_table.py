@@ -13,9 +13,8 @@ from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.machine import begun
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import load_recipe
-from megatron_l0moe.recipe_methods import ModelMethod, only_l0moe
-from megatron_l0moe.recipe_sections import Flags, RecipePart
+from megatron_l0moe.recipe.layout import Flags, RecipePart
+from megatron_l0moe.recipe.recipe import ModelMethod, load_recipe, only_l0moe
 
 Kind = Literal["l0moe", "dense-further", "dense-small"]
 TableName = Literal["comparison", "ablations", "changes", "sweeps"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_l0moe.data.catalog import Catalog, merge_scans, scan_shards
 from megatron_l0moe.data.corpus import open_corpus
-from megatron_l0moe.recipe_sections import FilterSection
+from megatron_l0moe.recipe.sections import FilterSection
 
 
 def scan_corpus(folder: Path) -> Catalog:

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError
 
 from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import section_hash
-from megatron_l0moe.recipe_sections import Flags, RecipePart
+from megatron_l0moe.recipe.layout import Flags, RecipePart
+from megatron_l0moe.recipe.recipe import section_hash
 
 
 class CorpusSettings(RecipePart):

@@ -9,7 +9,7 @@ from runs_table import Case, RunsTable, chain_run
 from settings import Place
 
 from megatron_l0moe.data.manifest import read_manifest
-from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.sizes.parameters import exported_counts
 

@@ -13,7 +13,7 @@ from results import BASE, TRAINING, save
 from settings import Place
 
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import ExpertFiles, Json, read_metrics, read_units
 from megatron_l0moe.reports.summary import expert_training, experts_overlap
 from megatron_l0moe.sizes.architecture import Architecture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_l0moe.conversion.export import export_dsmoe, export_moe, export_mom
 from megatron_l0moe.conversion.model_card import recipe_facts
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 
 def export_run(recipe: Recipe, checkpoints: Path, out: Path) -> dict[str, object]:

@@ -14,8 +14,7 @@ from megatron_l0moe.conversion.companions import licence_files
 from megatron_l0moe.conversion.moe_layouts import ENGINES_KEY, layout_of
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_methods import TITLES
+from megatron_l0moe.recipe.recipe import TITLES, Recipe
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import count_parameters, moe_layers
 

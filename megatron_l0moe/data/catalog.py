@@ -24,7 +24,7 @@ from megatron_l0moe.data.quarantine import Quarantine
 from megatron_l0moe.data.readers import ShardReader
 from megatron_l0moe.data.records import UNKNOWN
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection
+from megatron_l0moe.recipe.sections import FilterSection
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.data.sampling import Budget, ClusterFiller, draw_subsets, fill_clusters
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

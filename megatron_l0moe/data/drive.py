@@ -22,7 +22,7 @@ from megatron_l0moe.data.index import Shard
 from megatron_l0moe.data.sampling import WRITTEN, ClusterFiller
 from megatron_l0moe.data.steps import EmbedStep, ScanStep, TokeniseStep, shard_path
 from megatron_l0moe.data.vectors import VectorShards
-from megatron_l0moe.recipe_sections import DataSection
+from megatron_l0moe.recipe.sections import DataSection
 
 SCAN_BYTES = 64e6
 """Bytes on disk of the shards that one unit scans."""

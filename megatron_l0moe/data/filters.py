@@ -6,7 +6,7 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection
+from megatron_l0moe.recipe.sections import FilterSection
 
 
 class DocumentFilter(BaseFilter):

@@ -15,7 +15,7 @@ from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.data.engine.units import Plan
 from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.quarantine import Quarantine
-from megatron_l0moe.recipe_sections import DataSection, FilterSection
+from megatron_l0moe.recipe.sections import DataSection, FilterSection
 
 LENGTHS = np.dtype([("id", "<i8"), ("length", "<i4")])
 """A tokenised document: its catalog number, and its tokens with EOD."""

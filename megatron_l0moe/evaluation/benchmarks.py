@@ -26,8 +26,8 @@ from megatron_l0moe.evaluation.harness_process import is_finished
 from megatron_l0moe.evaluation.harness_tasks import Tasks, find_tasks, write_task_files
 from megatron_l0moe.launch.lock import inherited
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, CommandFailedError, run_command
-from megatron_l0moe.recipe import Recipe, section_hash
-from megatron_l0moe.recipe_sections import BenchmarkSection
+from megatron_l0moe.recipe.recipe import Recipe, section_hash
+from megatron_l0moe.recipe.sections import BenchmarkSection
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
 from megatron_l0moe.evaluation.router_load import RouterLoad
 from megatron_l0moe.evaluation.speed import measure_speed
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runtime.cpu import device
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, exported_counts

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import BenchmarkSection
+from megatron_l0moe.recipe.sections import BenchmarkSection
 from megatron_l0moe.runtime.json_files import read_json
 from megatron_l0moe.sizes.architecture import read_config
 

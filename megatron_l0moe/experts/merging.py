@@ -26,7 +26,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap
-from megatron_l0moe.recipe_sections import RouterInit
+from megatron_l0moe.recipe.sections import RouterInit
 from megatron_l0moe.runtime.platform import keep_freed_memory
 from megatron_l0moe.sizes.architecture import Architecture
 

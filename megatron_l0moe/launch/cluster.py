@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_l0moe.settings_file import Settings, check_option_name, load_settings
+from megatron_l0moe.recipe.yaml_file import Settings, check_option_name, load_settings
 
 OptionValue = bool | int | str
 OWN_OPTIONS = {

@@ -4,9 +4,8 @@ import dataclasses
 import sys
 
 from megatron_l0moe.launch.jobs import EXACT_FP32, Job, environment, launcher, render, size_flags
-from megatron_l0moe.launch.layout_flags import layout_flags
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe_sections import Flags
+from megatron_l0moe.recipe.layout import Flags, layout_flags
 from megatron_l0moe.sizes.architecture import Architecture
 
 PROGRAM = "megatron_l0moe.training.construct"

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.layout_flags import layout_flags
-from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe_sections import Flag
+from megatron_l0moe.recipe.layout import Flag, Layout, layout_flags
 from megatron_l0moe.sizes.architecture import Architecture
 
 

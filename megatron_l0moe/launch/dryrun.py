@@ -12,8 +12,8 @@ from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.forecast import forecast
 from megatron_l0moe.launch.pipeline import outlook
 from megatron_l0moe.launch.stages import Run, StageSpec, chain, folders, stage_command
-from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import ParallelSection
+from megatron_l0moe.recipe.layout import ParallelSection
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.sizes.architecture import Architecture, read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, dsmoe_counts, l0moe_counts
 

@@ -1,7 +1,7 @@
 """The flags that make a training job one of its recipe's method. Pure text."""
 
-from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import Flags
+from megatron_l0moe.recipe.layout import Flags
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.sizes.architecture import Architecture
 
 BALANCE_COEFFICIENT = 0.01

@@ -35,7 +35,7 @@ from megatron_l0moe.launch.lock import inherited, locked
 from megatron_l0moe.launch.progress import Progress
 from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
 from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
-from megatron_l0moe.recipe_methods import TITLES
+from megatron_l0moe.recipe.recipe import TITLES
 from megatron_l0moe.runtime.gpus import gpu_share
 from megatron_l0moe.runtime.json_files import read_json
 from megatron_l0moe.sizes.architecture import Architecture

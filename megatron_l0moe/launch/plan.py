@@ -8,10 +8,10 @@ from typing import Any
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.planning import proposals
 from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.layout_rules import check_layout
 from megatron_l0moe.planning.speed import DecodeSpeed, PrefillSpeed, decode_speeds, prefill_speed
 from megatron_l0moe.planning.storage import CheckpointSize, checkpoint_size, expert_file_bytes, token_bytes
-from megatron_l0moe.recipe import Recipe, Section, layout_names
+from megatron_l0moe.recipe.layout_rules import check_layout
+from megatron_l0moe.recipe.recipe import Recipe, Section, layout_names
 from megatron_l0moe.sizes.architecture import PUBLISHED, Architecture, job_sizes, read_config
 from megatron_l0moe.sizes.flops import (
     Flops,

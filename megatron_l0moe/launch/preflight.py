@@ -7,9 +7,9 @@ from pathlib import Path
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import benchmarks
-from megatron_l0moe.planning.layout_rules import JobSizes, Names, check_layout
-from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe import SECTIONS, Recipe, Section, layout_names
+from megatron_l0moe.recipe.layout import Layout
+from megatron_l0moe.recipe.layout_rules import JobSizes, Names, check_layout
+from megatron_l0moe.recipe.recipe import SECTIONS, Recipe, Section, layout_names
 from megatron_l0moe.runtime.gpus import visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.cluster import Cluster
-from megatron_l0moe.recipe import Recipe, Section
+from megatron_l0moe.recipe.recipe import Recipe, Section
 
 TRAINING: dict[str, Section] = {"experts": "expert_training", "moe": "moe_training"}
 """Stages that train, and where the recipe has their layout."""

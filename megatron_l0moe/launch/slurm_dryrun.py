@@ -11,7 +11,7 @@ from megatron_l0moe.launch.resources import TRAINING, Resources, experts_at_once
 from megatron_l0moe.launch.slurm_preflight import check_cluster, check_memory
 from megatron_l0moe.launch.stages import stages
 from megatron_l0moe.launch.submit import Request
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 HEADER = ("stage", "jobs", "nodes", "GPUs", "CPUs", "memory", "time", "after", "script")
 

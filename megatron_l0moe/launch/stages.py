@@ -10,10 +10,9 @@ from pydantic import BaseModel
 
 from megatron_l0moe.data.manifest import Restart, Stage
 from megatron_l0moe.errors import L0MoEError, nearest
-from megatron_l0moe.recipe import Recipe, section_hash
-from megatron_l0moe.recipe_layouts import FREE_FLAGS
-from megatron_l0moe.recipe_methods import TITLES, ModelMethod
-from megatron_l0moe.settings_file import check_text
+from megatron_l0moe.recipe.layout import FREE_FLAGS
+from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe, section_hash
+from megatron_l0moe.recipe.yaml_file import check_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from megatron_l0moe.launch.slurm_commands import JobState, SlurmUnreachableError
 from megatron_l0moe.launch.slurm_record import read_record
 from megatron_l0moe.launch.slurm_status import Row, counts, rows
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runtime.json_files import read_json
 
 

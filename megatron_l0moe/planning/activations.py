@@ -12,7 +12,7 @@ input only if its weights are trained; attention and SwiGLU keep theirs always.
 import dataclasses
 from dataclasses import dataclass, field
 
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.flops import Recompute, StageModel, parts
 
 FLOAT32 = 4

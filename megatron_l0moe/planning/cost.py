@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.planning.memory import rank_parameters
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.flops import Part, StageModel, layer_flops, part_flops, parts
 from megatron_l0moe.sizes.gpu_models import GPUS_PER_NODE, Gpu
 

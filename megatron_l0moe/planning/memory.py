@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from megatron_l0moe.planning.activations import FLOAT32, Workload, activation_bytes
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.flops import StageModel, parts
 
 

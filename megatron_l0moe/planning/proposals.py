@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from megatron_l0moe.planning.activations import Workload
 from megatron_l0moe.planning.cost import StepTime, step_time
-from megatron_l0moe.planning.layout_rules import JobSizes, Names, problem
-from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.planning.memory import Memory, peak_memory
+from megatron_l0moe.recipe.layout import Layout
+from megatron_l0moe.recipe.layout_rules import JobSizes, Names, problem
 from megatron_l0moe.sizes.flops import Recompute, StageModel
 from megatron_l0moe.sizes.gpu_models import GIB, GPUS_PER_NODE, Gpu
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron_l0moe.planning.layouts import Layout
 from megatron_l0moe.planning.memory import optimizer_bytes, rank_parameters
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.flops import StageModel
 
 UINT16_IDS = 65500

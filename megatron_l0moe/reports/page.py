@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from megatron_l0moe.recipe_methods import SECTIONS_OF_METHODS, TITLES, ModelMethod, only_l0moe
+from megatron_l0moe.recipe.recipe import SECTIONS_OF_METHODS, TITLES, ModelMethod, only_l0moe
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.reports.plots import MODES
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_l0moe.recipe_methods import TITLES
+from megatron_l0moe.recipe.recipe import TITLES
 from megatron_l0moe.reports.collect import Json
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"

@@ -8,8 +8,7 @@ from jinja2 import UndefinedError
 
 from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_methods import TITLES, ModelMethod
+from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe
 from megatron_l0moe.reports.collect import Json, collect
 from megatron_l0moe.reports.page import WORSE, render, show
 from megatron_l0moe.reports.plots import draw

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.layout_rules import JobSizes
-from megatron_l0moe.recipe import Recipe, Section
+from megatron_l0moe.recipe.layout_rules import JobSizes
+from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.runtime.json_files import read_json
 
 _COMMON: dict[str, Any] = {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}

@@ -14,7 +14,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, l0moe_counts
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_methods import ModelMethod
+from megatron_l0moe.recipe.recipe import ModelMethod
 
 BASE_FAMILY_KEY = "l0moe_base_family"
 """Key of an exported config.json that names the dense family; inference engines keep it and do not read it."""

@@ -11,8 +11,8 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.training.arguments import parse_args
 
 from megatron_l0moe.data.index import check_batching, load_header
-from megatron_l0moe.planning.layout_rules import JobSizes, check_layout
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
+from megatron_l0moe.recipe.layout_rules import JobSizes, check_layout
 from megatron_l0moe.runtime.cpu import has_cuda
 from megatron_l0moe.training.arguments import add_l0_arguments
 

@@ -20,7 +20,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import provenance
 from megatron_l0moe.launch.pipeline import carry_out
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "survival.md"

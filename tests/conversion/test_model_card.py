@@ -16,7 +16,7 @@ from toy_recipe import write_recipe
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, rewrite_card, summary_facts
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 SCRIPTS = Path(__file__).parents[2] / "checkpoints_conversion"
 BASE_CARD = "---\nlicense: other\nlicense_name: toy-licence\nlanguage: [en]\n---\n# Toy\n"

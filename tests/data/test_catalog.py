@@ -11,7 +11,7 @@ from curated import scan_corpus
 from megatron_l0moe.data import catalog as catalog_module
 from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection
+from megatron_l0moe.recipe.sections import FilterSection
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.data.corpus import Corpus, open_corpus
 from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection
+from megatron_l0moe.recipe.sections import FilterSection
 
 GOOD = {"text": "hello", "meta": {"source": "web"}}
 

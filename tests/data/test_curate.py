@@ -16,7 +16,7 @@ from megatron_l0moe.data.curate import curate, plan_budgets
 from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 
 @pytest.fixture

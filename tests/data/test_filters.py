@@ -7,7 +7,7 @@ from datatrove.data import Document
 
 from megatron_l0moe.data.filters import DocumentFilter
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection, SignalRange
+from megatron_l0moe.recipe.sections import FilterSection, SignalRange
 
 SIGNAL = "rps_doc_word_count"
 

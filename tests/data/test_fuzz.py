@@ -25,7 +25,7 @@ from megatron_l0moe.data.parquet_reader import ParquetRowsReader
 from megatron_l0moe.data.readers import JsonLinesReader, ShardReader
 from megatron_l0moe.data.redpajama_v2 import RedPajamaV2Reader
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection, SignalRange
+from megatron_l0moe.recipe.sections import FilterSection, SignalRange
 
 FUZZ = settings(
     max_examples=60,

@@ -16,7 +16,7 @@ from datatrove.io import get_datafolder
 from megatron_l0moe.data.catalog import read_documents
 from megatron_l0moe.data.redpajama_v2 import RedPajamaV2Reader, row_of
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import FilterSection, SignalRange
+from megatron_l0moe.recipe.sections import FilterSection, SignalRange
 
 TAG = "2023-06/0000/en_head"
 DOCUMENTS = f"documents/{TAG}.json.gz"

@@ -15,7 +15,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import benchmarks, code_execution, harness_process
 from megatron_l0moe.evaluation.benchmarks import compare, run_benchmarks
 from megatron_l0moe.evaluation.harness import HarnessCall
-from megatron_l0moe.recipe_sections import BenchmarkSection
+from megatron_l0moe.recipe.sections import BenchmarkSection
 
 pytest.importorskip("lm_eval")
 ROW = {

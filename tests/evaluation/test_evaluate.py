@@ -7,7 +7,7 @@ import pytest
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import evaluate as stage
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 
 @pytest.fixture

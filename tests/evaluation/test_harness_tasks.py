@@ -14,7 +14,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.harness import check_installed, common_length, environment, model_arguments
 from megatron_l0moe.evaluation.harness_tasks import find_tasks, write_task_files
 from megatron_l0moe.evaluation.local_data import read_splits
-from megatron_l0moe.recipe_sections import BenchmarkSection
+from megatron_l0moe.recipe.sections import BenchmarkSection
 
 pytest.importorskip("lm_eval")
 SOURCE_KEYS = ("dataset_path", "dataset_name", "dataset_kwargs", "fewshot_split", "training_split")

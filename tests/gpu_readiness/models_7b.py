@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from megatron_l0moe.recipe import Recipe, load_recipe
+from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 from megatron_l0moe.sizes.architecture import LLAMA_3_8B, MISTRAL_7B_V03, QWEN2_7B, Architecture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

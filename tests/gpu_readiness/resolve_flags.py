@@ -20,7 +20,7 @@ from megatron.core import num_microbatches_calculator as micro_batches  # noqa: 
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
-from megatron_l0moe.planning.layout_rules import check_layout  # noqa: E402
+from megatron_l0moe.recipe.layout_rules import check_layout  # noqa: E402
 from megatron_l0moe.runtime import platform  # noqa: E402
 from megatron_l0moe.training import arguments, layout_check  # noqa: E402
 from megatron_l0moe.training.model import model_config  # noqa: E402

@@ -16,8 +16,8 @@ from gpu_readiness.models_7b import CONFIGS, EXAMPLES, GPUS, architecture, recip
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.construction import construct_job
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.layout import Layout
+from megatron_l0moe.recipe.recipe import load_recipe
 
 HERE = Path(__file__).parent
 

@@ -13,7 +13,7 @@ from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.pipeline import carry_out
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 
 def meet(run: Run, stage: Stage) -> None:

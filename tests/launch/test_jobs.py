@@ -13,7 +13,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.planning.layouts import parse_layout
+from megatron_l0moe.recipe.layout import parse_layout
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LAYOUT = {"processes": 8, "nodes": 2, "tensor": 2, "pipeline": 2, "expert": 2, "threads": 3}

@@ -17,7 +17,7 @@ import megatron_l0moe
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import pipeline
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 PACKAGE_ROOT = Path(megatron_l0moe.__file__).parent.parent
 FAKE = Path(__file__).parent / "fake_stage.py"
@@ -192,7 +192,7 @@ from pathlib import Path
 from test_pipeline import fake_command
 from megatron_l0moe.launch import pipeline
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 file = Path(sys.argv[1])
 pipeline.stage_command = fake_command
 pipeline.run_chain(Run(recipe=load_recipe(file), recipe_file=file, runs_dir=Path(sys.argv[2])), last="moe")

@@ -16,7 +16,7 @@ from megatron_l0moe.launch import jobs, phases, pipeline, preflight, records
 from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.sbatch_bash import SETUP_BEGINS, SETUP_ENDS
 from megatron_l0moe.launch.stages import Run, stages
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 HIDDEN = "hunter2hunter2"
 

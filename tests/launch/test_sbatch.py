@@ -22,7 +22,7 @@ from megatron_l0moe.launch.slurm_dryrun import show_jobs as show
 from megatron_l0moe.launch.slurm_preflight import check_memory
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run, selection
 from megatron_l0moe.launch.submit import Request
-from megatron_l0moe.recipe import Recipe, load_recipe
+from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "slurm"

@@ -21,7 +21,7 @@ from megatron_l0moe.launch.stages import (
     stage_command,
     stages,
 )
-from megatron_l0moe.recipe import section_hash
+from megatron_l0moe.recipe.recipe import section_hash
 
 PACKAGE = Path(megatron_l0moe.__file__).parent
 

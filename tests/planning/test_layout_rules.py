@@ -6,9 +6,9 @@ import time
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning import layout_rules as rules
-from megatron_l0moe.planning.layout_rules import JobSizes
-from megatron_l0moe.planning.layouts import Layout, parse_layout
+from megatron_l0moe.recipe import layout_rules as rules
+from megatron_l0moe.recipe.layout import Layout, parse_layout
+from megatron_l0moe.recipe.layout_rules import JobSizes
 
 LLAMA = JobSizes(
     layers=32,

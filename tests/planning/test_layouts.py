@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.layouts import Layout, parse_layout, parse_layouts
+from megatron_l0moe.recipe.layout import Layout, parse_layout, parse_layouts
 
 EXAMPLES = {
     "one": Layout(),

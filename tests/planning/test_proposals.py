@@ -14,12 +14,12 @@ from megatron_l0moe.launch.plan_tables import layout_block
 from megatron_l0moe.launch.preflight import check_sizes
 from megatron_l0moe.planning import cost
 from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.layout_rules import problem
-from megatron_l0moe.planning.layouts import parse_layout
 from megatron_l0moe.planning.memory import peak_memory
 from megatron_l0moe.planning.paper import TABLE5
 from megatron_l0moe.planning.proposals import Candidate, Proposals, evaluate, propose, refusal_text, refuse
-from megatron_l0moe.recipe import Recipe, load_recipe
+from megatron_l0moe.recipe.layout import parse_layout
+from megatron_l0moe.recipe.layout_rules import problem
+from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 from megatron_l0moe.sizes.flops import Recompute
 from megatron_l0moe.sizes.gpu_models import GIB, GPUS, GPUS_PER_NODE, find_gpu
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from run_folder import build_run
 
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 K, FFN, WIDTH, LAYERS, DENSE_LAYERS, STEPS = 4, 32, 8, 6, 2, 40
 DOMAINS = ["code_c", "docs/sql", "novel", "very_long_domain_name_of_a_source"]

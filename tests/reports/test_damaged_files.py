@@ -12,7 +12,7 @@ from run_folder import build_run
 from safetensors.numpy import save_file
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.reports.collect import collect
 from megatron_l0moe.reports.page import render
 from megatron_l0moe.reports.plots import draw

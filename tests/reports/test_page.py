@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import Recipe
-from megatron_l0moe.recipe_sections import BenchmarkSection
+from megatron_l0moe.recipe.recipe import Recipe
+from megatron_l0moe.recipe.sections import BenchmarkSection
 from megatron_l0moe.reports.collect import collect
 from megatron_l0moe.reports.page import escape, lookup, render, show
 from megatron_l0moe.reports.plots import draw, moe_losses, to_svg

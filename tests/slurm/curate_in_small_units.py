@@ -8,7 +8,7 @@ from megatron_l0moe.data import drive, sampling
 from megatron_l0moe.data.curate import curate
 from megatron_l0moe.data.engine import slurm_array
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe import load_recipe
+from megatron_l0moe.recipe.recipe import load_recipe
 
 if __name__ == "__main__":
     drive.SCAN_BYTES, drive.EMBED_DOCUMENTS, drive.TOKENISE_TOKENS = 40e3, 30, 500.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.training import layout_check
 
 DENSE = (

@@ -10,7 +10,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 
 from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import ExecutorSection
+from megatron_l0moe.recipe.sections import ExecutorSection
 from megatron_l0moe.runtime.gpus import visible_gpus
 
 

@@ -7,7 +7,7 @@ from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.data.engine.units import Plan, Record, read_records
 from megatron_l0moe.data.engine.watch import Watch, completion_file, raise_task_error
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
-from megatron_l0moe.recipe_sections import ExecutorSection
+from megatron_l0moe.recipe.sections import ExecutorSection
 
 logger = logging.getLogger(__name__)
 

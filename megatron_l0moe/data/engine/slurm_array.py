@@ -16,7 +16,7 @@ from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.data.engine.watch import completion_file, task_states
 from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import ExecutorSection
+from megatron_l0moe.recipe.sections import ExecutorSection
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from data.engine import worlds
 
 from megatron_l0moe.data import drive, sampling
 from megatron_l0moe.data.curate import curate
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data.engine import worlds
 from megatron_l0moe.data.curate import curate
 from megatron_l0moe.data.engine import executors, slurm_array, watch
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe_sections import ExecutorSection
+from megatron_l0moe.recipe.sections import ExecutorSection
 
 
 def units(out: Path) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from megatron_l0moe.recipe import Recipe
+from megatron_l0moe.recipe.recipe import Recipe
 
 K, Q, S, P, GBS = 3, 3, 16, 2, 4
 DOMAINS = ("cooking", "physics", "sailing")

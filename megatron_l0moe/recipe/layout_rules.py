@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning.layouts import Layout
+from megatron_l0moe.recipe.layout import Layout
 
 Names = Mapping[str, str]
 """How a message calls each number: fields of `Layout` and of `JobSizes` to names that the user wrote."""

@@ -4,51 +4,26 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_l0moe.planning.layouts import Layout
-from megatron_l0moe.settings_file import Settings, check_option_name
+from megatron_l0moe.recipe.layout import (
+    MOST,
+    MOST_EXPERTS,
+    Count,
+    Flag,
+    Flags,
+    ParallelSection,
+    RecipePart,
+)
+from megatron_l0moe.recipe.yaml_file import check_option_name
 
-Flag = bool | int | float | str
 Method = Literal["l0", "random", "magnitude", "obs", "svd", "coactivation"]
 RouterInit = Literal["domain_mean", "normal"]
 Dtype = Literal["float32", "bfloat16"]
-MOST_PROCESSES = 2**17
-"""Of one job, and GPUs of a run: more than any cluster has. Bounds like this keep a slip from being counted through."""
-MOST_EXPERTS = 4096
-MOST_CHUNKS = 1024
-"""Pieces of a pipeline."""
-MOST = 2**31 - 1
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Processes = Annotated[int, Field(ge=1, le=MOST_PROCESSES)]
-
-
-def _check_flags(flags: dict[str, Flag]) -> dict[str, Flag]:
-    for name, value in flags.items():
-        if name.startswith("-") or "_" in name:
-            raise ValueError(
-                f"flag {name!r} must be written without leading dashes and with '-' between words; "
-                f"write {name.lstrip('-').replace('_', '-')!r}"
-            )
-        check_option_name(name)
-        if value is False:
-            raise ValueError(f"flag {name!r} is false, which means nothing on a command line; remove it")
-        if isinstance(value, str) and value.startswith("-"):
-            raise ValueError(
-                f"flag {name!r} has the value {value!r}, which begins with '-' and would be another flag"
-            )
-    return flags
-
-
-Flags = Annotated[dict[str, Flag], AfterValidator(_check_flags)]
 
 
 def _check_options(options: dict[str, str | int]) -> dict[str, str | int]:
     for name in options:
         check_option_name(name)
     return options
-
-
-class RecipePart(Settings):
-    """Base of a recipe and of its sections."""
 
 
 class ModelSection(RecipePart):
@@ -184,55 +159,6 @@ class DataSection(RecipePart):
     def rotates(self) -> bool:
         """Whether balanced batches start at another domain in every round."""
         return self.batches == "balanced" and self.rotate is not False
-
-
-class ParallelSection(RecipePart):
-    """Parallel layout of one training job; the products must fit the processes that are started."""
-
-    processes: Processes = 1
-    """Processes (GPUs) in all."""
-    nodes: Processes = 1
-    tensor: Processes = 1
-    sequence: bool = True
-    """Sequence parallelism where tensor is above 1; an MoE needs it."""
-    pipeline: Processes = 1
-    virtual_pipeline: int = Field(default=1, ge=1, le=MOST_CHUNKS)
-    """Model chunks of each pipeline rank, which shorten the pipeline's idle time."""
-    pipeline_layers: list[Annotated[int, Field(ge=0, le=MOST)]] | None = Field(
-        default=None, min_length=2, max_length=MOST_CHUNKS
-    )
-    """Layers of each of the pipeline * virtual_pipeline stages; None: the same number in all."""
-    overlap_p2p: bool = True
-    """Send the messages of a virtual pipeline while computing, not in batches."""
-    expert: Processes = 1
-    expert_tensor: Processes | None = None
-    """Processes that share one expert; None: as many as tensor."""
-    context: Processes = 1
-    """Processes that share one sequence; needs GPUs with Transformer Engine."""
-    distributed_optimizer: bool = False
-    """Spread the optimizer's state over the data-parallel processes."""
-    dispatcher: Literal["alltoall", "allgather"] | None = None
-    """How tokens travel to their experts; None: what the machine takes."""
-    threads: Count = 1
-    """OMP threads of each process."""
-
-    @property
-    def layout(self) -> Layout:
-        """The layout without what belongs to the machine, its nodes and threads."""
-        return Layout(
-            processes=self.processes,
-            tensor=self.tensor,
-            sequence=self.sequence and self.tensor > 1,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual_pipeline,
-            pipeline_layers=tuple(self.pipeline_layers or ()),
-            overlap_p2p=self.overlap_p2p,
-            expert=self.expert,
-            expert_tensor=self.expert_tensor,
-            context=self.context,
-            distributed_optimizer=self.distributed_optimizer,
-            dispatcher=self.dispatcher,
-        )
 
 
 class CalibrationSection(RecipePart):
