@@ -23,8 +23,8 @@ import torch
 from megatron_l0moe.conversion import mapping
 from megatron_l0moe.conversion.convert import convert_any, weight_files
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.data import digests
 from megatron_l0moe.experts.merging import assemble
+from megatron_l0moe.runs import digests
 
 
 def main() -> None:

@@ -68,10 +68,10 @@ def bench(
     """Time a dense model and its L0-MoE side by side, in transformers and in vLLM, beside what is possible."""
     from rich.console import Console
 
-    from megatron_l0moe.data.manifest import write_json, write_text
     from megatron_l0moe.evaluation import bench as benchmark
     from megatron_l0moe.evaluation.bench_table import markdown, rich_table
     from megatron_l0moe.evaluation.models import DTYPES
+    from megatron_l0moe.runs.stage_folder import write_json, write_text
 
     if dtype not in DTYPES:
         raise L0MoEError(f"--dtype {dtype!r} is not known; use {' or '.join(DTYPES)}.")

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, caller_environment, plan_command, slurm_command, verify_command
+from megatron_l0moe import bench_command, plan_command, slurm_command, verify_command
 from megatron_l0moe.command_errors import VERBOSE, one_sentence
+from megatron_l0moe.runs import caller_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from megatron_l0moe.data.manifest import Stage
     from megatron_l0moe.launch.stages import Run
+    from megatron_l0moe.runs.stage_folder import Stage
 
 HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
 
@@ -124,7 +125,7 @@ def convert(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir =
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
         from megatron_l0moe.conversion.convert import convert_dense, weight_files
-        from megatron_l0moe.data import digests
+        from megatron_l0moe.runs import digests
 
         dense = Path(this.recipe.model.path)
         weights = weight_files(dense)
@@ -238,9 +239,9 @@ def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir 
 
             benchmarks = run_in_chain(this.recipe, section, this.folder, stage.folder)
         logits = pipeline.write_logits(this, stage)  # in a process of its own, which frees its memory
-        from megatron_l0moe.data.manifest import write_json
         from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
         from megatron_l0moe.evaluation.parity import parity
+        from megatron_l0moe.runs.stage_folder import write_json
 
         agreement = parity(logits, this.stage_folder("export"))
         write_json(stage.folder / "parity.json", agreement)

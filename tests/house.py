@@ -36,7 +36,6 @@ WITHOUT_TORCH = (
     *("cli", "commands", "__main__"),
     # where the rest of what belongs there is today
     *("launch/", "command_errors.py", "slurm_command.py"),
-    *("data/manifest.py", "data/source_tree.py"),
 )
 """How the names of files begin that must not load torch."""
 TORCH_USERS = ("torch", "megatron", "transformers", "FlagEmbedding", "safetensors.torch")

@@ -1,6 +1,6 @@
 """What a caller's environment may not do to our processes."""
 
-from megatron_l0moe import caller_environment as caller
+from megatron_l0moe.runs import caller_environment as caller
 
 KEPT = {
     "PATH": "/bin",

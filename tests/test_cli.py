@@ -16,9 +16,9 @@ import megatron_l0moe
 from megatron_l0moe import cli, errors, plan_command
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import pipeline
-from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.recipe.layout import MOST_PROCESSES
+from megatron_l0moe.runs.child_process import CommandFailedError
 
 HELP_SECONDS = 1.5
 """What a person accepts; the best of three runs counts, because the test machine may be busy."""

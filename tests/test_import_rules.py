@@ -57,7 +57,7 @@ def test_atomic_writing_has_one_definition() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.name == "write_text"
     ]
-    assert owners == ["data/manifest.py"]
+    assert owners == ["runs/stage_folder.py"]
 
 
 def test_third_party_imports_are_declared() -> None:

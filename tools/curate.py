@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from megatron_l0moe.data.curate import curate
-from megatron_l0moe.data.manifest import WORK
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stage_folder import WORK
 
 
 def main() -> int:

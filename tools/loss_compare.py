@@ -22,15 +22,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_l0moe.data.manifest import is_done, write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.hardware import describe_machine
 from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.machine import begun
-from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.recipe.layout import SIZES, Flag, Layout, parse_layouts
 from megatron_l0moe.recipe.recipe import Section, layout_names, load_recipe
+from megatron_l0moe.runs.child_process import run_command
+from megatron_l0moe.runs.stage_folder import is_done, write_json, write_text
 from megatron_l0moe.runtime.gpus import visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 

@@ -26,9 +26,9 @@ from vllm_server import Completion, ServerError, complete, serve
 
 from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.conversion.sglang_rules import sglang_problems
-from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, worker_environment
+from megatron_l0moe.runs.stage_folder import write_json, write_text
 
 PROMPT = "The mixture of experts answers one question after the other, and each of them"
 NEW_TOKENS = 24

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_server import Completion
 
-from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.runs.stage_folder import write_text
 
 BEGIN, END = "<!-- written by make serve-check -->", "<!-- end of the table -->"
 LOGPROB_ATOL = 2e-4

@@ -16,11 +16,11 @@ from megatron_l0moe.data.catalog import Catalog, read_documents
 from megatron_l0moe.data.heldout import hold_out, write_heldout
 from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
-from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
-from megatron_l0moe.launch.run import run_command
 from megatron_l0moe.recipe.layout import Layout
+from megatron_l0moe.runs.child_process import run_command
+from megatron_l0moe.runs.stage_folder import sha256_file
 from megatron_l0moe.sizes.architecture import Architecture
 
 STREAM = "stream"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_l0moe.data.index import index_files, load_header
-from megatron_l0moe.data.manifest import sha256_file, write_json
+from megatron_l0moe.runs.stage_folder import sha256_file, write_json
 
 
 def join(curate: Path, num_experts: int, prefix: Path) -> int:

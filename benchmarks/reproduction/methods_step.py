@@ -18,7 +18,12 @@ from tokenizer_step import llama_config
 from training_record import record_chain, record_dense
 
 from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_dense
-from megatron_l0moe.data.manifest import (
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch.stages import Run, selection, stages
+from megatron_l0moe.recipe.recipe import ModelMethod, section_hash
+from megatron_l0moe.reports.collect import Json
+from megatron_l0moe.runs.child_process import run_command
+from megatron_l0moe.runs.stage_folder import (
     MARKER,
     Stage,
     input_digests,
@@ -27,11 +32,6 @@ from megatron_l0moe.data.manifest import (
     write_json,
     write_text,
 )
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.run import run_command
-from megatron_l0moe.launch.stages import Run, selection, stages
-from megatron_l0moe.recipe.recipe import ModelMethod, section_hash
-from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.sizes.parameters import exported_counts
 
 logger = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import Any
 
 import jinja2
 
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.reports.collect import Json
+from megatron_l0moe.runs.stage_folder import write_text
 
 HERE = Path(__file__).resolve().parent
 PAGES = {"choosing.md": "choosing.md", "findings.md": "results/findings.md"}

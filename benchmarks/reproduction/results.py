@@ -17,8 +17,8 @@ from runs_table import RunsTable
 from settings import Place
 from steps import do
 
-from megatron_l0moe.data.manifest import Stage, read_manifest, write_json
 from megatron_l0moe.reports.collect import Json
+from megatron_l0moe.runs.stage_folder import Stage, read_manifest, write_json
 
 BASE = "base"
 HELDOUT, TRAINING, SPEED, CONTROL = "result.json", "training.json", "speed.json", "control.json"

@@ -7,10 +7,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import Flags, RecipePart
 from megatron_l0moe.recipe.recipe import section_hash
+from megatron_l0moe.runs.stage_folder import Stage
 
 
 class CorpusSettings(RecipePart):

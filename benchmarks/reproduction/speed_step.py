@@ -8,9 +8,9 @@ from results import HELDOUT, SPEED, folder, save
 from runs_table import Case, RunsTable, chain_run
 from settings import Place
 
-from megatron_l0moe.data.manifest import read_manifest
 from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json
+from megatron_l0moe.runs.stage_folder import read_manifest
 from megatron_l0moe.sizes.parameters import exported_counts
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import Restart, Stage, begin, finish, is_done
+from megatron_l0moe.runs.stage_folder import Restart, Stage, begin, finish, is_done
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from results import Result, read_base, read_controls, read_results
 from runs_table import RunsTable
 from settings import Place
 
-from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.reports.loads import router_numbers
+from megatron_l0moe.runs.stage_folder import write_json, write_text
 
 
 def write_tables(place: Place, table: RunsTable, out: Path) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_l0moe.data.catalog import read_documents
-from megatron_l0moe.data.manifest import write_json
+from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.sizes.architecture import Architecture
 
 EOD = "<|endoftext|>"

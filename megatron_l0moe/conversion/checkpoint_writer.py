@@ -28,9 +28,9 @@ from torch.utils import serialization
 
 from megatron_l0moe.conversion.mapping import Piece
 from megatron_l0moe.conversion.megatron_checkpoint import COMMON_KEY, RELEASE, SETTINGS_KEY, TRACKER_NAME
-from megatron_l0moe.data import digests
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runs.stage_folder import write_text
 
 CHECKPOINT_VERSION = 3.0  # megatron/training/checkpointing.py, generate_state_dict
 # How Megatron is asked to name its tensors; it passes this back to `sharded_state_dict` when it loads.

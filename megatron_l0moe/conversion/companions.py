@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import read_config
 
 logger = logging.getLogger(__name__)

@@ -41,8 +41,8 @@ from megatron_l0moe.conversion.safetensors_files import (
 )
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.platform import keep_freed_memory
 from megatron_l0moe.sizes.architecture import Architecture
 

@@ -20,8 +20,8 @@ from megatron_l0moe.conversion.gguf_tokenizer import tokenizer_of
 from megatron_l0moe.conversion.mapping import Shape, blocks, check_names, check_shape, hf_shapes
 from megatron_l0moe.conversion.rules import half_split_rows
 from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter, refuse_existing_checkpoint
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import MEGATRON_LLAMA3_SCALING, Architecture, integer
 
 logger = logging.getLogger(__name__)

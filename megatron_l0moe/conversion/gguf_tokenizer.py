@@ -12,8 +12,8 @@ from gguf import TokenType
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_text
 
 SPACE = "\u2581"  # sentencepiece's
 _LLAMA3_PATTERN = (

@@ -12,9 +12,9 @@ import yaml
 
 from megatron_l0moe.conversion.companions import licence_files
 from megatron_l0moe.conversion.moe_layouts import ENGINES_KEY, layout_of
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import TITLES, Recipe
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import count_parameters, moe_layers
 

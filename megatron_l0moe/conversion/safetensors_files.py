@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron_l0moe.conversion.safetensors_reader import DTYPE_NAMES, SafetensorsFile
-from megatron_l0moe.data import digests
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

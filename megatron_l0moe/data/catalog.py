@@ -19,12 +19,12 @@ from datatrove.data import Document
 from megatron_l0moe.data.corpus import Corpus
 from megatron_l0moe.data.engine.units import write_array
 from megatron_l0moe.data.filters import DocumentFilter
-from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.data.quarantine import Quarantine
 from megatron_l0moe.data.readers import ShardReader
 from megatron_l0moe.data.records import UNKNOWN
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe.sections import FilterSection
+from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data import digests
 from megatron_l0moe.data.catalog import Catalog
 from megatron_l0moe.data.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
 from megatron_l0moe.data.clustering import (
@@ -32,10 +31,11 @@ from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
 from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.data.indexed import CorpusTokenizer
-from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.data.sampling import Budget, ClusterFiller, draw_subsets, fill_clusters
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runs.stage_folder import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_l0moe.data import digests
-from megatron_l0moe.data.manifest import sealed, unsealed, write_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runs.stage_folder import sealed, unsealed, write_json
 from megatron_l0moe.runtime.json_files import parse_json
 
 VERSION = 2

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.data.tokenizer_files import TextTokenizer, open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import sha256_file
 from megatron_l0moe.runtime.json_files import read_json
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>")

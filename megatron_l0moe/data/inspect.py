@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_l0moe.data import digests
 from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.data.index import IndexHeader, load_header
-from megatron_l0moe.data.manifest import MARKER, sha256_file
-from megatron_l0moe.data.recorded import recorded_outputs
 from megatron_l0moe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
 from megatron_l0moe.data.verify import check_checksums, check_sizes, checksums_of
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runs.stage_folder import MARKER, recorded_outputs, sha256_file
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_text
 
 MAX_ENTRIES = 100_000
 """Entries that are written down; all are counted."""

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_l0moe.data.digests import MAX_READERS
 from megatron_l0moe.data.index import IndexHeader, Records, Shard, index_files
-from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.digests import MAX_READERS
+from megatron_l0moe.runs.stage_folder import sha256_file
 
 BLOCK_RECORDS = 1 << 20
 IDX_HEADER = struct.Struct("<9sQBQQ")

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import sha256_file, write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import code_execution
 from megatron_l0moe.evaluation.benchmark_scores import Estimate, Pairs, difference, ratio
@@ -24,10 +23,11 @@ from megatron_l0moe.evaluation.harness import (
 )
 from megatron_l0moe.evaluation.harness_process import is_finished
 from megatron_l0moe.evaluation.harness_tasks import Tasks, find_tasks, write_task_files
-from megatron_l0moe.launch.lock import inherited
-from megatron_l0moe.launch.run import USER_ERROR_EXIT, CommandFailedError, run_command
 from megatron_l0moe.recipe.recipe import Recipe, section_hash
 from megatron_l0moe.recipe.sections import BenchmarkSection
+from megatron_l0moe.runs.child_process import USER_ERROR_EXIT, CommandFailedError, run_command
+from megatron_l0moe.runs.lock import inherited
+from megatron_l0moe.runs.stage_folder import sha256_file, write_json
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_l0moe.conversion.export import export_moe
-from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.block_load import OpenBlocks
 from megatron_l0moe.evaluation.heldout import HeldoutSequence, read_heldout
@@ -17,6 +16,7 @@ from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
 from megatron_l0moe.evaluation.router_load import RouterLoad
 from megatron_l0moe.evaluation.speed import measure_speed
 from megatron_l0moe.recipe.recipe import Recipe
+from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.cpu import device
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, exported_counts

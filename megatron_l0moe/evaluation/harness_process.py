@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.harness import HarnessCall
+from megatron_l0moe.runs.stage_folder import write_json, write_text
 from megatron_l0moe.runtime.json_files import read_json
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.evaluation.local_data import READERS, Splits, read_splits
+from megatron_l0moe.runs.stage_folder import write_text
 
 LOCAL_FOLDERS = ("gsm8k", "bbh", "mmlu", "humaneval")
 """Folders of the harness' tasks with data sets that local copies can stand in for."""

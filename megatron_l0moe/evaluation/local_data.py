@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.errors import L0MoEError, nearest
+from megatron_l0moe.runs.stage_folder import sha256_file
 
 logger = logging.getLogger(__name__)
 

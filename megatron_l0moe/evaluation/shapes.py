@@ -22,9 +22,9 @@ from megatron_l0moe.conversion.mapping import Rule, hf_shapes
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS, MoELayout
 from megatron_l0moe.conversion.rules import Zeros
 from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.evaluation.models import DTYPES
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import LLAMA_3_8B, MISTRAL_7B_V01, QWEN2_7B, Architecture
 from megatron_l0moe.sizes.parameters import count_parameters, l0moe_counts
 

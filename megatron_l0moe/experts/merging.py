@@ -21,12 +21,12 @@ from megatron_l0moe.conversion.mapping import Piece
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.moe_layouts import moe_arguments
 from megatron_l0moe.conversion.rules import Rename
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
 from megatron_l0moe.experts.selection import chance_iou, overlap
 from megatron_l0moe.recipe.sections import RouterInit
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.platform import keep_freed_memory
 from megatron_l0moe.sizes.architecture import Architecture
 

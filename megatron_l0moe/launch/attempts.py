@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_l0moe.data.manifest import write_text
-from megatron_l0moe.endings import STOP_FILE, forget_stop, read_failure, stopped_at
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.slurm_commands import SlurmUnreachableError, queue_state
+from megatron_l0moe.runs.slurm_commands import SlurmUnreachableError, queue_state
+from megatron_l0moe.runs.stage_folder import write_text
+from megatron_l0moe.runs.training_end import STOP_FILE, forget_stop, read_failure, stopped_at
 
 logger = logging.getLogger(__name__)
 

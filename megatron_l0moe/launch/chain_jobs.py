@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_l0moe.data.manifest import MARKER, check_started, is_done
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.slurm_commands import JobState
 from megatron_l0moe.launch.slurm_record import Record
 from megatron_l0moe.launch.stages import Run, StageSpec, chain, spec_of, stages
+from megatron_l0moe.runs.slurm_commands import JobState
+from megatron_l0moe.runs.stage_folder import MARKER, check_started, is_done
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, machine, preflight
 from megatron_l0moe.launch.construction import construct_job
@@ -14,6 +13,7 @@ from megatron_l0moe.launch.pipeline import outlook
 from megatron_l0moe.launch.stages import Run, StageSpec, chain, folders, stage_command
 from megatron_l0moe.recipe.layout import ParallelSection
 from megatron_l0moe.recipe.recipe import Recipe
+from megatron_l0moe.runs.stage_folder import MARKER
 from megatron_l0moe.sizes.architecture import Architecture, read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, dsmoe_counts, l0moe_counts
 

@@ -12,9 +12,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import MARKER, read_manifest
 from megatron_l0moe.launch.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast, Parts
 from megatron_l0moe.launch.stages import Run, folders
+from megatron_l0moe.runs.stage_folder import MARKER, read_manifest
 
 RECENT_STEPS = 20
 LEAST_SHARE = 0.1

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_l0moe.endings import STOP_FILE
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.method_flags import expert_flags, method_flags, stage_flags
 from megatron_l0moe.launch.owned_flags import NOT_IN_A_TRIAL, OWNED_BY_THE_CHAIN
@@ -17,6 +16,7 @@ from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.layout import Flag, Flags, Layout, layout_flags
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.recipe.sections import ExpertTrainingSection, MoETrainingSection
+from megatron_l0moe.runs.training_end import STOP_FILE
 from megatron_l0moe.sizes.architecture import Architecture
 
 PRETRAIN = "megatron_l0moe.training.pretrain"

@@ -21,17 +21,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_l0moe.data.manifest import STARTED, Stage, begin, has_marker, is_done, write_text
 from megatron_l0moe.data.sample_places import describe, samples_of_step
-from megatron_l0moe.endings import STOPPED, Failure, how_to_go_on, read_failure, refuse_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import attempts, jobs, pipeline, preflight, provenance
-from megatron_l0moe.launch.job_log import lost_a_node
-from megatron_l0moe.launch.late_files import wait_for_inputs
-from megatron_l0moe.launch.lock import locked
-from megatron_l0moe.launch.log_reason import reason_in
 from megatron_l0moe.launch.sbatch import place_of
 from megatron_l0moe.launch.stages import Run, spec_of, stages
+from megatron_l0moe.runs.child_process import lost_a_node, reason_in
+from megatron_l0moe.runs.lock import locked
+from megatron_l0moe.runs.stage_folder import (
+    STARTED,
+    Stage,
+    begin,
+    has_marker,
+    is_done,
+    wait_for_inputs,
+    write_text,
+)
+from megatron_l0moe.runs.training_end import (
+    STOPPED,
+    Failure,
+    how_to_go_on,
+    read_failure,
+    refuse_failure,
+    write_failure,
+)
 from megatron_l0moe.sizes.architecture import Architecture
 
 logger = logging.getLogger(__name__)

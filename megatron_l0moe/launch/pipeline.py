@@ -15,27 +15,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_l0moe.command_errors import VERBOSE
-from megatron_l0moe.data.manifest import (
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.launch import attempts, jobs, machine, preflight, provenance, records
+from megatron_l0moe.launch.construction import construct_job
+from megatron_l0moe.launch.estimate import seconds_left, words
+from megatron_l0moe.launch.forecast import Forecast, forecast
+from megatron_l0moe.launch.progress import Progress
+from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
+from megatron_l0moe.recipe.recipe import TITLES
+from megatron_l0moe.runs.child_process import (
+    USER_ERROR_EXIT,
+    Command,
+    CommandFailedError,
+    run_command,
+    run_commands,
+)
+from megatron_l0moe.runs.lock import inherited, locked
+from megatron_l0moe.runs.stage_folder import (
     Stage,
     begin,
     drop_work,
     has_marker,
     input_digests,
     is_done,
+    wait_for_inputs,
     write_json,
 )
-from megatron_l0moe.endings import forget_stop, read_failure, refuse_failure, stopped_at
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, machine, preflight, provenance, records
-from megatron_l0moe.launch.construction import construct_job
-from megatron_l0moe.launch.estimate import seconds_left, words
-from megatron_l0moe.launch.forecast import Forecast, forecast
-from megatron_l0moe.launch.late_files import wait_for_inputs
-from megatron_l0moe.launch.lock import inherited, locked
-from megatron_l0moe.launch.progress import Progress
-from megatron_l0moe.launch.run import USER_ERROR_EXIT, Command, CommandFailedError, run_command, run_commands
-from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
-from megatron_l0moe.recipe.recipe import TITLES
+from megatron_l0moe.runs.training_end import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.runtime.gpus import gpu_share
 from megatron_l0moe.runtime.json_files import read_json
 from megatron_l0moe.sizes.architecture import Architecture

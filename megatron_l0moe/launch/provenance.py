@@ -13,13 +13,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_l0moe.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
-from megatron_l0moe.data import digests
 from megatron_l0moe.data.index import load_header
-from megatron_l0moe.data.manifest import MARKER, Stage, finish, read_manifest
-from megatron_l0moe.data.recorded import Recorded, recorded_model, recorded_outputs
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.attempts import saved_step
 from megatron_l0moe.launch.stages import Run, folders, spec_of, stage_command
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runs.stage_folder import (
+    MARKER,
+    Recorded,
+    Stage,
+    finish,
+    read_manifest,
+    recorded_model,
+    recorded_outputs,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from pathlib import Path
 
 import yaml
 
-from megatron_l0moe.data import source_tree
-from megatron_l0moe.data.manifest import versions, write_json, write_text
 from megatron_l0moe.launch.sbatch_bash import SETUP_BEGINS, SETUP_ENDS
 from megatron_l0moe.launch.stages import Run, config_hash
+from megatron_l0moe.runs import stage_folder as source_tree
+from megatron_l0moe.runs.stage_folder import versions, write_json, write_text
 
 logger = logging.getLogger(__name__)
 

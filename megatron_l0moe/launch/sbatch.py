@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import MARKER
 from megatron_l0moe.launch import jobs, sbatch_bash
 from megatron_l0moe.launch.cluster import Cluster, OptionValue
 from megatron_l0moe.launch.resources import TRAINING, Resources, experts_at_once, resources
 from megatron_l0moe.launch.stages import Run, spec_of, stage_command
+from megatron_l0moe.runs.stage_folder import MARKER
 from megatron_l0moe.sizes.architecture import Architecture
 
 EXPERT = "@EXPERT@"

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import is_done
 from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.plan import find_architecture
 from megatron_l0moe.launch.preflight import check_sizes
@@ -12,6 +11,7 @@ from megatron_l0moe.launch.slurm_preflight import check_cluster, check_memory
 from megatron_l0moe.launch.stages import stages
 from megatron_l0moe.launch.submit import Request
 from megatron_l0moe.recipe.recipe import Recipe
+from megatron_l0moe.runs.stage_folder import is_done
 
 HEADER = ("stage", "jobs", "nodes", "GPUs", "CPUs", "memory", "time", "after", "script")
 

@@ -5,10 +5,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.slurm_commands import parse_array
 from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.runs.slurm_commands import parse_array
+from megatron_l0moe.runs.stage_folder import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

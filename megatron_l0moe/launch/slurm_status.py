@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import MARKER
-from megatron_l0moe.endings import read_failure
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import estimate
-from megatron_l0moe.launch.job_log import reason
 from megatron_l0moe.launch.progress import last_message
 from megatron_l0moe.launch.resources import TRAINING
-from megatron_l0moe.launch.slurm_commands import JobState
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob
 from megatron_l0moe.launch.stages import Run, chain, folders
+from megatron_l0moe.runs.child_process import reason
+from megatron_l0moe.runs.slurm_commands import JobState
+from megatron_l0moe.runs.stage_folder import MARKER
+from megatron_l0moe.runs.training_end import read_failure
 
 WORDS = {
     "PENDING": "waiting",

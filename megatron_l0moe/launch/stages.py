@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_l0moe.data.manifest import Restart, Stage
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe.layout import FREE_FLAGS
 from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe, section_hash
 from megatron_l0moe.recipe.yaml_file import check_text
+from megatron_l0moe.runs.stage_folder import Restart, Stage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import slurm_commands
-from megatron_l0moe.launch.slurm_commands import JobState, SlurmUnreachableError
 from megatron_l0moe.launch.slurm_record import read_record
 from megatron_l0moe.launch.slurm_status import Row, counts, rows
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.recipe import Recipe
+from megatron_l0moe.runs import slurm_commands
+from megatron_l0moe.runs.slurm_commands import JobState, SlurmUnreachableError
 from megatron_l0moe.runtime.json_files import read_json
 
 

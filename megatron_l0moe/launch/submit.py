@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.caller_environment import for_slurm
-from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import sbatch, slurm_commands
+from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.chain_jobs import Part, earlier_jobs, missing_parts
 from megatron_l0moe.launch.cluster import Cluster
-from megatron_l0moe.launch.lock import locked
 from megatron_l0moe.launch.resources import experts_at_once, resources
 from megatron_l0moe.launch.slurm_preflight import check_cluster, check_files, check_memory
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, now, read_record, write_record
 from megatron_l0moe.launch.stages import Run, StageSpec
+from megatron_l0moe.runs import slurm_commands
+from megatron_l0moe.runs.caller_environment import for_slurm
+from megatron_l0moe.runs.lock import locked
+from megatron_l0moe.runs.stage_folder import write_json, write_text
 from megatron_l0moe.sizes.architecture import Architecture
 
 logger = logging.getLogger(__name__)

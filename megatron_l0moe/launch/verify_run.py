@@ -5,10 +5,17 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megatron_l0moe.data.manifest import MANIFEST, MARKER, read_manifest, sha256_file
-from megatron_l0moe.data.recorded import Recorded, recorded_model, recorded_outputs
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import STAGE_NAMES
+from megatron_l0moe.runs.stage_folder import (
+    MANIFEST,
+    MARKER,
+    Recorded,
+    read_manifest,
+    recorded_model,
+    recorded_outputs,
+    sha256_file,
+)
 
 
 @dataclass

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from megatron_l0moe.data.manifest import unsealed
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.reports import forms
 from megatron_l0moe.reports.gpu_samples import read_gpu_samples
+from megatron_l0moe.runs.stage_folder import unsealed
 from megatron_l0moe.runtime.json_files import parse_json, read_json
 from megatron_l0moe.sizes.parameters import count_parameters, exported_counts
 

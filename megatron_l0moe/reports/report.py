@@ -6,13 +6,13 @@ from typing import Any
 
 from jinja2 import UndefinedError
 
-from megatron_l0moe.data.manifest import write_json, write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe
 from megatron_l0moe.reports.collect import Json, collect
 from megatron_l0moe.reports.page import WORSE, render, show
 from megatron_l0moe.reports.plots import draw
 from megatron_l0moe.reports.summary import build_summary
+from megatron_l0moe.runs.stage_folder import write_json, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from megatron_l0moe.conversion.megatron_checkpoint import (
     CheckpointReader,
     tracked,
 )
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.training.arguments import Settings, settings_as_dict
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ import torch
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.data.sample_places import describe, samples_of_step
-from megatron_l0moe.endings import STOPPED, STOPPED_FILE, Failure, how_to_go_on, write_failure
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_text
+from megatron_l0moe.runs.training_end import STOPPED, STOPPED_FILE, Failure, how_to_go_on, write_failure
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
-from megatron_l0moe.data.manifest import write_text
+from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.training import scalars
 from megatron_l0moe.training.arguments import Settings
 from megatron_l0moe.training.layer_metrics import layer_metrics

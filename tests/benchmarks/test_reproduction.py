@@ -34,11 +34,11 @@ import steps  # noqa: E402
 import tables_step  # noqa: E402
 import training_record  # noqa: E402
 
-from megatron_l0moe.data import manifest  # noqa: E402
 from megatron_l0moe.data.curriculum import CurriculumDataset  # noqa: E402
 from megatron_l0moe.errors import L0MoEError  # noqa: E402
 from megatron_l0moe.modules.retention import LARGEST_BUDGET  # noqa: E402
 from megatron_l0moe.reports import plots  # noqa: E402
+from megatron_l0moe.runs import stage_folder  # noqa: E402
 
 SETTINGS, RUNS = HERE / "settings.yaml", HERE / "runs.yaml"
 
@@ -267,14 +267,14 @@ def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
 def test_what_another_run_made_is_taken_over_only_if_it_is_the_same(tmp_path: Path) -> None:
     here = place(tmp_path)
 
-    def stage(run: str, name: str, digest: str, *inputs: str) -> manifest.Stage:
+    def stage(run: str, name: str, digest: str, *inputs: str) -> stage_folder.Stage:
         folder = tmp_path / "methods" / run
-        return manifest.Stage(name, folder / name, digest, tuple(folder / one for one in inputs))
+        return stage_folder.Stage(name, folder / name, digest, tuple(folder / one for one in inputs))
 
-    def make(one: manifest.Stage, text: str) -> None:
-        manifest.begin(one, "clear")
+    def make(one: stage_folder.Stage, text: str) -> None:
+        stage_folder.begin(one, "clear")
         (one.folder / "file").write_text(text)
-        manifest.finish(one, ["command"], {"text": text})
+        stage_folder.finish(one, ["command"], {"text": text})
 
     make(stage("a", "convert", "c"), "a's")
     make(stage("a", "experts", "e", "convert"), "a's experts")
@@ -282,10 +282,10 @@ def test_what_another_run_made_is_taken_over_only_if_it_is_the_same(tmp_path: Pa
     methods_step._link_twin(here, dataclasses.replace(own, config_hash="other"))
     assert not own.folder.exists()
     methods_step._link_twin(here, own)
-    assert manifest.is_done(own)
+    assert stage_folder.is_done(own)
     assert (own.folder / "file").read_text() == "a's"
     methods_step._link_twin(here, stage("b", "experts", "e", "convert"))
-    assert manifest.is_done(stage("b", "experts", "e", "convert"))
+    assert stage_folder.is_done(stage("b", "experts", "e", "convert"))
     # the same settings, but c converted anew: a's experts were made from another file
     make(stage("c", "convert", "c"), "c's")
     methods_step._link_twin(here, stage("c", "experts", "e", "convert"))

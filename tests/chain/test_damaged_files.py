@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from megatron_l0moe import cli
 from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.manifest import Stage, read_manifest
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import provenance
 from megatron_l0moe.launch.pipeline import carry_out
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stage_folder import Stage, read_manifest
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "survival.md"

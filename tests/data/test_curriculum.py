@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.data.index import index_files
-from megatron_l0moe.data.manifest import CHECKSUM, sealed
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import CHECKSUM, sealed
 
 S = 8
 

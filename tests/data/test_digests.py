@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_l0moe.data import digests
+from megatron_l0moe.runs import digests
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 

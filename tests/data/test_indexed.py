@@ -13,9 +13,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders
 
 from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
-from megatron_l0moe.data.manifest import sha256_file
 from megatron_l0moe.data.tokenizer_files import open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import sha256_file
 
 
 @pytest.fixture

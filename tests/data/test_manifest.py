@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_l0moe.data import manifest
-from megatron_l0moe.data.manifest import (
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs import stage_folder
+from megatron_l0moe.runs.stage_folder import (
     WORK,
     Stage,
     begin,
@@ -19,7 +20,6 @@ from megatron_l0moe.data.manifest import (
     sha256_file,
     write_json,
 )
-from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.json_files import read_json
 
 
@@ -145,7 +145,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     def no_rename(source: str, target: Path) -> None:
         raise OSError("no")
 
-    monkeypatch.setattr(manifest.os, "replace", no_rename)
+    monkeypatch.setattr(stage_folder.os, "replace", no_rename)
     with pytest.raises(OSError, match="no"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_l0moe.data.manifest import Stage, begin, finish, read_manifest
-from megatron_l0moe.data.recorded import recorded_model, recorded_outputs
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import (
+    Stage,
+    begin,
+    finish,
+    read_manifest,
+    recorded_model,
+    recorded_outputs,
+)
 
 
 @pytest.fixture

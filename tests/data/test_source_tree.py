@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_l0moe.data import source_tree
+from megatron_l0moe.runs import stage_folder
 
 
 def git(folder: Path, *words: str) -> None:
@@ -23,16 +23,16 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "one")
-    monkeypatch.setattr(source_tree, "HERE", module)
+    monkeypatch.setattr(stage_folder, "HERE", module)
     return tmp_path
 
 
 def test_clean_tree(tree: Path) -> None:
-    commit = source_tree.commit()
+    commit = stage_folder.commit()
     assert commit is not None
     assert len(commit) == 40
-    assert source_tree.changes() == b""
-    assert source_tree.untracked() == []
+    assert stage_folder.changes() == b""
+    assert stage_folder.untracked() == []
 
 
 def test_changes_make_the_tree_again(tree: Path, tmp_path: Path) -> None:
@@ -40,10 +40,10 @@ def test_changes_make_the_tree_again(tree: Path, tmp_path: Path) -> None:
     (tree / "README").write_bytes(b"not utf-8: \xff\n")  # outside the package, and in some other encoding
     git(tree, "add", "README")
     (tree / "new.py").write_text("B = 3\n")
-    assert str(source_tree.commit()).endswith("+changes")
-    assert source_tree.untracked() == ["new.py"]
+    assert str(stage_folder.commit()).endswith("+changes")
+    assert stage_folder.untracked() == ["new.py"]
     patch = tmp_path / "kept.patch"
-    patch.write_bytes(source_tree.changes())
+    patch.write_bytes(stage_folder.changes())
     git(tree, "checkout", "HEAD", "--", ".")
     git(tree, "apply", str(patch))
     assert (tree / "package" / "module.py").read_text() == "A = 2\n"
@@ -54,13 +54,13 @@ def test_wheel_in_somebody_elses_tree(tree: Path, monkeypatch: pytest.MonkeyPatc
     installed = tree / "site-packages" / "module.py"
     installed.parent.mkdir()
     installed.touch()
-    monkeypatch.setattr(source_tree, "HERE", installed)
-    assert source_tree.commit() is None
-    assert source_tree.changes() == b""
-    assert source_tree.untracked() == []
+    monkeypatch.setattr(stage_folder, "HERE", installed)
+    assert stage_folder.commit() is None
+    assert stage_folder.changes() == b""
+    assert stage_folder.untracked() == []
 
 
 def test_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert source_tree.commit() is None
-    assert source_tree.changes() == b""
+    assert stage_folder.commit() is None
+    assert stage_folder.changes() == b""

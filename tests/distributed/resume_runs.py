@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.endings import STOPPED
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.training_end import STOPPED
 from megatron_l0moe.runtime import cpu
 
 

@@ -15,7 +15,7 @@ import pytest
 from distributed import resume_world as toy
 from processes import PATIENCE
 
-from megatron_l0moe.endings import FAILURE_FILE, STOPPED, read_failure, stopped_at
+from megatron_l0moe.runs.training_end import FAILURE_FILE, STOPPED, read_failure, stopped_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 

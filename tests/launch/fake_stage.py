@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.pipeline import carry_out
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stage_folder import Stage
 
 
 def meet(run: Run, stage: Stage) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.lock import INHERITED, locked
+from megatron_l0moe.runs.lock import INHERITED, locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from megatron_l0moe.launch.lock import locked
+from megatron_l0moe.runs.lock import locked
 expert = int(sys.argv[2]) if len(sys.argv) > 2 else None
 with locked(Path(sys.argv[1]), expert=expert):
     print("held", flush=True)
@@ -65,7 +65,7 @@ def test_child_process_shares_the_lock(tmp_path: Path) -> None:
 def test_children_of_a_killed_command_keep_the_lock(tmp_path: Path) -> None:
     code = (
         "import os, subprocess, sys, time\nfrom pathlib import Path\n"
-        "from megatron_l0moe.launch.lock import locked\n"
+        "from megatron_l0moe.runs.lock import locked\n"
         "with locked(Path(sys.argv[1])) as handles:\n"
         "    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(3)'], pass_fds=handles)\n"
         "    print('held', flush=True)\n"
@@ -102,7 +102,7 @@ def test_a_file_system_without_locks(
     def flock(handle: int, operation: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("megatron_l0moe.launch.lock.fcntl.flock", flock)
+    monkeypatch.setattr("megatron_l0moe.runs.lock.fcntl.flock", flock)
     with locked(tmp_path) as handles:
         assert len(handles) == 1
     assert "does not offer locks" in caplog.text

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from megatron_l0moe.launch.log_reason import reason_in
+from megatron_l0moe.runs.child_process import reason_in
 
 
 def test_reason_of_many_logs(tmp_path: Path) -> None:

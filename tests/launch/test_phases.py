@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from megatron_l0moe import cli
 from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
-from megatron_l0moe.data.manifest import Stage
-from megatron_l0moe.endings import STOPPED, Failure, read_failure, write_failure
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, late_files, phases, pipeline
+from megatron_l0moe.launch import attempts, jobs, phases, pipeline
 from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.runs import stage_folder
+from megatron_l0moe.runs.stage_folder import Stage
+from megatron_l0moe.runs.training_end import STOPPED, Failure, read_failure, write_failure
 
 STEPS = 20  # of MoE training in the toy recipe
 
@@ -27,8 +28,8 @@ STEPS = 20  # of MoE training in the toy recipe
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run whose stages before MoE training are done."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(late_files, "LATE_SECONDS", 0.2)
-    monkeypatch.setattr(late_files, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(stage_folder, "LATE_SECONDS", 0.2)
+    monkeypatch.setattr(stage_folder, "INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(pipeline, "record_start", note_start)  # the real one lists all packages: slow
     model = write_model(tmp_path / "model")
     (tmp_path / "runs").mkdir()
@@ -365,7 +366,7 @@ def test_late_marker_of_an_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     marker.unlink()
     with pytest.raises(L0MoEError, match=r"needs .*assemble, which is not finished"):
         prepare(run)
-    monkeypatch.setattr(late_files.time, "sleep", lambda seconds: marker.write_text(text))
+    monkeypatch.setattr(stage_folder.time, "sleep", lambda seconds: marker.write_text(text))
     assert prepare(run) == 0
 
 

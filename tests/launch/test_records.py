@@ -10,13 +10,13 @@ import pytest
 import yaml
 from toy_recipe import make_run, toy_architecture
 
-from megatron_l0moe.data import source_tree
-from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.launch import jobs, phases, pipeline, preflight, records
-from megatron_l0moe.launch.run import CommandFailedError
 from megatron_l0moe.launch.sbatch_bash import SETUP_BEGINS, SETUP_ENDS
 from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs import stage_folder
+from megatron_l0moe.runs.child_process import CommandFailedError
+from megatron_l0moe.runs.stage_folder import Stage
 
 HIDDEN = "hunter2hunter2"
 
@@ -107,9 +107,9 @@ def test_missing_batch_script_is_said(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def modified(monkeypatch: pytest.MonkeyPatch, changes: bytes, untracked: list[str]) -> None:
-    monkeypatch.setattr(source_tree, "commit", lambda: "0" * 40 + "+changes")
-    monkeypatch.setattr(source_tree, "changes", lambda: changes)
-    monkeypatch.setattr(source_tree, "untracked", lambda: untracked)
+    monkeypatch.setattr(stage_folder, "commit", lambda: "0" * 40 + "+changes")
+    monkeypatch.setattr(stage_folder, "changes", lambda: changes)
+    monkeypatch.setattr(stage_folder, "untracked", lambda: untracked)
 
 
 def test_modified_tree(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +133,7 @@ def test_wheel_without_git(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     modified(monkeypatch, b"diff --git a/x b/x\n", [])
     assert (written(run) / "diff.patch").exists()
     modified(monkeypatch, b"", [])
-    monkeypatch.setattr(source_tree, "commit", lambda: None)
+    monkeypatch.setattr(stage_folder, "commit", lambda: None)
     folder = written(run)  # the same attempt again: no difference of the call before may stay
     assert "installed without its source tree" in (folder / "commit").read_text()
     assert not (folder / "diff.patch").exists()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE, alive, wait_until
 
-from megatron_l0moe.launch.log_reason import reason_in
-from megatron_l0moe.launch.run import (
+from megatron_l0moe.runs.child_process import (
     Command,
     CommandFailedError,
     last_meaningful_line,
+    reason_in,
     run_command,
     run_commands,
 )
@@ -120,7 +120,7 @@ def test_the_first_failure_ends_the_others(tmp_path: Path) -> None:
 RUNNER = """
 import sys
 from pathlib import Path
-from megatron_l0moe.launch.run import run_command
+from megatron_l0moe.runs.child_process import run_command
 note = sys.argv[1]
 child = (
     "import os, subprocess, sys, time\\n"

@@ -8,15 +8,14 @@ from fake_slurm import FakeSlurm, make_fake_slurm
 from rich.console import Console
 from toy_recipe import make_run
 
-from megatron_l0moe.data.manifest import MARKER, write_json
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.job_log import lost_a_node, reason
-from megatron_l0moe.launch.run import TAIL_BYTES
-from megatron_l0moe.launch.slurm_commands import JobState, parse_array, parse_job
 from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, read_record, write_record
 from megatron_l0moe.launch.slurm_status import Row, rows
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run
 from megatron_l0moe.launch.status_table import show
+from megatron_l0moe.runs.child_process import TAIL_BYTES, lost_a_node, reason
+from megatron_l0moe.runs.slurm_commands import JobState, parse_array, parse_job
+from megatron_l0moe.runs.stage_folder import MARKER, write_json
 
 LOG = """\
 10:00:00 | moe: job 105 on n[1-2], start 1
@@ -253,7 +252,7 @@ def test_task_numbers(text: str, tasks: list[int]) -> None:
 
 
 def test_only_jobs_that_slurm_knows_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_l0moe.launch import slurm_commands
+    from megatron_l0moe.runs import slurm_commands
 
     slurm: FakeSlurm = make_fake_slurm(tmp_path, monkeypatch)
     slurm.set_job("5", "JobId=5 JobState=RUNNING Reason=None")

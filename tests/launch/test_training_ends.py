@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from toy_recipe import make_run
 
-from megatron_l0moe.data.manifest import Stage
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import jobs, pipeline
 from megatron_l0moe.launch.stages import stages
+from megatron_l0moe.runs.stage_folder import Stage
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from megatron_l0moe.endings import Failure, write_failure
+from megatron_l0moe.runs.training_end import Failure, write_failure
 folder = Path(sys.argv[1])
 assert not (folder / "stop").exists(), "a stop request of an earlier start"
 (folder / "starts").open("a").write("x")

@@ -9,7 +9,7 @@ from slurm.cluster import Cluster
 from slurm.configuration import REFUSED_ACCOUNT
 from slurm.world import SlurmRun, copy_run, make_world
 
-from megatron_l0moe.launch import slurm_commands
+from megatron_l0moe.runs import slurm_commands
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

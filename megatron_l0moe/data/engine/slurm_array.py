@@ -11,12 +11,12 @@ from pathlib import Path
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
-from megatron_l0moe.caller_environment import for_slurm, replace
 from megatron_l0moe.data.engine.step import UnitStep
 from megatron_l0moe.data.engine.watch import completion_file, task_states
-from megatron_l0moe.data.manifest import write_text
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import ExecutorSection
+from megatron_l0moe.runs.caller_environment import for_slurm, replace
+from megatron_l0moe.runs.stage_folder import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from datatrove.utils.logging import logger as datatrove_logger
 
 from megatron_l0moe.data.engine.units import Plan, published, read_record, write_record
 from megatron_l0moe.data.engine.workspace import Workspace
-from megatron_l0moe.data.manifest import write_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.gpus import gpu_share, visible_gpus
 
 REPORT_SECONDS = 2.0

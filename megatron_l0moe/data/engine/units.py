@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.manifest import sha256_file, write_json
+from megatron_l0moe.runs.stage_folder import sha256_file, write_json
 
 UNIT = np.dtype([("start", "<i8"), ("stop", "<i8"), ("iteration", "<i4"), ("shard", "<i4"), ("limit", "<i8")])
 """Items start:stop; the others are for tokenising: iteration, its running number of shards, tokens of a document."""

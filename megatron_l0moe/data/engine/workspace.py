@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.data.manifest import WORK, write_text
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
+from megatron_l0moe.runs.stage_folder import WORK, write_text
 
 VERSION = 1
 """Of the files in the work folder."""

@@ -9,13 +9,15 @@ They take it as it is, with these exceptions:
 | `SLURM_...`, of a job that we run in | left out where a new job is submitted, but for `SLURM_CLIENT` |
 | `SBATCH_...`, which win over a batch script's lines | left out where a job is submitted, but for defaults, see there |
 
-`OMP_NUM_THREADS` and `CUDA_DEVICE_MAX_CONNECTIONS` of training are set by `launch/jobs.py`. All others are the user's:
+`OMP_NUM_THREADS` and `CUDA_DEVICE_MAX_CONNECTIONS` of training are set by `chain/training_commands.py`. All others are the user's:
 `CUDA_VISIBLE_DEVICES`, `HF_...`, `TRANSFORMERS_OFFLINE`, `NCCL_...`, `KMP_...`, `GOMP_...`, `PYTHONPATH`.
 """
 
 import re
 from collections.abc import Mapping, MutableMapping
 
+VERBOSE = "L0MOE_VERBOSE"
+"""Variable that is 1 where other libraries' warnings are shown: with --verbose, and where the output is a log."""
 OUTER_JOB = re.compile(
     r"(?:RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT|NODE_RANK|NNODES|NPROC_PER_NODE)"
     r"|(?:LOCAL|GROUP|ROLE|CROSS)_(?:RANK|WORLD_SIZE|NAME)"

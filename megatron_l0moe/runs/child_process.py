@@ -4,6 +4,8 @@ A command can end in four ways, and none of them may leave a training process th
 it ends by itself; it fails; we are told to stop (Ctrl-C, SIGTERM, SIGHUP); or we are killed with SIGKILL. For
 the last one the kernel tells the child (PR_SET_PDEATHSIG). Grandchildren that lost their parent are adopted by
 us (PR_SET_CHILD_SUBREAPER) and ended too: torchrun starts its workers in sessions of their own.
+
+Why a command ended is read from its logs; that of a Slurm job holds all of its starts, one after the other.
 """
 
 import contextlib
@@ -22,11 +24,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-
 import psutil
-
-from megatron_l0moe.caller_environment import for_our_processes
+from megatron_l0moe.runs.caller_environment import for_our_processes
 from megatron_l0moe.errors import DISK_FULL_TEXT, L0MoEError
+
 
 logger = logging.getLogger(__name__)
 
@@ -320,3 +321,75 @@ def _kill_tree(process: psutil.Process) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
         os.waitpid(process.pid, os.WNOHANG)
+
+
+_START = re.compile(r"^\d\d:\d\d:\d\d \| \w+: job \S+ on .*, start (\d+)$", re.M)
+_SCRIPT = re.compile(r"^\d\d:\d\d:\d\d \| (?:convert|curate|experts|assemble|moe|export|evaluate|report): ")
+"""What the batch script itself says."""
+_SRUN = re.compile(
+    r"^srun: (?:error: \S+: tasks? .*|Job step .*|Terminating .*|First task exited .*|launch/slurm: .*)$"
+)
+"""That a task ended, not why."""
+_USER_ERROR = re.compile(r"^srun: error: \S+: tasks? .*Exited with exit code 2$", re.M)
+_NODE_LOST = re.compile(r"slurmstepd\S*: error: \*\*\* JOB .* CANCELLED AT \S+ DUE TO NODE FAILURE")
+"""What Slurm writes on a node that it ends a job on because it has lost another one."""
+
+
+def reason(log: Path) -> str:
+    """Return the line of a job's last start that says why it ended."""
+    text = _tail(log)
+    last = text[max((found.end() for found in _START.finditer(text)), default=0) :]
+    lines = [line for line in last.splitlines() if line.strip() and not _SRUN.match(line)]
+    theirs = [line for line in lines if not _SCRIPT.match(line)]
+    if _USER_ERROR.search(last) and theirs:
+        return theirs[-1].strip()  # our own commands end with a sentence and exit code 2
+    if theirs:
+        return meaningful_line("\n".join(theirs), code=1)
+    return _SCRIPT.sub("", lines[-1]) if lines else "its log is empty"
+
+
+def lost_a_node(log: Path, start: int) -> bool:
+    """Whether Slurm says that it ended a start of a job, counted from 1, because it had lost a node of it."""
+    if not log.is_file():
+        return False
+    text = _tail(log)
+    begins = {int(found[1]): found.start() for found in _START.finditer(text)}
+    if start not in begins and any(number < start for number in begins):
+        return False  # not visible yet
+    end = min((at for number, at in begins.items() if number > start), default=len(text))
+    return _NODE_LOST.search(text, begins.get(start, 0), end) is not None
+
+
+def _tail(log: Path) -> str:
+    with log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        return file.read().decode("utf-8", errors="replace")
+
+
+SECONDARY = re.compile(
+    r"DistBackendError|DistNetworkError|ConnectionError|NCCL|[Gg]loo|Connection (?:closed|reset|refused)|Broken pipe"
+    r"|SignalException|TCPStore|ended by SIGTERM"
+)
+"""What a process says when another one has gone."""
+ERROR = re.compile(r"\w*(?:Error|Exception|Interrupt|Exit): \S|^error: |^a worker was ", re.M)
+
+
+def reason_in(logs: Path) -> str:
+    """Return the line that says why an attempt ended.
+
+    Args:
+        logs: one log, or a folder with the logs of many processes. There the first process that failed by itself
+            is meant: of those whose last line is an error, and not that of a lost connection, the one whose log
+            ended first. A process that was killed says nothing, and the others say only that it is gone.
+    """
+    files = [logs] if logs.is_file() else list(logs.rglob("*.log"))
+    files = sorted((file for file in files if file.stat().st_size), key=lambda file: file.stat().st_mtime_ns)
+    if not files:
+        return "nothing was written to its log"
+    lines = [last_meaningful_line(file) for file in files]
+    errors = [line for line in lines if ERROR.search(line)]
+    first_hand = [line for line in errors if not SECONDARY.search(line)]
+    if errors and not first_hand:
+        return f"a process was killed, or a node or the network was lost ({errors[0].rstrip('.')})"
+    return first_hand[0] if first_hand else lines[-1]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.caller_environment import for_slurm
+from megatron_l0moe.runs.caller_environment import for_slurm
 from megatron_l0moe.errors import L0MoEError
 
 ANSWER_SECONDS = 60.0

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_l0moe.data.manifest import write_json
+from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.json_files import read_json
 

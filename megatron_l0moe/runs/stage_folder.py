@@ -1,9 +1,14 @@
 """What a stage leaves behind: its files, then `manifest.json`, then the marker `DONE`, in this order.
 
 A stage counts as done only when its marker is there, so a folder without one is half-written whatever else it
-holds. The marker names the settings it was made with: another recipe's result is refused, never reused.
+holds. The marker names the settings it was made with: another recipe's result is refused, never reused. The manifest
+names every file with its size and sha256, by which it can be compared later, and the commit that the package ran from.
+A shared file system may show late what another node wrote a moment ago, so markers of other stages are waited for.
+No torch.
 """
 
+import subprocess
+from pathlib import Path
 import datetime
 import hashlib
 import importlib.metadata
@@ -15,13 +20,55 @@ import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-from megatron_l0moe.data import digests
-from megatron_l0moe.data.source_tree import commit
+from megatron_l0moe.runs import digests
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.json_files import read_json
+from collections.abc import Iterator, Mapping
+from typing import Any
+import logging
+import time
+
+
+HERE = Path(__file__).resolve()
+
+
+def commit() -> str | None:
+    """Return the commit of the source tree, with `+changes` when it was edited; None for an installed wheel."""
+    head = _git("rev-parse", "HEAD") if _is_tracked() else None
+    if head is None:
+        return None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return head.decode().strip() + ("+changes" if changes else "")
+
+
+def changes() -> bytes:
+    """Return the difference to the commit as git words it, in whatever encoding the files have; empty for a wheel."""
+    if not _is_tracked():
+        return b""
+    return _git("diff", "HEAD", "--no-ext-diff", "--no-color") or b""
+
+
+def untracked() -> list[str]:
+    """Return the files of the tree that git neither tracks nor ignores, relative to its top; none for a wheel."""
+    if not _is_tracked():
+        return []
+    listed = _git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", ":/") or b""
+    return [name.decode(errors="replace") for name in listed.split(b"\0") if name]
+
+
+def _is_tracked() -> bool:
+    """Say whether this file is of the tree around it: a wheel may lie inside somebody else's."""
+    return _git("ls-files", "--error-unmatch", HERE.name) is not None
+
+
+def _git(*words: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", "-C", str(HERE.parent), *words], capture_output=True, check=False)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
 
 MARKER = "DONE"
 MANIFEST = "manifest.json"
@@ -306,3 +353,115 @@ def _checksum(values: dict[str, Any]) -> str:
 def _short(folder: Path) -> str:
     """Name a stage folder inside its run: `curate`, `experts/003`."""
     return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Files of one folder."""
+
+    folder: Path
+    sizes: Mapping[str, int]
+    """Bytes by name."""
+    sha256: Mapping[str, str]
+    """Of the same files; those that an earlier version wrote, and those that no stage reads, have none."""
+
+    def only(self, names: Iterator[str]) -> "Recorded":
+        """Return some of the files."""
+        kept = set(names)
+        return Recorded(
+            self.folder,
+            {name: size for name, size in self.sizes.items() if name in kept},
+            {name: digest for name, digest in self.sha256.items() if name in kept},
+        )
+
+    def begin(self) -> None:
+        """Begin to read the files whose size is right, in threads."""
+        for name in self.sha256:
+            if self._size_problem(name) is None:
+                digests.begin(self.folder / name)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (name, problem) of each file that is not as recorded, sizes before contents."""
+        wrong = {name: problem for name in self.sizes if (problem := self._size_problem(name)) is not None}
+        yield from wrong.items()
+        self.begin()
+        for name, digest in self.sha256.items():
+            if name not in wrong and digests.begin(self.folder / name).result() != digest:
+                yield name, "is not the file that was written (its sha256 differs)"
+
+    def _size_problem(self, name: str) -> str | None:
+        file = self.folder / name
+        if not file.is_file():
+            return "is missing"
+        found = file.stat().st_size
+        return None if found == self.sizes[name] else f"has {found} bytes instead of {self.sizes[name]}"
+
+
+def recorded_outputs(folder: Path) -> Recorded:
+    """Return the outputs of a finished stage as its manifest has them; none where there is no manifest.
+
+    Raises:
+        L0MoEError: the manifest is damaged.
+    """
+    found = _recorded(folder, read_manifest(folder), "outputs", folder / MANIFEST)
+    return found.only(name for name in found.sizes if Path(name).name not in CHANGES_AFTERWARDS)
+
+
+def recorded_model(folder: Path) -> Recorded | None:
+    """Return the dense model's files as a stage recorded them; None where it did not.
+
+    Raises:
+        L0MoEError: the manifest is damaged.
+    """
+    model = read_manifest(folder).get("model")
+    if model is None:
+        return None
+    if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+        raise _damaged(folder / MANIFEST)
+    return _recorded(Path(model["path"]), model, "sizes", folder / MANIFEST)
+
+
+def _recorded(folder: Path, values: dict[str, Any], sizes_key: str, file: Path) -> Recorded:
+    sizes, sha256 = values.get(sizes_key, {}), values.get("sha256", {})
+    if (
+        not isinstance(sizes, dict)
+        or not isinstance(sha256, dict)
+        or not all(type(size) is int for size in sizes.values())
+        or not all(isinstance(digest, str) for digest in sha256.values())
+        or not sha256.keys() <= sizes.keys()
+    ):
+        raise _damaged(file)
+    return Recorded(folder, sizes, sha256)
+
+
+def _damaged(file: Path) -> L0MoEError:
+    return L0MoEError(
+        f"{file} does not list files by size and sha256; restore it, or remove {file.parent} to make it anew."
+    )
+
+
+logger = logging.getLogger(__name__)
+
+LATE_SECONDS = 90.0
+"""NFS remembers for up to 60 s that a file was not there (acdirmax, nfs(5))."""
+INTERVAL_SECONDS = 1.0
+
+
+def wait_for_inputs(stage: Stage) -> None:
+    """Wait, for a bounded time, until the markers of the input stages can be seen; whoever needs them says the rest."""
+    deadline = time.monotonic() + LATE_SECONDS
+    told = False
+    while missing := [folder for folder in stage.inputs if not _is_there(folder)]:
+        if time.monotonic() > deadline:
+            return
+        if not told:
+            logger.info("Waiting up to %.0f s for %s to be finished.", LATE_SECONDS, missing[0])
+            told = True
+        time.sleep(INTERVAL_SECONDS)
+        for folder in missing:
+            if folder.is_dir():
+                os.listdir(folder)  # makes a client of NFS ask again
+
+
+def _is_there(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (MARKER, MANIFEST))
