@@ -106,7 +106,7 @@ def extra_states(architecture: Architecture, moe: MoEShape | None) -> dict[str, 
 
 def is_training_state(name: str) -> bool:
     """Whether a Megatron tensor is of training alone: counters of routers, and what a frozen mask does not need."""
-    if ".mlp.masks." in name:  # modules/mom_masks.py
+    if ".mlp.masks." in name:  # modules/mixture_of_masks.py
         return not name.endswith(".hard_mask")
     return ".mlp.router.expert_load." in name  # modules/router.py
 

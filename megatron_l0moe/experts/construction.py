@@ -15,7 +15,7 @@ from megatron_l0moe.experts.coactivation import cluster_of
 from megatron_l0moe.experts.low_rank import keep_by_svd
 from megatron_l0moe.experts.optimal_brain import keep_by_obs
 from megatron_l0moe.experts.refit import refit, relative_error
-from megatron_l0moe.modules.keyed_random import keyed_generator
+from megatron_l0moe.modules.tensor_parallel import keyed_generator
 
 PAIRS: dict[str, Pairs] = {
     "random": "none",

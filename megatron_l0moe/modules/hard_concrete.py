@@ -17,9 +17,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from megatron_l0moe.modules.collectives import gather_shards
-from megatron_l0moe.modules.keyed_random import keyed_generator
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig, RetentionController
+from megatron_l0moe.modules.tensor_parallel import gather_shards, keyed_generator
 
 UNIFORM_EPSILON = 1e-6  # keeps log(u) and log(1 - u) finite in float32
 

@@ -18,16 +18,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_l0moe.modules.attention import LocalAttention
-from megatron_l0moe.modules.block_gate import BlockGateConfig
-from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
-from megatron_l0moe.modules.experts import PaddedExperts
+from megatron_l0moe.modules.dsmoe import BlockGateConfig, DSMoEMLP
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.l0_mlp import L0MLP
-from megatron_l0moe.modules.mask_gate import MaskConfig
-from megatron_l0moe.modules.mom_mlp import MoMMLP
+from megatron_l0moe.modules.local_layers import LocalAttention, PaddedExperts, RMSNorm, SeparateRMSNorm
+from megatron_l0moe.modules.mixture_of_masks import MaskConfig, MoMMLP
 from megatron_l0moe.modules.retention import RetentionConfig
-from megatron_l0moe.modules.rms_norm import RMSNorm, SeparateRMSNorm
 from megatron_l0moe.modules.router import L0Router, RouterConfig
 
 Stage = Literal["dense", "expert", "moe", "dsmoe", "mom"]

@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_l0moe.modules.collectives import copy_to_shards, gather_shards, mean_over_shards
+from megatron_l0moe.modules.tensor_parallel import copy_to_shards, gather_shards, mean_over_shards
 
 SHIFT_BOUND = 40.0  # |log_alpha - tau|: sigmoid(40) is 1 in float32
 SECTIONS, SECTION_ROUNDS = 16, 2  # an interval of 80 shrinks to 0.31 by two evaluations of a few big kernels

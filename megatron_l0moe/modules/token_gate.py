@@ -11,8 +11,7 @@ from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_l0moe.modules.collectives import copy_to_shards
-from megatron_l0moe.modules.keyed_random import keyed_generator
+from megatron_l0moe.modules.tensor_parallel import copy_to_shards, keyed_generator
 
 
 class TokenGate(MegatronModule):

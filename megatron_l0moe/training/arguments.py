@@ -10,10 +10,10 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.modules.block_gate import BlockGateConfig
+from megatron_l0moe.modules.dsmoe import BlockGateConfig
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan
-from megatron_l0moe.modules.mask_gate import MaskConfig
+from megatron_l0moe.modules.mixture_of_masks import MaskConfig
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
 from megatron_l0moe.runtime.platform import platform_flags

@@ -19,9 +19,9 @@ from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.calibration import Calibration, CalibrationSums
 from megatron_l0moe.experts.construction import PAIRS, ConstructionSettings
-from megatron_l0moe.modules.collectives import gather_shards
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import GateStep, Phase
+from megatron_l0moe.modules.tensor_parallel import gather_shards
 from megatron_l0moe.training.arguments import Settings
 from megatron_l0moe.training.forward_step import ForwardStep
 

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
-from megatron_l0moe.modules.mom_masks import MaskGate
+from megatron_l0moe.modules.mixture_of_masks import MaskGate
 from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 

@@ -12,12 +12,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_l0moe.modules.dsmoe_mlp import BlockGate
+from megatron_l0moe.modules.dsmoe import BlockGate
 from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
-from megatron_l0moe.modules.mom_masks import MaskGate
-from megatron_l0moe.modules.mom_mlp import MaskRouter
+from megatron_l0moe.modules.mixture_of_masks import MaskGate, MaskRouter
 from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.training.arguments import Settings
 

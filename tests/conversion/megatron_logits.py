@@ -19,10 +19,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.safe_globals import register_safe_globals  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_l0moe.modules.block_gate import BlockGateConfig  # noqa: E402
+from megatron_l0moe.modules.dsmoe import BlockGateConfig  # noqa: E402
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig  # noqa: E402
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec  # noqa: E402
-from megatron_l0moe.modules.mask_gate import MaskConfig  # noqa: E402
+from megatron_l0moe.modules.mixture_of_masks import MaskConfig  # noqa: E402
 from megatron_l0moe.modules.retention import RetentionConfig  # noqa: E402
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
 

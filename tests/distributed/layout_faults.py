@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 from megatron_l0moe.modules import hard_concrete, token_gate
-from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP
-from megatron_l0moe.modules.mom_masks import MaskGate
+from megatron_l0moe.modules.dsmoe import DSMoEMLP
+from megatron_l0moe.modules.mixture_of_masks import MaskGate
 from megatron_l0moe.training import forward_step
 from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 

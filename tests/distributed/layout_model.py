@@ -15,10 +15,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_models import transformer_config
 
-from megatron_l0moe.modules.block_gate import BlockGateConfig
+from megatron_l0moe.modules.dsmoe import BlockGateConfig
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
-from megatron_l0moe.modules.mask_gate import MaskConfig
+from megatron_l0moe.modules.mixture_of_masks import MaskConfig
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
 from megatron_l0moe.training.arguments import Settings, StageConfig

@@ -5,7 +5,7 @@ import torch
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.mask_units import ExpertWidths, MaskUnits, common_widths, sort_units
-from megatron_l0moe.modules.mask_gate import channel_factors, choose_masks
+from megatron_l0moe.modules.mixture_of_masks import channel_factors, choose_masks
 
 FLOAT64_ATOL = 1e-12  # the same products, summed in another order
 

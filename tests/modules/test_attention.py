@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_l0moe.modules.attention import LocalAttention
+from megatron_l0moe.modules.local_layers import LocalAttention
 
 FLOAT32_ATOL = 2e-6  # sums of 8 float32 products in another order
 S, B, HEADS, GROUPS, D = 5, 2, 4, 2, 8

@@ -6,7 +6,7 @@ import equations
 import pytest
 import torch
 
-from megatron_l0moe.modules.block_gate import BlockGateConfig, block_weights, open_blocks, sparsity_loss
+from megatron_l0moe.modules.dsmoe import BlockGateConfig, block_weights, open_blocks, sparsity_loss
 
 FLOAT64_ATOL = 1e-12  # the same few products in another order
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_l0moe.modules.domain_load import DomainLoad
+from megatron_l0moe.modules.router import DomainLoad
 from megatron_l0moe.runtime import cpu
 
 # 2 positions of 3 sequences, in Megatron's order [s, b]; top 1 of 4 experts

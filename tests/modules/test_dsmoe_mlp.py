@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from megatron_l0moe.modules import dsmoe_mlp
-from megatron_l0moe.modules.dsmoe_mlp import DSMoEMLP, local_segments
+from megatron_l0moe.modules import dsmoe
+from megatron_l0moe.modules.dsmoe import DSMoEMLP, local_segments
 from megatron_l0moe.runtime import cpu
 
 FLOAT32_SUM_ATOL = 2e-6  # sums of 24 float32 products of size 1, in another order
@@ -47,7 +47,7 @@ def test_sum_of_all_blocks_with_gates_at_one_is_the_dense_model_exactly(monkeypa
         values[..., shut] = 0.0
         return values
 
-    monkeypatch.setattr(dsmoe_mlp.BlockGate, "scores", scores)
+    monkeypatch.setattr(dsmoe.BlockGate, "scores", scores)
     assert torch.equal(models.logits(dense), models.logits(blocks))
     shut.append(3)  # control: one block fewer
     assert not torch.allclose(models.logits(dense), models.logits(blocks), atol=IDENTITY_ATOL)

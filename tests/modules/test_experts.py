@@ -5,7 +5,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_l0moe.modules import experts as ex
+from megatron_l0moe.modules import local_layers as ex
 from megatron_l0moe.runtime import cpu
 
 FLOAT32_ATOL = 1e-6  # the same products in blocks of another size

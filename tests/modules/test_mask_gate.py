@@ -7,7 +7,7 @@ import equations
 import pytest
 import torch
 
-from megatron_l0moe.modules.mask_gate import (
+from megatron_l0moe.modules.mixture_of_masks import (
     MaskConfig,
     activated,
     channel_factors,

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.modules.mom_mlp import MoMMLP
+from megatron_l0moe.modules.mixture_of_masks import MoMMLP
 from megatron_l0moe.modules.retention import GateStep, Phase
 from megatron_l0moe.modules.router import balance_loss
 from megatron_l0moe.runtime import cpu

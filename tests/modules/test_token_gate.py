@@ -7,10 +7,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_l0moe.modules.block_gate import BlockGateConfig
-from megatron_l0moe.modules.dsmoe_mlp import BlockGate
-from megatron_l0moe.modules.mask_gate import MaskConfig
-from megatron_l0moe.modules.mom_mlp import MaskRouter
+from megatron_l0moe.modules.dsmoe import BlockGate, BlockGateConfig
+from megatron_l0moe.modules.mixture_of_masks import MaskConfig, MaskRouter
 from megatron_l0moe.runtime import cpu
 
 

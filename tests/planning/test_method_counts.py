@@ -5,7 +5,7 @@ from planning.test_parameters import MOE, TINY
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.modules.mask_gate import MOST_SETS
+from megatron_l0moe.modules.mixture_of_masks import MOST_SETS
 from megatron_l0moe.recipe.recipe import MOST_SETS as MOST_SETS_OF_A_RECIPE
 from megatron_l0moe.sizes.parameters import count_parameters, exported_counts
 

@@ -1,11 +1,21 @@
-"""Differentiable and plain collectives that the gates use; each is the identity in a group of one."""
+"""Differentiable and plain collectives that the gates use; each is the identity in a group of one.
 
+Random numbers that follow from a key: the same on every rank of every layout, without a state to save.
+"""
+
+import numpy as np
 import torch
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor
+
+
+def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator whose numbers follow from ``key`` alone, whichever rank draws them."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(state) & (2**63 - 1))
 
 
 def gather_shards(shard: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
