@@ -24,7 +24,8 @@ from pathlib import Path
 import FlagEmbedding  # noqa: F401 - imported before the forks
 
 from megatron_l0moe.data import curate as curate_module
-from megatron_l0moe.data import drive, indexed  # noqa: F401
+from megatron_l0moe.data import drive
+from megatron_l0moe.index import tokens  # noqa: F401
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
 STEPS = ("scan", "hold out", "embed", "cluster", "tokenise", "index")

@@ -72,7 +72,7 @@ def make_text(corpus: str, out: str, characters: int, model: str) -> dict[str, A
 
 def tokenise_ours(text: str, model: str, out: str) -> dict[str, Any]:
     """Write a .jsonl file's texts as one shard."""
-    from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
+    from megatron_l0moe.index.tokens import CorpusTokenizer, write_documents
 
     tokenizer = CorpusTokenizer.load(Path(model))
     with Clock() as clock:

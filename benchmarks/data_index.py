@@ -25,9 +25,9 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.evaluation.hardware import describe_machine
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.runtime import cpu
 
 SEQ_LENGTH = 4096

@@ -287,7 +287,7 @@ def inspect(
         from rich.console import Console
 
         _log_to_stderr()
-        from megatron_l0moe.data import inspect as inspection
+        from megatron_l0moe.index import inspect as inspection
 
         folder = inspection.open_folder(path)
         known = inspection.find_tokenizer(folder, tokenizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_l0moe.data.index import index_files, load_header
+from megatron_l0moe.index.index import index_files, load_header
 from megatron_l0moe.runs.stage_folder import sha256_file, write_json
 
 

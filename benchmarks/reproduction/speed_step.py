@@ -41,9 +41,9 @@ def time_rows(place: Place, table: RunsTable) -> None:
 
 def _time(place: Place, model: Path, case: Case) -> Json:
     from megatron_l0moe.evaluation.evaluate import checkpoint_counts
-    from megatron_l0moe.evaluation.heldout import read_heldout
     from megatron_l0moe.evaluation.models import load_model
     from megatron_l0moe.evaluation.speed import measure_speed
+    from megatron_l0moe.index.heldout_file import read_heldout
 
     settings, method = place.settings.speed, case.settings.method
     heldout = json.loads((folder(place, case.name, HELDOUT) / HELDOUT).read_text(encoding="utf-8"))

@@ -29,10 +29,10 @@ from megatron_l0moe.data.embedding import check_encoder, find_model
 from megatron_l0moe.data.engine.executors import session
 from megatron_l0moe.data.engine.workspace import Workspace
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
-from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
-from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.data.sampling import Budget, ClusterFiller, draw_subsets, fill_clusters
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
+from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
+from megatron_l0moe.index.tokens import CorpusTokenizer
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs import digests
 from megatron_l0moe.runs.stage_folder import write_json

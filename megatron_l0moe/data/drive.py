@@ -18,10 +18,10 @@ from megatron_l0moe.data.embedding import find_model
 from megatron_l0moe.data.engine.run import run_step
 from megatron_l0moe.data.engine.units import Plan, Record, cut_at_shards
 from megatron_l0moe.data.engine.workspace import Workspace
-from megatron_l0moe.data.index import Shard
 from megatron_l0moe.data.sampling import WRITTEN, ClusterFiller
 from megatron_l0moe.data.steps import EmbedStep, ScanStep, TokeniseStep, shard_path
 from megatron_l0moe.data.vectors import VectorShards
+from megatron_l0moe.index.index import Shard
 from megatron_l0moe.recipe.sections import DataSection
 
 SCAN_BYTES = 64e6

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_l0moe.data.catalog import Catalog, read_documents
-from megatron_l0moe.data.indexed import CorpusTokenizer, Tokens
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.tokens import CorpusTokenizer, Tokens
 from megatron_l0moe.runs.stage_folder import write_text
 
 logger = logging.getLogger(__name__)

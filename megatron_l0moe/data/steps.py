@@ -112,7 +112,7 @@ class TokeniseStep(UnitStep):
 
     def do_unit(self, plan: Plan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
         """Tokenise the unit's documents, each up to the plan's limit."""
-        from megatron_l0moe.data.indexed import write_documents
+        from megatron_l0moe.index.tokens import write_documents
 
         limit = int(plan.units["limit"][unit])
         texts = ((i, d.text, limit) for i, d in read_documents(self._catalog, plan.items_of(unit)))
@@ -126,7 +126,7 @@ class TokeniseStep(UnitStep):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from megatron_l0moe.data.indexed import CorpusTokenizer
+        from megatron_l0moe.index.tokens import CorpusTokenizer
 
         return CorpusTokenizer.load(Path(self.model), eod=self.eod)
 

@@ -21,7 +21,6 @@ from typing import Any, Literal, get_args
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.evaluate import checkpoint_counts
 from megatron_l0moe.evaluation.hardware import describe_machine
-from megatron_l0moe.evaluation.heldout import read_heldout
 from megatron_l0moe.evaluation.models import EXPERTS_IMPLEMENTATION, load_model
 from megatron_l0moe.evaluation.profiling import Operations, profile_transformers
 from megatron_l0moe.evaluation.router_load import DistinctExperts
@@ -37,6 +36,7 @@ from megatron_l0moe.evaluation.timing import (
     windows,
 )
 from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, VllmRunner
+from megatron_l0moe.index.heldout_file import read_heldout
 from megatron_l0moe.runtime.cpu import device
 from megatron_l0moe.runtime.gpus import energy_meter
 from megatron_l0moe.sizes.architecture import read_config

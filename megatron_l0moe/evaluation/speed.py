@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from megatron_l0moe.evaluation.hardware import describe_machine
-from megatron_l0moe.evaluation.heldout import HeldoutSequence
 from megatron_l0moe.evaluation.timing import (
     THREADS,
     WARM_UP_PAIRS,
@@ -24,6 +23,7 @@ from megatron_l0moe.evaluation.timing import (
     ratios,
     time_pairs,
 )
+from megatron_l0moe.index.heldout_file import HeldoutSequence
 from megatron_l0moe.sizes.parameters import ParameterCounts, speed_bounds
 
 PROMPT_TOKENS = 32

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import describe, samples_of_step
 from megatron_l0moe.launch import attempts, jobs, pipeline, preflight, provenance
 from megatron_l0moe.launch.sbatch import place_of
 from megatron_l0moe.launch.stages import Run, spec_of, stages

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_l0moe.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
-from megatron_l0moe.data.index import load_header
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.index import load_header
 from megatron_l0moe.launch.attempts import saved_step
 from megatron_l0moe.launch.stages import Run, folders, spec_of, stage_command
 from megatron_l0moe.runs import digests

@@ -15,10 +15,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.calibration import Calibration, CalibrationSums
 from megatron_l0moe.experts.construction import PAIRS, ConstructionSettings
+from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import GateStep, Phase
 from megatron_l0moe.modules.tensor_parallel import gather_shards

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.index import check_batching
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.index import check_batching
 
 
 def datasets_provider(

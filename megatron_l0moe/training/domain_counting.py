@@ -16,7 +16,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_l0moe.data.domains import SampleDomains
+from megatron_l0moe.index.dataset import SampleDomains
 from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.training.arguments import StageConfig
 from megatron_l0moe.training.model import routers

@@ -20,8 +20,8 @@ import torch
 from megatron.training import get_args
 from megatron.training import training as megatron_training
 
-from megatron_l0moe.data.sample_places import describe, samples_of_step
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import describe, samples_of_step
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runs.training_end import STOPPED, STOPPED_FILE, Failure, how_to_go_on, write_failure
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.training.arguments import parse_args
 
-from megatron_l0moe.data.index import check_batching, load_header
+from megatron_l0moe.index.index import check_batching, load_header
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.layout_rules import JobSizes, check_layout
 from megatron_l0moe.runtime.cpu import has_cuda

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.heldout import check_vocabulary, read_heldout
+from megatron_l0moe.index.heldout_file import check_vocabulary, read_heldout
 from megatron_l0moe.runs.caller_environment import for_one_process, for_our_processes, replace
 from megatron_l0moe.runtime import checkpoint_fixes, cpu
 from megatron_l0moe.training.pretrain import exit_with_one_sentence

@@ -34,8 +34,8 @@ import steps  # noqa: E402
 import tables_step  # noqa: E402
 import training_record  # noqa: E402
 
-from megatron_l0moe.data.curriculum import CurriculumDataset  # noqa: E402
 from megatron_l0moe.errors import L0MoEError  # noqa: E402
+from megatron_l0moe.index.dataset import CurriculumDataset  # noqa: E402
 from megatron_l0moe.modules.retention import LARGEST_BUDGET  # noqa: E402
 from megatron_l0moe.reports import plots  # noqa: E402
 from megatron_l0moe.runs import stage_folder  # noqa: E402

@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
-from megatron_l0moe.data.curriculum import CurriculumDataset
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.launch import provenance
 from megatron_l0moe.launch.pipeline import carry_out
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run

@@ -115,7 +115,7 @@ def toy_index(tmp_path: Path) -> Callable[..., Any]:
     from curated import describe_shard
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
+    from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, write_index
 
     def build(
         *, clusters: int = 4, order: tuple[int, ...] = (2, 1), rounds: int | dict[int, int] = 6, p: int = 2,

@@ -13,9 +13,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_l0moe.data.ccm import confusion, semantic_distance
 from megatron_l0moe.data.curate import curate, plan_budgets
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.tokens import CorpusTokenizer
 from megatron_l0moe.recipe.recipe import Recipe
 
 

@@ -10,9 +10,9 @@ import torch
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.index import index_files
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.index import index_files
 from megatron_l0moe.runs.stage_folder import CHECKSUM, sealed
 
 S = 8
@@ -178,7 +178,7 @@ def test_opening_reads_no_lengths(toy_index, monkeypatch: pytest.MonkeyPatch) ->
     """An index of 30B tokens has 15M documents: opening it must not touch them all."""
     prefix, _ = toy_index()
     touched = []
-    monkeypatch.setattr("megatron_l0moe.data.verify.sha256_file", lambda path: touched.append(path))
+    monkeypatch.setattr("megatron_l0moe.index.verify.sha256_file", lambda path: touched.append(path))
     CurriculumDataset(prefix, verify=False)
     assert touched == []
     with pytest.raises(L0MoEError, match="sha256 differs"):  # control: None is no checksum

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.domains import SampleDomains
-from megatron_l0moe.data.index import index_files
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset, SampleDomains
+from megatron_l0moe.index.index import index_files
 
 STEP = 8  # sequences: two of each of four domains
 

@@ -9,8 +9,8 @@ from curated import scan_corpus
 
 from megatron_l0moe.data.catalog import Catalog
 from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
-from megatron_l0moe.data.indexed import CorpusTokenizer
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.tokens import CorpusTokenizer
 
 
 def text(domain: str, i: int) -> str:

@@ -9,8 +9,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-from megatron_l0moe.data.index import SAMPLE, check_batching, index_files, interleave, load_header, mix, pack
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.index import SAMPLE, check_batching, index_files, interleave, load_header, mix, pack
 
 
 def load(prefix: Path) -> np.ndarray:

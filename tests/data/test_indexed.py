@@ -12,9 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import AddedToken, Tokenizer, decoders
 
-from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
-from megatron_l0moe.data.tokenizer_files import open_tokenizer, tokenizer_file
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.tokens import CorpusTokenizer, open_tokenizer, tokenizer_file, write_documents
 from megatron_l0moe.runs.stage_folder import sha256_file
 
 
@@ -219,7 +218,7 @@ def test_a_pickled_tokenizer_is_the_same(model: Path, sentencepiece_model: Path,
 
 
 def test_write_shard_round_trip(model: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_l0moe.data.indexed.BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr("megatron_l0moe.index.tokens.BATCH_DOCUMENTS", 2)
     tokenizer = CorpusTokenizer.load(model)
     texts = ["sail wind", "quark " * 30, "x", "oven dough"]
     prefix = tmp_path / "out" / "shard_00000"
@@ -240,7 +239,7 @@ def test_write_shard_round_trip(model: Path, tmp_path: Path, monkeypatch) -> Non
 
 def test_a_failed_write_is_seen(model: Path, tmp_path: Path, monkeypatch) -> None:
     """As on a full disk: the file is shorter than what was written."""
-    monkeypatch.setattr("megatron_l0moe.data.indexed.DType.size", lambda key: 3)
+    monkeypatch.setattr("megatron_l0moe.index.tokens.DType.size", lambda key: 3)
     with pytest.raises(L0MoEError, match=r"does not hold what was written .* check the disk"):
         write_documents(tmp_path / "s", [(0, "sail", 9)], CorpusTokenizer.load(model), lambda count: None)
 

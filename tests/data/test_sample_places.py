@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.sample_places import SamplePlace, describe, samples_of_step
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset, SamplePlace, describe, samples_of_step
 
 BATCH, SAMPLES = 8, 48  # p * K, and two iterations of 6 rounds of K = 4
 Index = Callable[..., Any]

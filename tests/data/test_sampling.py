@@ -8,7 +8,6 @@ from curated import scan_corpus
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_l0moe.data.catalog import Catalog, read_documents
-from megatron_l0moe.data.indexed import CorpusTokenizer, write_documents
 from megatron_l0moe.data.sampling import (
     OVERSAMPLING,
     WRITTEN,
@@ -18,6 +17,7 @@ from megatron_l0moe.data.sampling import (
     fill_clusters,
 )
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.tokens import CorpusTokenizer, write_documents
 
 
 def test_subsets_are_disjoint_and_proportional() -> None:

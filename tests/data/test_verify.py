@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_l0moe.data import verify
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.index import index_files
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index import verify
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.index import index_files
 
 
 def changed(prefix: Path, change: Callable[[Any, Any], None], **header: Any) -> CurriculumDataset:

@@ -110,7 +110,7 @@ def write_indexes(folder: Path) -> Path:
     from curated import describe_shard
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, write_index
+    from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, write_index
 
     rng = np.random.default_rng(7)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ from megatron_l0moe.conversion.dsmoe_layout import MODELLING_FILE, modelling_tex
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.block_load import OpenBlocks
 from megatron_l0moe.evaluation.exported_code import exported_code, is_dsmoe
-from megatron_l0moe.evaluation.heldout import read_heldout
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import measure
+from megatron_l0moe.index.heldout_file import read_heldout
 from megatron_l0moe.sizes.parameters import dsmoe_counts
 
 BLOCKS, DENSE_LAYERS = 4, 1

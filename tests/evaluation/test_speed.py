@@ -10,10 +10,10 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import timing
 from megatron_l0moe.evaluation.evaluate import checkpoint_counts
 from megatron_l0moe.evaluation.hardware import cpu_model, describe_machine, memory_gib
-from megatron_l0moe.evaluation.heldout import HeldoutSequence
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.speed import measure_speed, timings
 from megatron_l0moe.evaluation.timing import Mode, Sample, Spread, TransformersRunner, time_pairs, windows
+from megatron_l0moe.index.heldout_file import HeldoutSequence
 
 TEXT = list(range(400))
 

@@ -13,8 +13,8 @@ from toy_recipe import make_run, write_model
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
-from megatron_l0moe.data.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.launch import attempts, jobs, phases, pipeline
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.runs import stage_folder

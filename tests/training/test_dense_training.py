@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.architecture import Architecture

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_mom
-from megatron_l0moe.data.curriculum import CurriculumDataset
+from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.sizes.architecture import Architecture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_l0moe.data.curriculum import CurriculumDataset
-from megatron_l0moe.data.index import IndexHeader, load_header
-from megatron_l0moe.data.tokenizer_files import TOKENIZER_FILES, open_tokenizer
-from megatron_l0moe.data.verify import check_checksums, check_sizes, checksums_of
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.index import IndexHeader, load_header
+from megatron_l0moe.index.tokens import TOKENIZER_FILES, open_tokenizer
+from megatron_l0moe.index.verify import check_checksums, check_sizes, checksums_of
 from megatron_l0moe.runs import digests
 from megatron_l0moe.runs.stage_folder import MARKER, recorded_outputs, sha256_file
 from megatron_l0moe.runtime.json_files import read_json

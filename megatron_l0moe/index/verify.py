@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_l0moe.data.index import IndexHeader, Records, Shard, index_files
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.index import IndexHeader, Records, Shard, index_files
 from megatron_l0moe.runs.digests import MAX_READERS
 from megatron_l0moe.runs.stage_folder import sha256_file
 

@@ -2,8 +2,15 @@
 
 S = sequence length. The attention of a sample runs over the documents that are packed in it, as in Megatron's
 GPTDataset without `reset_attention_mask`.
+
+The domain of every sample of an index, for ranks that see no batch: a sample's number alone decides it.
+
+Shapes: M = micro-batches of a step on one rank, b = micro-batch.
+
+Which documents a training step reads: global samples, their domains, and the places of their first tokens.
 """
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +20,126 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.lib.format import open_memmap
 
-from megatron_l0moe.data.index import DOC, SAMPLE, IndexHeader, index_files, load_header
-from megatron_l0moe.data.verify import (
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.index import DOC, SAMPLE, IndexHeader, index_files, load_header
+from megatron_l0moe.index.verify import (
     check_batches,
     check_checksums,
     check_records,
     check_sizes,
     checksums_of,
 )
-from megatron_l0moe.errors import L0MoEError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlace:
+    """Where a global sample of an index begins."""
+
+    sample: int
+    """Global sample, which is the record in P.ccm.samples.npy; the first is 0."""
+    domain: int
+    iteration: int
+    """Of curate, `iter_NN`."""
+    shard: str
+    """Prefix of the token file, relative to the folder of the index."""
+    document: int
+    """In that file."""
+    offset: int
+    """First token in that document."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+
+def samples_of_step(prefix: Path, step: int, global_batch_size: int) -> list[SamplePlace]:
+    """Return the samples of a training step, in their order; all ranks and micro-batches together.
+
+    Args:
+        prefix: path of the index without `.ccm.json`.
+        step: counted from 1, as in the log and in metrics.jsonl.
+        global_batch_size: sequences of one step.
+
+    Raises:
+        L0MoEError: the index is missing or damaged.
+    """
+    header = load_header(prefix)
+    _, docs_file, samples_file = index_files(prefix)
+    first = (step - 1) * global_batch_size
+    records = np.load(samples_file, mmap_mode="r")[first : first + global_batch_size]
+    docs = np.load(docs_file, mmap_mode="r")
+    places = []
+    for number, record in enumerate(records, start=first):
+        document = docs[int(record["doc_pos"])]
+        places.append(
+            SamplePlace(
+                sample=number,
+                domain=int(record["cluster"]),
+                iteration=int(record["iter"]),
+                shard=header.shards[int(document["shard"])].path,
+                document=int(document["doc"]),
+                offset=int(record["offset"]),
+            )
+        )
+    return places
+
+
+def describe(prefix: Path, places: list[SamplePlace]) -> str:
+    """Return the range of samples, their domains, and where the first one begins, to follow "it read"."""
+    if not places:
+        return f"no samples of {prefix}, which is shorter"
+    first, last = places[0], places[-1]
+    domains = sorted({place.domain for place in places})
+    shown = ", ".join(map(str, domains[:8])) + (" and others" if len(domains) > 8 else "")
+    return (
+        f"samples {first.sample} to {last.sample} of {prefix} (domain{'s' if len(domains) > 1 else ''} {shown}; the "
+        f"first begins at token {first.offset} of document {first.document} in {first.shard}.bin)"
+    )
+
+
+class SampleDomains:
+    """Reads the domains of an index' samples, 16 bytes a sample, from a mapped file."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open an index.
+
+        Raises:
+            L0MoEError: it is missing, damaged, or of another version.
+        """
+        self.num_domains = load_header(Path(prefix)).num_domains
+        self._file = index_files(Path(prefix))[2]
+        try:
+            self._samples: Any = open_memmap(self._file, mode="r")
+        except Exception as error:  # numpy parses an array's header as Python: damage raises nearly anything
+            raise L0MoEError(f"{self._file} cannot be read ({error}); run the curate stage again.") from error
+        assert self._samples.dtype == SAMPLE, "the data provider has checked it"
+
+    def of_rank(
+        self, consumed: int, *, num_micro_batches: int, micro_batch: int, rank: int, size: int
+    ) -> npt.NDArray[np.int64]:
+        """Return the domain of each sequence of a data-parallel rank's next step, int64 [M, b].
+
+        In the order of Megatron's sampler for the dataloader type "single": micro-batch m of all ranks together is
+        a run of `size * micro_batch` samples, of which each rank takes its own run of `micro_batch`.
+
+        Args:
+            consumed: samples before this step.
+            num_micro_batches: M.
+            micro_batch: b.
+            rank: of this process in its data-parallel group.
+            size: of that group.
+
+        Raises:
+            L0MoEError: a sample of a domain that the index does not have.
+        """
+        end = consumed + num_micro_batches * size * micro_batch
+        clusters = np.asarray(self._samples[consumed:end]["cluster"], dtype=np.int64)
+        if clusters.max() >= self.num_domains:  # on a GPU it would end as an error of some kernel
+            raise L0MoEError(
+                f"{self._file} holds a sample of domain {clusters.max()}, and its header has {self.num_domains} "
+                "domains; run the curate stage again."
+            )
+        return clusters.reshape(num_micro_batches, size, micro_batch)[:, rank]
 
 
 class CurriculumDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
