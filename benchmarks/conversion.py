@@ -23,9 +23,9 @@ import torch
 from one_conversion import memory
 from synthetic import llama_config, write_dense, write_experts
 
+from megatron_l0moe.checkpoints.rules import blocks
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.conversion.convert import convert_dense
-from megatron_l0moe.conversion.mapping import blocks
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.evaluation.hardware import describe_machine
 
 PROGRAM = Path(__file__).with_name("one_conversion.py")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_l0moe.conversion import mapping
+from megatron_l0moe.checkpoints import rules
 from megatron_l0moe.conversion.convert import convert_any, weight_files
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.experts.merging import assemble
@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.whole_tensors:
-        mapping.BLOCK_VALUES = 2**62
+        rules.BLOCK_VALUES = 2**62
     imports = memory("VmRSS")
     start = time.perf_counter()
     WORK[options.what](*options.paths)

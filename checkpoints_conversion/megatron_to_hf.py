@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.export import export_dense, export_dsmoe, export_moe, export_mom
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.model_card import CardFacts, recipe_facts, summary_facts
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.errors import L0MoEError, sentence_of

@@ -14,9 +14,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_moe
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder, SafetensorsWriter
+from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER
+from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, SafetensorsWriter
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.evaluation.shapes import SHAPES, Shape, write_pair
 

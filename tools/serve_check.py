@@ -24,7 +24,7 @@ import random_export
 from serve_table import Case, Reference, Row, compare, markdown, sglang_markdown, unserved, write_docs
 from vllm_server import Completion, ServerError, complete, serve
 
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.conversion.sglang_rules import sglang_problems
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, worker_environment

@@ -17,7 +17,8 @@ from steps import alone, do
 from tokenizer_step import llama_config
 from training_record import record_chain, record_dense
 
-from megatron_l0moe.conversion.convert import MEGATRON_FOLDER, convert_dense
+from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER
+from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch.stages import Run, selection, stages
 from megatron_l0moe.recipe.recipe import ModelMethod, section_hash

@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
-from megatron_l0moe.conversion.families import (
+from megatron_l0moe.checkpoints.families import (
     MoEShape,
     dense_rules,
     empty_hf_names,
     extra_states,
     ignored_hf_names,
+    moe_arguments,
 )
-from megatron_l0moe.conversion.mapping import ReadRows, Rule, blocks, check_names, check_shape, hf_shapes
-from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of, moe_arguments
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder, refuse_non_finite
+from megatron_l0moe.checkpoints.rules import ReadRows, Rule, blocks, check_names, check_shape, hf_shapes
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder, refuse_non_finite
+from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER, CheckpointWriter, common_state
+from megatron_l0moe.conversion.moe_layouts import LAYOUTS, layout_of
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.platform import keep_freed_memory
 from megatron_l0moe.sizes.architecture import Architecture, first_architecture, read_config
 
 logger = logging.getLogger(__name__)
 
-MEGATRON_FOLDER = "megatron"
 _HEAD = "lm_head.weight"
 LOG_SECONDS = 5.0
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

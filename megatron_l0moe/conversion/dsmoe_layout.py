@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.families import dense_rules
-from megatron_l0moe.conversion.mapping import Rule
-from megatron_l0moe.conversion.rules import Rename
+from megatron_l0moe.checkpoints.families import dense_rules
+from megatron_l0moe.checkpoints.rules import Rename, Rule
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.sizes.architecture import DENSE_FAMILIES, Architecture
 

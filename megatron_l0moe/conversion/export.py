@@ -13,6 +13,14 @@ from typing import Any
 
 import torch
 
+from megatron_l0moe.checkpoints.families import MoEShape, dense_rules, is_training_state
+from megatron_l0moe.checkpoints.rules import Rule, check_names, check_shape, hf_shapes, megatron_shapes
+from megatron_l0moe.checkpoints.safetensors_files import (
+    MAX_SHARD_BYTES,
+    SafetensorsWriter,
+    refuse_existing_checkpoint,
+)
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.conversion.companions import (
     copy_licence,
@@ -28,17 +36,9 @@ from megatron_l0moe.conversion.dsmoe_layout import (
     dsmoe_rules,
     modelling_text,
 )
-from megatron_l0moe.conversion.families import MoEShape, dense_rules, is_training_state
-from megatron_l0moe.conversion.mapping import Rule, check_names, check_shape, hf_shapes, megatron_shapes
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_card, mom_card
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.mom_layout import MaskShape, mom_config, mom_rules
-from megatron_l0moe.conversion.safetensors_files import (
-    MAX_SHARD_BYTES,
-    SafetensorsWriter,
-    refuse_existing_checkpoint,
-)
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
 from megatron_l0moe.errors import L0MoEError

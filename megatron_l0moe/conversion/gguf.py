@@ -14,12 +14,18 @@ from typing import Any, Literal
 import numpy
 import torch
 
-from megatron_l0moe.conversion.families import dense_rules
+from megatron_l0moe.checkpoints.families import dense_rules
+from megatron_l0moe.checkpoints.rules import (
+    Shape,
+    blocks,
+    check_names,
+    check_shape,
+    half_split_rows,
+    hf_shapes,
+)
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsWriter, refuse_existing_checkpoint
 from megatron_l0moe.conversion.gguf_file import GGUFFile
 from megatron_l0moe.conversion.gguf_tokenizer import tokenizer_of
-from megatron_l0moe.conversion.mapping import Shape, blocks, check_names, check_shape, hf_shapes
-from megatron_l0moe.conversion.rules import half_split_rows
-from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter, refuse_existing_checkpoint
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import MEGATRON_LLAMA3_SCALING, Architecture, integer

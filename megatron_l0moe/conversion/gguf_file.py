@@ -12,7 +12,7 @@ import numpy
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
 
-from megatron_l0moe.conversion.safetensors_reader import first_overlap
+from megatron_l0moe.checkpoints.safetensors_files import first_overlap
 from megatron_l0moe.errors import L0MoEError
 
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)

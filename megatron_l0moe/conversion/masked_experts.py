@@ -9,7 +9,7 @@ from typing import override
 
 import torch
 
-from megatron_l0moe.conversion.mapping import Piece, ReadRows, Rule, Shape
+from megatron_l0moe.checkpoints.rules import Piece, ReadRows, Rule, Shape
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.mask_units import ExpertWidths, sort_units
 

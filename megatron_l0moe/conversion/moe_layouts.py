@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.families import MoEShape, ernie_moe_rules, qwen2_moe_rules
-from megatron_l0moe.conversion.mapping import Rule
+from megatron_l0moe.checkpoints.families import MoEShape, ernie_moe_rules, qwen2_moe_rules
+from megatron_l0moe.checkpoints.rules import Rule
 from megatron_l0moe.conversion.targets import Form
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.sizes.architecture import (
@@ -105,19 +105,6 @@ def layout_of(config: Config, source: Path) -> MoELayout:
             f"{source} is a model of architecture {name}, not an L0-MoE; those are {', '.join(known)}."
         )
     return LAYOUTS[form]
-
-
-def moe_arguments(architecture: Architecture, moe: MoEShape) -> dict[str, object]:
-    """Return Megatron's arguments of the experts, for `--use-checkpoint-args`."""
-    frequency = [int(layer >= moe.dense_layers) for layer in range(architecture.num_layers)]
-    return {
-        "num_experts": moe.num_experts,
-        "moe_layer_freq": frequency,
-        "moe_ffn_hidden_size": moe.expert_ffn,
-        "moe_router_topk": moe.top_k,
-        "moe_router_pre_softmax": not moe.renormalised,
-        "moe_grouped_gemm": False,
-    }
 
 
 def _has_bias(config: Config, model_type: str) -> bool:

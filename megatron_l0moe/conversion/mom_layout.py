@@ -6,12 +6,11 @@ Of the layouts that stock engines know, it has both a shared FFN that is added a
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_l0moe.conversion.families import MoEShape, ernie_layers
-from megatron_l0moe.conversion.mapping import Rule
+from megatron_l0moe.checkpoints.families import MoEShape, ernie_layers
+from megatron_l0moe.checkpoints.rules import Rename, Rule, Zeros
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.masked_experts import MaskedExperts
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
-from megatron_l0moe.conversion.rules import Rename, Zeros
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.mask_units import ExpertWidths, MaskUnits, common_widths, sort_units
 from megatron_l0moe.sizes.architecture import Architecture

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.exported_code import exported_code, is_dsmoe
 from megatron_l0moe.sizes.architecture import read_config

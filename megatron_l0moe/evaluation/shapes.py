@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 
+from megatron_l0moe.checkpoints.families import MoEShape, dense_rules
+from megatron_l0moe.checkpoints.rules import Rule, Zeros, hf_shapes
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsWriter
 from megatron_l0moe.conversion import targets
-from megatron_l0moe.conversion.families import MoEShape, dense_rules
-from megatron_l0moe.conversion.mapping import Rule, hf_shapes
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS, MoELayout
-from megatron_l0moe.conversion.rules import Zeros
-from megatron_l0moe.conversion.safetensors_files import SafetensorsWriter
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.evaluation.models import DTYPES
 from megatron_l0moe.runs.stage_folder import write_text

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.safetensors_files import refuse_non_finite
+from megatron_l0moe.checkpoints.safetensors_files import refuse_non_finite
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.experts.construction import LayerExpert
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import write_expert

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_l0moe.conversion.safetensors_reader import SafetensorsFile
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFile
 from megatron_l0moe.errors import L0MoEError
 
 FORMAT = "l0moe-expert"

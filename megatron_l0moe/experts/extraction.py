@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.safetensors_files import refuse_non_finite
+from megatron_l0moe.checkpoints.safetensors_files import refuse_non_finite
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import write_expert

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
-from megatron_l0moe.conversion.convert import MEGATRON_FOLDER
-from megatron_l0moe.conversion.families import MoEShape, extra_states
-from megatron_l0moe.conversion.mapping import Piece
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.moe_layouts import moe_arguments
-from megatron_l0moe.conversion.rules import Rename
+from megatron_l0moe.checkpoints.families import MoEShape, extra_states, moe_arguments
+from megatron_l0moe.checkpoints.rules import Piece, Rename
+from megatron_l0moe.checkpoints.torch_dist import (
+    MEGATRON_FOLDER,
+    CheckpointReader,
+    CheckpointWriter,
+    common_state,
+)
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import cut_units, fingerprint
 from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile

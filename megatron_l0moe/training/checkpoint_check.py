@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.conversion.megatron_checkpoint import (
+from megatron_l0moe.checkpoints.torch_dist import (
     RELEASE,
     SETTINGS_KEY,
     TRACKER_NAME,

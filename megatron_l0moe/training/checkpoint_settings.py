@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron.training import checkpointing
 
-from megatron_l0moe.conversion.megatron_checkpoint import SETTINGS_KEY
+from megatron_l0moe.checkpoints.torch_dist import SETTINGS_KEY
 from megatron_l0moe.training.arguments import Settings, settings_as_dict
 
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.training.checkpointing import checkpoint_exists
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader, tracked
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, tracked
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
 from megatron_l0moe.training import checkpoint_check

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.constructed_file import write_constructed
 from megatron_l0moe.experts.construction import ConstructionSettings, LayerExpert, construct_layer

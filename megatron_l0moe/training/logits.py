@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.heldout_file import check_vocabulary, read_heldout
 from megatron_l0moe.runs.caller_environment import for_one_process, for_our_processes, replace

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from chain import toy_world as toy
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 pytestmark = pytest.mark.slow

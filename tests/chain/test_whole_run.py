@@ -18,7 +18,7 @@ import torch
 from chain import toy_world as toy
 from safetensors.torch import load_file
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.experts.expert_file import ExpertFile
 from megatron_l0moe.reports.summary import deterministic_part
 

@@ -14,9 +14,9 @@ import torch
 from one_conversion import WORK, memory
 from synthetic import llama_config, write_dense, write_experts
 
-from megatron_l0moe.conversion import mapping
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints import rules
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.experts.expert_file import UNITS, WEIGHTS, ExpertFile
 from megatron_l0moe.runtime.platform import keep_freed_memory
 
@@ -53,7 +53,7 @@ def elsewhere(function: Callable[..., object], *arguments: object, **settings: o
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    mapping.BLOCK_VALUES = BLOCK
+    rules.BLOCK_VALUES = BLOCK
     keep_freed_memory()
     elsewhere(write_dense, folder / "tiny", llama_config(**TINY))
     WORK["convert"](folder / "tiny", folder / "tiny_dense")
@@ -76,9 +76,9 @@ def main() -> None:
         ("convert", (hf,), lambda: [source.read(name) for name in source.names]),
         ("export", (dense, hf), lambda: [reader.read(name) for name in reader.shapes]),
     ):
-        mapping.BLOCK_VALUES = 2**40
+        rules.BLOCK_VALUES = 2**40
         meter.run(f"{what}, whole tensors", what, *paths, folder / "out")
-        mapping.BLOCK_VALUES = BLOCK
+        rules.BLOCK_VALUES = BLOCK
         everything = load()
         meter.run(f"{what}, whole model", what, *paths, folder / "out")
         del everything

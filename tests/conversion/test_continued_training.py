@@ -13,9 +13,9 @@ from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make
 from distributed.resume_world import SEQUENCE, STEPS, write_indexes
 from toy_recipe import make_run
 
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.parity import parity
 from megatron_l0moe.launch import jobs

@@ -9,12 +9,11 @@ from conversion.reference import forward
 from conversion.toy_checkpoints import MODELS, VOCAB, save_model, sizes_of, state_of
 from transformers import AutoModelForCausalLM
 
-from megatron_l0moe.conversion import mapping
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
+from megatron_l0moe.checkpoints import rules
+from megatron_l0moe.checkpoints.safetensors_files import INDEX_NAME, SafetensorsFolder
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, CheckpointWriter
 from megatron_l0moe.conversion.convert import convert_any, convert_dense
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.safetensors_files import INDEX_NAME, SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 
 # float32 model against float64 reference; logits are of size 10
@@ -67,9 +66,9 @@ def test_the_reference_forward_is_that_of_transformers(tmp_path, name):
     assert (forward(swapped, sizes, ids) - expected).abs().max() > 100 * FP32_LOGITS_ATOL
 
 
-@pytest.mark.parametrize("block", [mapping.BLOCK_VALUES, 100], ids=["whole", "blocks"])
+@pytest.mark.parametrize("block", [rules.BLOCK_VALUES, 100], ids=["whole", "blocks"])
 def test_sharded_source_gives_the_same_checkpoint(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(mapping, "BLOCK_VALUES", block)
+    monkeypatch.setattr(rules, "BLOCK_VALUES", block)
     source = save_model(tmp_path / "hf")
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2

@@ -9,10 +9,10 @@ from conversion.toy_checkpoints import HEAD_DIM, LAYERS, VOCAB, save_tokenizer, 
 from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make_moe, rewrite_megatron
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeForCausalLM
 
+from megatron_l0moe.checkpoints.rules import interleaved_rows
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.export import export_dense, export_moe
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.rules import interleaved_rows
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile
 

@@ -16,11 +16,10 @@ from conversion.toy_checkpoints import MODELS, VOCAB, WINDOW
 from conversion.toy_moe import assert_same_checkpoint, export, make_moe, rewrite_megatron
 from transformers import AutoModelForCausalLM
 
+from megatron_l0moe.checkpoints.rules import QKV, Experts, GatedMLP, Piece
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.conversion.mapping import Piece
-from megatron_l0moe.conversion.rules import QKV, Experts, GatedMLP
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from conversion.toy_moe import assert_same_checkpoint, export, make_moe, rewrite
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_any, convert_dense, convert_moe
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 
 

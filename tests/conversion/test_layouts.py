@@ -15,10 +15,10 @@ import torch
 from conversion.toy_checkpoints import save_model
 from conversion.toy_moe import DENSE_LAYERS, TOP_K, make_moe
 
-from megatron_l0moe.conversion import mapping
+from megatron_l0moe.checkpoints import rules
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.export import export_dense, export_moe
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def resaved(tmp_path_factory):
     """Folder with hf/, convert/, assemble/, and both checkpoints from every layout."""
     folder = tmp_path_factory.mktemp("layouts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mapping, "BLOCK_VALUES", BLOCK)
+        patch.setattr(rules, "BLOCK_VALUES", BLOCK)
         make_moe(folder, FAMILY)
     jobs = [
         {

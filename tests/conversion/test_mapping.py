@@ -3,15 +3,18 @@
 import pytest
 import torch
 
-from megatron_l0moe.conversion import mapping
-from megatron_l0moe.conversion.mapping import blocks, check_names, check_shape, hf_shapes
-from megatron_l0moe.conversion.rules import (
+from megatron_l0moe.checkpoints import rules
+from megatron_l0moe.checkpoints.rules import (
     QKV,
     Experts,
     GatedMLP,
     Rename,
     Zeros,
+    blocks,
+    check_names,
+    check_shape,
     half_split_rows,
+    hf_shapes,
     interleaved_rows,
 )
 from megatron_l0moe.errors import L0MoEError
@@ -67,21 +70,21 @@ RULES = {
 @pytest.mark.parametrize("block", [1, 7, 2**22])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_there_and_back_gives_the_same_bits_and_the_announced_shapes(rule, block, monkeypatch):
-    monkeypatch.setattr(mapping, "BLOCK_VALUES", block)
+    monkeypatch.setattr(rules, "BLOCK_VALUES", block)
     state = random_state(rule)
     merged = megatron_state(rule, state)
     assert {name: tuple(tensor.shape) for name, tensor in merged.items()} == rule.megatron_shapes()
-    monkeypatch.setattr(mapping, "BLOCK_VALUES", 2**22)
+    monkeypatch.setattr(rules, "BLOCK_VALUES", 2**22)
     whole = megatron_state(rule, state)
     assert all(torch.equal(merged[name], whole[name]) for name in whole)
-    monkeypatch.setattr(mapping, "BLOCK_VALUES", block)
+    monkeypatch.setattr(rules, "BLOCK_VALUES", block)
     back = hf_state(rule, merged)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_blocks_by_hand(monkeypatch):
-    monkeypatch.setattr(mapping, "BLOCK_VALUES", 10)
+    monkeypatch.setattr(rules, "BLOCK_VALUES", 10)
     assert list(blocks((5, 4))) == [(0, 2), (2, 4), (4, 5)]
     assert list(blocks((3,))) == [(0, 3)]
     assert list(blocks((2, 99))) == [(0, 1), (1, 2)]  # a row is never cut

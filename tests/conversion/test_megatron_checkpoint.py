@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter, common_state
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, CheckpointWriter, common_state
 from megatron_l0moe.errors import L0MoEError
 
 
@@ -56,7 +55,7 @@ def test_a_tensor_with_a_hole_is_our_bug_and_leaves_nothing(tmp_path):
 
 
 def test_files_are_split_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_l0moe.conversion.checkpoint_writer.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("megatron_l0moe.checkpoints.torch_dist.MAX_FILE_BYTES", 1000)
     tensors = {f"t{i}": torch.randn(200) for i in range(5)}
     reader = CheckpointReader(write_tiny(tmp_path, tensors))
     assert len(list((tmp_path / "release").glob("*.distcp"))) == 6

@@ -10,11 +10,10 @@ from conversion.in_megatron import megatron_logits
 from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, STD, VOCAB, save_model
 from transformers import AutoModelForCausalLM
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
+from megatron_l0moe.checkpoints.families import extra_states
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, CheckpointWriter
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_dense, export_mom
-from megatron_l0moe.conversion.families import extra_states
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.sizes.architecture import Architecture
 

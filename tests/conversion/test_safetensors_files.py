@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_l0moe.conversion.safetensors_files import INDEX_NAME, SafetensorsFolder, SafetensorsWriter
+from megatron_l0moe.checkpoints.safetensors_files import INDEX_NAME, SafetensorsFolder, SafetensorsWriter
 from megatron_l0moe.errors import L0MoEError
 
 TENSORS = {

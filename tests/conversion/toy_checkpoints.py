@@ -16,8 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, CheckpointWriter
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, VOCAB = 3, 32, 48, 4, 2, 16, 64
 LLAMA3 = {

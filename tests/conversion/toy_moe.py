@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from conversion.toy_checkpoints import save_model, write_expert_run
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
+from megatron_l0moe.checkpoints.families import MoEShape, extra_states
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, CheckpointWriter
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_moe
-from megatron_l0moe.conversion.families import MoEShape, extra_states
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.experts.extraction import extract_expert
 from megatron_l0moe.experts.merging import assemble
 from megatron_l0moe.sizes.architecture import Architecture

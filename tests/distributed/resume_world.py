@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from processes import torchrun
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 
 LAYERS, DENSE, HIDDEN, FFN, EXPERTS, EXPERT_FFN, VOCAB, SEQUENCE, BATCH = 4, 2, 16, 32, 4, 16, 64, 8, 4
 STEPS, SAVE_EVERY = 10, 2

@@ -8,8 +8,8 @@ from conversion.reference import swiglu
 from conversion.toy_checkpoints import EXPERT_RUN, FFN, HIDDEN, LAYERS, save_model, write_expert_run
 from safetensors.torch import load_file, save_file
 
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_dense
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile, write_expert
 from megatron_l0moe.experts.extraction import extract_expert

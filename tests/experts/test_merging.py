@@ -7,9 +7,9 @@ import torch
 from conversion.toy_checkpoints import FFN, HIDDEN, LAYERS, VOCAB, save_model, write_expert_run
 from transformers import AutoModelForCausalLM
 
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_moe
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.cutting import fingerprint
 from megatron_l0moe.experts.expert_file import ExpertFile, write_expert

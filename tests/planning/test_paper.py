@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_l0moe.checkpoints.families import MoEShape
 from megatron_l0moe.conversion import targets
-from megatron_l0moe.conversion.families import MoEShape
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.planning.paper import (
     FITTING_DENSE_LAYERS,

@@ -27,8 +27,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader, CheckpointWriter
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
 

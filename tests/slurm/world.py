@@ -13,7 +13,7 @@ import yaml
 from chain import toy_world
 from slurm.cluster import Cluster
 
-from megatron_l0moe.conversion.megatron_checkpoint import CheckpointReader
+from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 
 EXPERTS = 2
 EXPERT_STEPS, MOE_STEPS = 10, 36

@@ -17,7 +17,7 @@ import vllm_server
 from serve_table import Case, Reference, Row, compare, largest_difference
 from vllm_server import Completion, ServerError
 
-from megatron_l0moe.conversion.safetensors_files import SafetensorsFolder
+from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.conversion.sglang_rules import sglang_problems
 from megatron_l0moe.errors import L0MoEError
 

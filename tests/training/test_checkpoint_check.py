@@ -10,7 +10,7 @@ import megatron_models as models
 import pytest
 import torch
 
-from megatron_l0moe.conversion.checkpoint_writer import CheckpointWriter
+from megatron_l0moe.checkpoints.torch_dist import CheckpointWriter
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import checkpoint_check as cc

@@ -7,8 +7,7 @@ layers that Transformer Engine fuses them into, except the MLP norm of an MoE la
 
 from dataclasses import dataclass
 
-from megatron_l0moe.conversion.mapping import Rule
-from megatron_l0moe.conversion.rules import QKV, Experts, GatedMLP, Rename, Zeros
+from megatron_l0moe.checkpoints.rules import QKV, Experts, GatedMLP, Rename, Rule, Zeros
 from megatron_l0moe.sizes.architecture import Architecture
 
 
@@ -212,3 +211,16 @@ def _experts(a: Architecture, moe: MoEShape, layer: int) -> list[Rule]:
             hidden=a.hidden_size,
         ),
     ]
+
+
+def moe_arguments(architecture: Architecture, moe: MoEShape) -> dict[str, object]:
+    """Return Megatron's arguments of the experts, for `--use-checkpoint-args`."""
+    frequency = [int(layer >= moe.dense_layers) for layer in range(architecture.num_layers)]
+    return {
+        "num_experts": moe.num_experts,
+        "moe_layer_freq": frequency,
+        "moe_ffn_hidden_size": moe.expert_ffn,
+        "moe_router_topk": moe.top_k,
+        "moe_router_pre_softmax": not moe.renormalised,
+        "moe_grouped_gemm": False,
+    }
