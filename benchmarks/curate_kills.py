@@ -23,8 +23,8 @@ from pathlib import Path
 
 import FlagEmbedding  # noqa: F401 - imported before the forks
 
-from megatron_l0moe.data import curate as curate_module
-from megatron_l0moe.data import drive
+from megatron_l0moe.curate import curate as curate_module
+from megatron_l0moe.curate import steps
 from megatron_l0moe.index import tokens  # noqa: F401
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
@@ -43,8 +43,8 @@ def main() -> int:
     parser.add_argument("--embed-documents", type=int, default=64)
     parser.add_argument("--tokenise-tokens", type=float, default=2e4)
     options = parser.parse_args()
-    drive.SCAN_BYTES, drive.EMBED_DOCUMENTS = options.scan_bytes, options.embed_documents
-    drive.TOKENISE_TOKENS = options.tokenise_tokens
+    steps.SCAN_BYTES, steps.EMBED_DOCUMENTS = options.scan_bytes, options.embed_documents
+    steps.TOKENISE_TOKENS = options.tokenise_tokens
     recipe = load_recipe(options.recipe)
     shutil.rmtree(options.out, ignore_errors=True)
 

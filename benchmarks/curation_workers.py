@@ -51,7 +51,7 @@ def make_text(corpus: str, out: str, characters: int, model: str) -> dict[str, A
 
     Documents that quote a special token are left out: other tools take it for special, and we for text.
     """
-    from megatron_l0moe.data.corpus import open_corpus
+    from megatron_l0moe.curate.corpus.shard_files import open_corpus
 
     source = open_corpus(corpus)
     added = json.loads((Path(model) / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
@@ -122,8 +122,8 @@ def make_vectors(file: str, count: int, dimension: int) -> dict[str, Any]:
 
 def kmeans_ours(file: str, clusters: int, points: int | None = None) -> dict[str, Any]:
     """Cluster vectors that lie in a file: draw the training points, train, assign all."""
-    from megatron_l0moe.data.clustering import POINTS_PER_CLUSTER, spherical_kmeans
-    from megatron_l0moe.data.vectors import VectorShards
+    from megatron_l0moe.curate.clustering import POINTS_PER_CLUSTER, spherical_kmeans
+    from megatron_l0moe.curate.embedding import VectorShards
 
     vectors = VectorShards([Path(file)])
     with Clock() as clock:
@@ -141,8 +141,8 @@ def kmeans_bare(file: str, clusters: int, points: int | None = None) -> dict[str
     """Give faiss the same training points and settings, and all vectors, in memory as float32; drawing is not timed."""
     import faiss
 
-    from megatron_l0moe.data import clustering
-    from megatron_l0moe.data.vectors import VectorShards
+    from megatron_l0moe.curate import clustering
+    from megatron_l0moe.curate.embedding import VectorShards
 
     vectors = VectorShards([Path(file)])
     limit = clusters * (points or clustering.POINTS_PER_CLUSTER)
@@ -177,7 +177,7 @@ def objective(vectors: Any, centres: Any, assignment: Any) -> float:
 
 def ccm(clusters: int, iterations: int, dimension: int) -> dict[str, Any]:
     """Match the centres of all iterations, equations 4 and 5, and the order."""
-    from megatron_l0moe.data.ccm import confusion, match_centres, semantic_distance, training_order
+    from megatron_l0moe.curate.ccm import confusion, match_centres, semantic_distance, training_order
 
     centres = np.random.default_rng(0).normal(size=(iterations, clusters, dimension)).astype(np.float32)
     with Clock() as clock:

@@ -141,7 +141,7 @@ def curate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = 
     """Cluster the corpus into K domains and cut it into Q ordered sets."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.data.curate import curate as curate_corpus
+        from megatron_l0moe.curate.curate import curate as curate_corpus
 
         return curate_corpus(this.recipe, stage.folder)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_l0moe.data.catalog import Catalog, merge_scans, scan_shards
-from megatron_l0moe.data.corpus import Format, open_corpus
+from megatron_l0moe.curate.corpus.catalog import Catalog, merge_scans, scan_shards
+from megatron_l0moe.curate.corpus.shard_files import Format, open_corpus
 from megatron_l0moe.index.index import Shard
 from megatron_l0moe.recipe.sections import FilterSection
 from megatron_l0moe.runs.stage_folder import sha256_file

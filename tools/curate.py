@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_l0moe.data.curate import curate
+from megatron_l0moe.curate.curate import curate
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs.stage_folder import WORK

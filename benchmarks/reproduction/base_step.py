@@ -12,8 +12,8 @@ from scanned import scan_corpus
 from settings import Place, PretrainedSettings, TrainingSettings
 
 from megatron_l0moe.conversion.export import export_dense
-from megatron_l0moe.data.catalog import Catalog, read_documents
-from megatron_l0moe.data.heldout import hold_out, write_heldout
+from megatron_l0moe.curate.corpus.catalog import Catalog, read_documents
+from megatron_l0moe.curate.heldout import hold_out, write_heldout
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.index.tokens import CorpusTokenizer, write_documents

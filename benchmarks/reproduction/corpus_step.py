@@ -11,7 +11,7 @@ import zstandard
 from scanned import scan_corpus
 from settings import CorpusSettings
 
-from megatron_l0moe.data.catalog import Catalog, read_documents
+from megatron_l0moe.curate.corpus.catalog import Catalog, read_documents
 from megatron_l0moe.errors import L0MoEError
 
 HELDOUT_SHARE = 4

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_l0moe.data.catalog import Catalog, merge_scans, scan_shards
-from megatron_l0moe.data.corpus import open_corpus
+from megatron_l0moe.curate.corpus.catalog import Catalog, merge_scans, scan_shards
+from megatron_l0moe.curate.corpus.shard_files import open_corpus
 from megatron_l0moe.recipe.sections import FilterSection
 
 

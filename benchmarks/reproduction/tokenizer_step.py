@@ -10,7 +10,7 @@ from settings import DataSettings, ModelSettings, TokenizerSettings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_l0moe.data.catalog import read_documents
+from megatron_l0moe.curate.corpus.catalog import read_documents
 from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.sizes.architecture import Architecture
 

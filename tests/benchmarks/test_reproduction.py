@@ -66,7 +66,7 @@ def test_no_document_lies_on_both_sides_of_the_split(tmp_path: Path) -> None:
     corpus_step.split_corpus(source, tmp_path / "out", wanted)
     from scanned import scan_corpus
 
-    from megatron_l0moe.data.catalog import read_documents
+    from megatron_l0moe.curate.corpus.catalog import read_documents
 
     found: dict[str, list[str]] = {}
     for side in ("train", "heldout"):

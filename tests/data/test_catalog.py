@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from curated import scan_corpus
 
-from megatron_l0moe.data import catalog as catalog_module
-from megatron_l0moe.data.catalog import read_documents
+from megatron_l0moe.curate.corpus import catalog as catalog_module
+from megatron_l0moe.curate.corpus.catalog import read_documents
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import FilterSection
 
@@ -114,7 +114,7 @@ def test_no_document(tmp_path: Path) -> None:
 
 
 def test_a_source_per_document_is_refused(tmp_path: Path, write_lines, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_l0moe.data.catalog.MAX_DOMAINS", 5)
+    monkeypatch.setattr("megatron_l0moe.curate.corpus.catalog.MAX_DOMAINS", 5)
     write_lines(tmp_path / "a.jsonl", [{"text": f"t{i}", "meta": {"source": f"s{i}"}} for i in range(6)])
     with pytest.raises(L0MoEError, match=r"more than 5 source domains at document a\.jsonl:6"):
         scan_corpus(tmp_path)
@@ -123,7 +123,7 @@ def test_a_source_per_document_is_refused(tmp_path: Path, write_lines, monkeypat
 def test_memory_grows_by_a_row_for_each_document(tmp_path: Path, write_lines, monkeypatch) -> None:
     """Eight times the text: the growth is that of the rows, not that of the text."""
     monkeypatch.setattr(catalog_module, "BLOCK_ROWS", 256)
-    monkeypatch.setattr("megatron_l0moe.data.lines.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("megatron_l0moe.curate.corpus.lines.CHUNK_BYTES", 1 << 14)
     peaks = []
     counts = (500, 4000)
     for count in counts:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_l0moe.data.ccm import (
+from megatron_l0moe.curate.ccm import (
     ascending_order,
     confusion,
     cosine,
@@ -93,7 +93,7 @@ def test_matching_is_the_best_sum_not_greedy() -> None:
     initial = np.eye(2)
     new = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 2)))[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_l0moe.data.ccm.cosine", lambda a, b: similarity)
+        patch.setattr("megatron_l0moe.curate.ccm.cosine", lambda a, b: similarity)
         assert match_centres(initial, new, method="hungarian").tolist() == [1, 0]
 
 

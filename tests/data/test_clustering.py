@@ -8,9 +8,9 @@ import faiss
 import numpy as np
 import pytest
 
-from megatron_l0moe.data import clustering
-from megatron_l0moe.data.clustering import Clustering, nearest_centre, random_clusters, spherical_kmeans
-from megatron_l0moe.data.vectors import VectorShards
+from megatron_l0moe.curate import clustering
+from megatron_l0moe.curate.clustering import Clustering, nearest_centre, random_clusters, spherical_kmeans
+from megatron_l0moe.curate.embedding import VectorShards
 from megatron_l0moe.errors import L0MoEError
 
 UNIT_LENGTH_ATOL = 1e-5  # float32

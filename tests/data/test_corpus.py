@@ -18,9 +18,8 @@ from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_l0moe.data.catalog import read_documents
-from megatron_l0moe.data.corpus import Corpus, open_corpus
-from megatron_l0moe.data.filters import DocumentFilter
+from megatron_l0moe.curate.corpus.catalog import DocumentFilter, read_documents
+from megatron_l0moe.curate.corpus.shard_files import Corpus, open_corpus
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import FilterSection
 

@@ -11,8 +11,8 @@ import pytest
 from data.engine.worlds import DOMAINS, GBS, K, P, Q, S, make_recipe
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_l0moe.data.ccm import confusion, semantic_distance
-from megatron_l0moe.data.curate import curate, plan_budgets
+from megatron_l0moe.curate.ccm import confusion, semantic_distance
+from megatron_l0moe.curate.curate import curate, plan_budgets
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.index.tokens import CorpusTokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from megatron_l0moe.data.embedding import (
+from megatron_l0moe.curate.embedding import (
     Encoder,
     check_encoder,
     find_model,
@@ -67,7 +67,7 @@ def test_only_the_head_of_a_text_is_tokenised(tiny_encoder: Path, monkeypatch) -
 def test_chunks_do_not_change_vectors(tiny_encoder: Path, monkeypatch) -> None:
     encoder = load_encoder(str(tiny_encoder), max_tokens=12, batch_size=2)
     whole = embed(encoder, TEXTS)
-    monkeypatch.setattr("megatron_l0moe.data.embedding.CHUNK_DOCUMENTS", 2)
+    monkeypatch.setattr("megatron_l0moe.curate.embedding.CHUNK_DOCUMENTS", 2)
     np.testing.assert_allclose(embed(encoder, iter(TEXTS)), whole, atol=FP32_PADDING_ATOL)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from datatrove.data import Document
 
-from megatron_l0moe.data.filters import DocumentFilter
+from megatron_l0moe.curate.corpus.catalog import DocumentFilter
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import FilterSection, SignalRange
 

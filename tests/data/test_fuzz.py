@@ -18,11 +18,10 @@ from datatrove.io import get_datafolder
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_l0moe.data.corpus import open_corpus
-from megatron_l0moe.data.filters import DocumentFilter
-from megatron_l0moe.data.parquet_reader import ParquetRowsReader
-from megatron_l0moe.data.readers import JsonLinesReader, ShardReader
-from megatron_l0moe.data.redpajama_v2 import RedPajamaV2Reader
+from megatron_l0moe.curate.corpus.catalog import DocumentFilter
+from megatron_l0moe.curate.corpus.readers import JsonLinesReader, ParquetRowsReader, ShardReader
+from megatron_l0moe.curate.corpus.redpajama_v2 import RedPajamaV2Reader
+from megatron_l0moe.curate.corpus.shard_files import open_corpus
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.recipe.sections import FilterSection, SignalRange

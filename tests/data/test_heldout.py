@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from curated import scan_corpus
 
-from megatron_l0moe.data.catalog import Catalog
-from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
+from megatron_l0moe.curate.corpus.catalog import Catalog
+from megatron_l0moe.curate.heldout import HeldOut, hold_out, write_heldout
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.tokens import CorpusTokenizer
 
@@ -52,7 +52,7 @@ def test_choice_depends_on_the_seed_and_is_repeatable(catalog, tiny_lm) -> None:
 
 def test_first_guess_too_short_reads_more(catalog, tiny_lm, monkeypatch) -> None:
     expected = split(catalog, tiny_lm).ids.tolist()
-    monkeypatch.setattr("megatron_l0moe.data.heldout.EXPECTED_CHARS_PER_TOKEN", 0.01)
+    monkeypatch.setattr("megatron_l0moe.curate.heldout.EXPECTED_CHARS_PER_TOKEN", 0.01)
     assert split(catalog, tiny_lm).ids.tolist() == expected
 
 

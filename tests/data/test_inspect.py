@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
-from megatron_l0moe.data.curate import curate
+from megatron_l0moe.curate.curate import curate
 from megatron_l0moe.index.index import index_files
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import Stage, finish, sealed, sha256_file, write_json

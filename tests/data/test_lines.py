@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_l0moe.data import lines
-from megatron_l0moe.data.lines import BrokenShardError, read_lines
+from megatron_l0moe.curate.corpus import lines
+from megatron_l0moe.curate.corpus.lines import BrokenShardError, read_lines
 
 PACK = {"": bytes, ".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress,
         ".bz2": bz2.compress, ".xz": lzma.compress}  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_line_that_is_too_long_is_not_held(monkeypatch: pytest.MonkeyPatch) ->
 READ = """
 import resource, sys
 from pathlib import Path
-from megatron_l0moe.data import lines
+from megatron_l0moe.curate.corpus import lines
 
 def megabytes():  # Linux counts the parent's memory in ru_maxrss
     status = Path("/proc/self/status")

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from datatrove.io import get_datafolder
 
-from megatron_l0moe.data.parquet_reader import ParquetRowsReader
+from megatron_l0moe.curate.corpus.readers import ParquetRowsReader
 from megatron_l0moe.errors import L0MoEError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datatrove.io import get_datafolder
 
-from megatron_l0moe.data.readers import JsonLinesReader, ShardReader, TextReader
+from megatron_l0moe.curate.corpus.readers import JsonLinesReader, ShardReader, TextReader
 
 GOOD = {"text": "hello", "meta": {"source": "web"}}
 
@@ -93,7 +93,7 @@ def test_bad_lines_are_set_aside(tmp_path: Path, line: bytes, reason: str) -> No
 
 
 def test_a_line_that_is_too_long(tmp_path: Path, write_lines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_l0moe.data.lines.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("megatron_l0moe.curate.corpus.lines.MAX_LINE_BYTES", 1000)
     path = write_lines(tmp_path / "a.jsonl", [GOOD, {"text": "x" * 2000}, GOOD])
     documents, reader = read(JsonLinesReader, path)
     assert [d.metadata["line"] for d in documents] == [1, 3]
@@ -113,7 +113,7 @@ def test_a_line_of_200_megabytes(tmp_path: Path) -> None:
 
 
 def test_a_broken_shard_gives_what_comes_before(tmp_path: Path, write_lines, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_l0moe.data.lines.CHUNK_BYTES", 64)
+    monkeypatch.setattr("megatron_l0moe.curate.corpus.lines.CHUNK_BYTES", 64)
     path = write_lines(
         tmp_path / "a.jsonl.zst", [{"text": f"{i * 7919} {i * 104729}"} for i in range(20_000)]
     )

@@ -11,9 +11,8 @@ import pytest
 from curated import scan_corpus
 from datatrove.io import get_datafolder
 
-from megatron_l0moe.data.parquet_reader import RecordsReader
-from megatron_l0moe.data.records import domain_of, language_of
-from megatron_l0moe.data.redpajama_v2 import RedPajamaV2Reader
+from megatron_l0moe.curate.corpus.readers import RecordsReader, domain_of, language_of
+from megatron_l0moe.curate.corpus.redpajama_v2 import RedPajamaV2Reader
 from megatron_l0moe.errors import L0MoEError
 
 KNOWN = [

@@ -13,8 +13,8 @@ import pytest
 from curated import scan_corpus
 from datatrove.io import get_datafolder
 
-from megatron_l0moe.data.catalog import read_documents
-from megatron_l0moe.data.redpajama_v2 import RedPajamaV2Reader, row_of
+from megatron_l0moe.curate.corpus.catalog import read_documents
+from megatron_l0moe.curate.corpus.redpajama_v2 import RedPajamaV2Reader, row_of
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import FilterSection, SignalRange
 

@@ -7,8 +7,8 @@ import pytest
 from curated import scan_corpus
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_l0moe.data.catalog import Catalog, read_documents
-from megatron_l0moe.data.sampling import (
+from megatron_l0moe.curate.corpus.catalog import Catalog, read_documents
+from megatron_l0moe.curate.sampling import (
     OVERSAMPLING,
     WRITTEN,
     Budget,

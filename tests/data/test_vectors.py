@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_l0moe.data.vectors import VectorShards
+from megatron_l0moe.curate.embedding import VectorShards
 from megatron_l0moe.errors import L0MoEError
 
 

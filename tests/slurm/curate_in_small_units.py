@@ -4,16 +4,16 @@ import logging
 import sys
 from pathlib import Path
 
-from megatron_l0moe.data import drive, sampling
-from megatron_l0moe.data.curate import curate
-from megatron_l0moe.data.engine import slurm_array
+from megatron_l0moe.curate import sampling, steps
+from megatron_l0moe.curate.curate import curate
+from megatron_l0moe.curate.tasks import run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import load_recipe
 
 if __name__ == "__main__":
-    drive.SCAN_BYTES, drive.EMBED_DOCUMENTS, drive.TOKENISE_TOKENS = 40e3, 30, 500.0
+    steps.SCAN_BYTES, steps.EMBED_DOCUMENTS, steps.TOKENISE_TOKENS = 40e3, 30, 500.0
     sampling.TOKENISE_MARGIN = 2.0  # one round of tokenising
-    slurm_array.POLL_SECONDS = 1.0
+    run.POLL_SECONDS = 1.0
     logging.basicConfig(level="INFO")
     try:
         curate(load_recipe(sys.argv[1]), Path(sys.argv[2]))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from data.engine import worlds
 
-from megatron_l0moe.data import drive, sampling
-from megatron_l0moe.data.curate import curate
+from megatron_l0moe.curate import sampling, steps
+from megatron_l0moe.curate.curate import curate
 from megatron_l0moe.recipe.recipe import Recipe
 
 
@@ -15,7 +15,7 @@ from megatron_l0moe.recipe.recipe import Recipe
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the steps into several units each; the driver decides that, so it holds for tasks in other processes too."""
     for name, value in worlds.SMALL_UNITS.items():
-        monkeypatch.setattr(drive, name, value)
+        monkeypatch.setattr(steps, name, value)
     # One round of tokenising, since every round costs Ray and Slurm new processes; test_curate.py has two rounds.
     monkeypatch.setattr(sampling, "TOKENISE_MARGIN", 2.0)
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from data.engine import worlds
 
-from megatron_l0moe.data.curate import curate
-from megatron_l0moe.data.engine import executors, slurm_array, watch
+from megatron_l0moe.curate.curate import curate
+from megatron_l0moe.curate.tasks import run
+from megatron_l0moe.curate.tasks import step as watch
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import ExecutorSection
 
@@ -81,7 +82,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (commands / name).chmod(0o755)
     monkeypatch.setenv("FAKE_SLURM", str(state))
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm_array, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.2)
     return state
 
 
@@ -147,11 +148,11 @@ def test_without_slurm(recipe_with, tmp_path: Path, monkeypatch) -> None:
 
 def test_what_ray_would_wait_for_without_end_is_refused() -> None:
     have = {"CPU": 4.0, "memory": 8 * 1024.0**3}
-    executors._check_resources(ExecutorSection(cpus_per_task=2, mem_per_cpu_gb=4), have)
+    run._check_resources(ExecutorSection(cpus_per_task=2, mem_per_cpu_gb=4), have)
     for change, key in (({"cpus_per_task": 5}, "cpus_per_task"), ({"mem_per_cpu_gb": 9}, "mem_per_cpu_gb"),
                         ({"gpus_per_task": 1}, "gpus_per_task")):  # fmt: skip
         with pytest.raises(L0MoEError, match=rf"whole Ray cluster has .* lower data\.executor\.{key}"):
-            executors._check_resources(ExecutorSection(**change), have)
+            run._check_resources(ExecutorSection(**change), have)
 
 
 def test_slurm_needs_its_section(recipe_with) -> None:

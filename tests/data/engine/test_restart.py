@@ -10,10 +10,10 @@ import pytest
 import yaml
 from data.engine import worlds
 
-from megatron_l0moe.data import curate as curate_module
-from megatron_l0moe.data import steps
-from megatron_l0moe.data.curate import curate
-from megatron_l0moe.data.engine.step import UnitStep
+from megatron_l0moe.curate import curate as curate_module
+from megatron_l0moe.curate import steps
+from megatron_l0moe.curate.curate import curate
+from megatron_l0moe.curate.tasks.step import UnitStep
 from megatron_l0moe.errors import CorpusChangedError
 
 ROOT = Path(__file__).parents[3]

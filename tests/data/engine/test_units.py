@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_l0moe.data.engine.units import (
+from megatron_l0moe.curate.tasks.units import (
     Plan,
     cut_at_shards,
     published,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_l0moe.data.engine.workspace import Workspace
+from megatron_l0moe.curate.tasks.units import Workspace
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 
 

@@ -18,10 +18,15 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.io import DataFolder
 
-from megatron_l0moe.data.lines import BrokenShardError, read_lines
-from megatron_l0moe.data.quarantine import Quarantine
-from megatron_l0moe.data.readers import BadDocumentError, JsonLinesReader, parse_json
-from megatron_l0moe.data.records import FOLDER, UNKNOWN, folder_of
+from megatron_l0moe.curate.corpus.lines import BrokenShardError, Quarantine, read_lines
+from megatron_l0moe.curate.corpus.readers import (
+    FOLDER,
+    UNKNOWN,
+    BadDocumentError,
+    JsonLinesReader,
+    folder_of,
+    parse_json,
+)
 
 DOCUMENTS, SUFFIX = "documents/", ".json.gz"
 

@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.vectors import VectorShards
+from megatron_l0moe.curate.embedding import VectorShards
 from megatron_l0moe.errors import L0MoEError
 
 logger = logging.getLogger(__name__)

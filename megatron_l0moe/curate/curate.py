@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.catalog import Catalog
-from megatron_l0moe.data.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
-from megatron_l0moe.data.clustering import (
+from megatron_l0moe.curate.ccm import Confusion, confusion, match_centres, semantic_distance, training_order
+from megatron_l0moe.curate.clustering import (
     Clustering,
     Vectors,
     nearest_centre,
     random_clusters,
     spherical_kmeans,
 )
-from megatron_l0moe.data.corpus import Corpus, open_corpus
-from megatron_l0moe.data.drive import Tokeniser, embed, scan
-from megatron_l0moe.data.embedding import check_encoder, find_model
-from megatron_l0moe.data.engine.executors import session
-from megatron_l0moe.data.engine.workspace import Workspace
-from megatron_l0moe.data.heldout import HeldOut, hold_out, write_heldout
-from megatron_l0moe.data.sampling import Budget, ClusterFiller, draw_subsets, fill_clusters
+from megatron_l0moe.curate.corpus.catalog import Catalog
+from megatron_l0moe.curate.corpus.shard_files import Corpus, open_corpus
+from megatron_l0moe.curate.embedding import check_encoder, find_model
+from megatron_l0moe.curate.heldout import HeldOut, hold_out, write_heldout
+from megatron_l0moe.curate.sampling import Budget, ClusterFiller, draw_subsets, fill_clusters
+from megatron_l0moe.curate.steps import Tokeniser, embed, scan
+from megatron_l0moe.curate.tasks.run import session
+from megatron_l0moe.curate.tasks.units import Workspace
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.index.tokens import CorpusTokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_l0moe.data.catalog import Catalog, read_documents
+from megatron_l0moe.curate.corpus.catalog import Catalog, read_documents
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.tokens import CorpusTokenizer, Tokens
 from megatron_l0moe.runs.stage_folder import write_text

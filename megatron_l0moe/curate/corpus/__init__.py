@@ -1,0 +1,1 @@
+"""What a corpus is read from: shards, lines, records, and the catalog of its documents."""
