@@ -9,8 +9,7 @@ from megatron_l0moe.checkpoints.families import dense_rules
 from megatron_l0moe.checkpoints.rules import blocks, hf_shapes
 from megatron_l0moe.checkpoints.safetensors_files import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
-from megatron_l0moe.experts.cutting import fingerprint
-from megatron_l0moe.experts.expert_file import write_expert
+from megatron_l0moe.experts.expert_file import fingerprint, write_expert
 from megatron_l0moe.sizes.architecture import Architecture
 
 STD = 0.02

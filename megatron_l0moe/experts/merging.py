@@ -23,9 +23,8 @@ from megatron_l0moe.checkpoints.torch_dist import (
     common_state,
 )
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.cutting import cut_units, fingerprint
-from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile
-from megatron_l0moe.experts.selection import chance_iou, overlap
+from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile, cut_units, fingerprint
+from megatron_l0moe.experts.extraction import chance_iou, overlap
 from megatron_l0moe.recipe.sections import RouterInit
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.platform import keep_freed_memory

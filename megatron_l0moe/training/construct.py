@@ -18,8 +18,12 @@ import torch
 
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.constructed_file import write_constructed
-from megatron_l0moe.experts.construction import ConstructionSettings, LayerExpert, construct_layer
+from megatron_l0moe.experts.construction import (
+    ConstructionSettings,
+    LayerExpert,
+    construct_layer,
+    write_constructed,
+)
 from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime import checkpoint_fixes, cpu
 from megatron_l0moe.training.pretrain import exit_with_one_sentence

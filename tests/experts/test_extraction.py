@@ -12,8 +12,7 @@ from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile, write_expert
-from megatron_l0moe.experts.extraction import extract_expert
-from megatron_l0moe.experts.selection import GateSettings, deterministic_gate, select_units
+from megatron_l0moe.experts.extraction import GateSettings, deterministic_gate, extract_expert, select_units
 
 WIDTH = 20
 # z is multiplied into `up` in float32 and rounded once; outputs are of size 10

@@ -11,8 +11,7 @@ from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.cutting import fingerprint
-from megatron_l0moe.experts.expert_file import ExpertFile, write_expert
+from megatron_l0moe.experts.expert_file import ExpertFile, fingerprint, write_expert
 from megatron_l0moe.experts.extraction import extract_expert
 from megatron_l0moe.experts.merging import assemble, domain_mean_router
 

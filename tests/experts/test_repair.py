@@ -6,9 +6,13 @@ from experts.correlated import DENSE, calibrated, correlated
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.construction import ConstructionSettings, construct_layer
-from megatron_l0moe.experts.low_rank import keep_by_svd
-from megatron_l0moe.experts.optimal_brain import keep_by_obs
-from megatron_l0moe.experts.refit import damped_cholesky, refit, relative_error
+from megatron_l0moe.experts.unit_choice import (
+    damped_cholesky,
+    keep_by_obs,
+    keep_by_svd,
+    refit,
+    relative_error,
+)
 
 FFN = DENSE[0]
 DAMPING = 0.01

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.selection import (
+from megatron_l0moe.experts.extraction import (
     GateSettings,
     chance_iou,
     deterministic_gate,

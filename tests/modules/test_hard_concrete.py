@@ -6,7 +6,7 @@ import equations
 import pytest
 import torch
 
-from megatron_l0moe.experts import selection
+from megatron_l0moe.experts import extraction
 from megatron_l0moe.modules import hard_concrete as hc
 from megatron_l0moe.modules.retention import RetentionConfig, schedule_step
 from megatron_l0moe.runtime import cpu
@@ -61,11 +61,11 @@ def test_extraction_computes_the_same_gates():
         (0.5, -0.3, 1.2),
     ):
         config = hc.HardConcreteConfig(l0_temperature=b, l0_stretch_low=gamma, l0_stretch_high=zeta)
-        settings = selection.GateSettings(temperature=b, stretch_low=gamma, stretch_high=zeta)
+        settings = extraction.GateSettings(temperature=b, stretch_low=gamma, stretch_high=zeta)
         z = hc.deterministic_gate(log_alpha, config)
-        assert torch.equal(selection.deterministic_gate(log_alpha, settings), z)
+        assert torch.equal(extraction.deterministic_gate(log_alpha, settings), z)
     default = hc.deterministic_gate(log_alpha, CONFIG)
-    assert torch.equal(selection.deterministic_gate(log_alpha, selection.GateSettings()), default)
+    assert torch.equal(extraction.deterministic_gate(log_alpha, extraction.GateSettings()), default)
     assert not torch.allclose(default, z, atol=1e-3)  # control: other constants
 
 
