@@ -218,7 +218,7 @@ def export(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = 
     """Write the trained model as a Hugging Face checkpoint."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.conversion.export_run import export_run
+        from megatron_l0moe.conversion.export import export_run
 
         return export_run(this.recipe, this.stage_folder("moe") / "checkpoints", stage.folder)
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import random_export
 from serve_table import Case, Reference, Row, compare, markdown, sglang_markdown, unserved, write_docs
+from sglang_rules import sglang_problems
 from vllm_server import Completion, ServerError, complete, serve
 
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
-from megatron_l0moe.conversion.sglang_rules import sglang_problems
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, worker_environment
 from megatron_l0moe.runs.stage_folder import write_json, write_text

@@ -3,6 +3,8 @@
 A dense model is written in its own family's layout; an L0-MoE in the layout that the wanted engines compute rightly
 (`targets.py`): Ernie4.5-MoE or Qwen2-MoE, with SwiGLU experts, a softmax router, dense layers first, no shared expert,
 no q/k norm. Ernie rotates q and k in neighbour pairs, so their rows are reordered; the scores do not change.
+
+The export stage: what the recipe's method trained, as a Hugging Face checkpoint.
 """
 
 import json
@@ -22,13 +24,6 @@ from megatron_l0moe.checkpoints.safetensors_files import (
 )
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion import targets
-from megatron_l0moe.conversion.companions import (
-    copy_licence,
-    copy_tokenizer,
-    token_ids,
-    tokenizer_files,
-    write_generation_config,
-)
 from megatron_l0moe.conversion.dsmoe_layout import (
     MODELLING_FILE,
     BlockShape,
@@ -36,12 +31,24 @@ from megatron_l0moe.conversion.dsmoe_layout import (
     dsmoe_rules,
     modelling_text,
 )
-from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_card, mom_card
+from megatron_l0moe.conversion.model_card import (
+    CardFacts,
+    copy_licence,
+    copy_tokenizer,
+    dsmoe_card,
+    model_card,
+    mom_card,
+    recipe_facts,
+    token_ids,
+    tokenizer_files,
+    write_generation_config,
+)
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.mom_layout import MaskShape, mom_config, mom_rules
 from megatron_l0moe.conversion.targets import Target
 from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.platform import keep_freed_memory
 from megatron_l0moe.sizes.architecture import Architecture
@@ -328,3 +335,25 @@ def _without_code(config: dict[str, Any], architecture: Architecture) -> dict[st
     """Return a config.json that transformers takes without the export's own code."""
     own = {key: value for key, value in config.items() if key != "auto_map"}
     return own if "auto_map" not in config else {**own, "model_type": architecture.family}
+
+
+def export_run(recipe: Recipe, checkpoints: Path, out: Path) -> dict[str, object]:
+    """Export the checkpoints of the stage `moe` to the folder `out`; returns numbers for the manifest.
+
+    Raises:
+        L0MoEError: see `export.py`.
+    """
+    base, card = Path(recipe.model.path), recipe_facts(recipe)
+    if recipe.method == "dsmoe":
+        return export_dsmoe(checkpoints, base, out, card=card)
+    if recipe.method == "mom":
+        return export_mom(checkpoints, base, out, card=card)
+    return export_moe(
+        checkpoints,
+        base,
+        out,
+        dense_layers=recipe.model.dense_layers,
+        top_k=recipe.model.top_k,
+        target=recipe.export.target,
+        card=card,
+    )

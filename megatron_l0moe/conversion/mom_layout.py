@@ -1,19 +1,179 @@
 """A frozen Mixture-of-Masks as an Ernie4.5-MoE with shared experts: shape, tensors and config.json.
 
 Of the layouts that stock engines know, it has both a shared FFN that is added as it is and a softmax after top-k.
+
+The rule that turns a frozen Mixture-of-Masks layer into shared and routed experts of equal width.
+
+H = hidden, F = FFN channels, E = masks, W = channels of an expert.
+
+Mixture-of-Masks after the freeze: the units of a layer as shared, routed and inactive ones, and their widths.
+
+A unit that all masks keep has the factor 1 whatever the router says: it belongs to a shared expert. One that no mask
+keeps does nothing. The others are routed: mask e's become the channels of expert e, and a unit of several masks is
+copied into each of their experts, since its factor is the sum of the weights of those that are chosen.
+
+F = FFN channels of a dense layer, E = masks, k = masks of a token.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, override
+
+import torch
 
 from megatron_l0moe.checkpoints.families import MoEShape, ernie_layers
-from megatron_l0moe.checkpoints.rules import Rename, Rule, Zeros
+from megatron_l0moe.checkpoints.rules import Piece, ReadRows, Rename, Rule, Shape, Zeros
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
-from megatron_l0moe.conversion.masked_experts import MaskedExperts
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.mask_units import ExpertWidths, MaskUnits, common_widths, sort_units
 from megatron_l0moe.sizes.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class MaskUnits:
+    """The units of one layer; ascending int64."""
+
+    shared: torch.Tensor
+    """Kept by all masks."""
+    routed: tuple[torch.Tensor, ...]
+    """For each mask, what it keeps and another does not."""
+    inactive: torch.Tensor
+    """Kept by none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertWidths:
+    """Widths that hold every layer's experts when narrower ones are filled with zero channels."""
+
+    expert: int
+    """Channels of a routed expert, and of one shared expert."""
+    num_shared: int
+    """Shared experts side by side, as one FFN of `num_shared * expert` channels; 0 for none."""
+
+
+def sort_units(hard_mask: torch.Tensor) -> MaskUnits:
+    """Sort the units of a frozen layer.
+
+    Args:
+        hard_mask: masks of 0 and 1, [E, F].
+
+    Raises:
+        L0MoEError: another value than 0 and 1.
+    """
+    if not bool(((hard_mask == 0) | (hard_mask == 1)).all()):
+        raise L0MoEError(
+            "The frozen masks hold other values than 0 and 1; the checkpoint is damaged, use an earlier one."
+        )
+    kept = hard_mask.bool()
+    in_all, in_any = kept.all(dim=0), kept.any(dim=0)
+    return MaskUnits(
+        shared=in_all.nonzero().flatten(),
+        routed=tuple((mask & ~in_all).nonzero().flatten() for mask in kept),
+        inactive=(~in_any).nonzero().flatten(),
+    )
+
+
+def common_widths(layers: Sequence[MaskUnits], *, top_k: int, multiple: int = 1) -> ExpertWidths:
+    """Return the widths of all layers' experts with the fewest channels for a token, then the fewest shared experts.
+
+    A layout of stock engines has one width for all routed experts of all layers, and a shared FFN of a multiple of it.
+
+    Args:
+        layers: units of each layer.
+        top_k: k.
+        multiple: what the width must be a multiple of.
+
+    Raises:
+        L0MoEError: no mask of any layer keeps a unit.
+    """
+    routed = max(len(units) for layer in layers for units in layer.routed)
+    shared = max(len(layer.shared) for layer in layers)
+    if routed == shared == 0:
+        raise L0MoEError(
+            "No mask keeps a unit in any layer, so there is no expert to write; raise --l0-masks-target."
+        )
+    least = _rounded_up(max(routed, 1), multiple)
+    if shared == 0:
+        return ExpertWidths(expert=least, num_shared=0)
+    choices = []
+    for num_shared in range(1, -(-shared // least) + 1):
+        width = max(least, _rounded_up(-(-shared // num_shared), multiple))
+        choices.append(((top_k + num_shared) * width, num_shared, width))
+    _, num_shared, width = min(choices)
+    return ExpertWidths(expert=width, num_shared=num_shared)
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedExperts(Rule):
+    """One FFN and its masks against E routed experts and, where some layer needs it, a shared one.
+
+    An expert narrower than W is filled with zero channels, which give silu(0) * 0 = 0. Inactive units are dropped, and
+    a unit of several masks is stored in each of their experts, so the way back is closed.
+    """
+
+    mlp: str
+    """Megatron's name of the MLP."""
+    hf: str
+    """Name of the MoE block."""
+    masks: int
+    widths: ExpertWidths
+    ffn: int
+    hidden: int
+
+    @override
+    def hf_shapes(self) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {}
+        for expert, width in self._experts():
+            shapes |= {
+                f"{expert}.gate_proj.weight": (width, self.hidden),
+                f"{expert}.up_proj.weight": (width, self.hidden),
+                f"{expert}.down_proj.weight": (self.hidden, width),
+            }
+        return shapes
+
+    @override
+    def megatron_shapes(self) -> dict[str, Shape]:
+        return {
+            f"{self.mlp}.linear_fc1.weight": (2 * self.ffn, self.hidden),
+            f"{self.mlp}.linear_fc2.weight": (self.hidden, self.ffn),
+            f"{self.mlp}.masks.hard_mask": (self.masks, self.ffn),
+        }
+
+    @override
+    def to_megatron(self, read: ReadRows) -> Iterator[Piece]:
+        raise L0MoEError(
+            f"{self.hf} was a Mixture-of-Masks, whose dropped units and masks an export does not hold; go on from the "
+            "Megatron checkpoint."
+        )
+
+    @override
+    def to_hf(self, read: ReadRows) -> Iterator[Piece]:
+        units = sort_units(read(f"{self.mlp}.masks.hard_mask"))
+        gate, up = read(f"{self.mlp}.linear_fc1.weight").chunk(2)
+        down = read(f"{self.mlp}.linear_fc2.weight")
+        for (expert, width), kept in zip(self._experts(), (*units.routed, units.shared), strict=False):
+            for name, tensor in (("gate", gate), ("up", up)):
+                filled = tensor.new_zeros(width, self.hidden)
+                filled[: len(kept)] = tensor[kept]
+                yield _whole(f"{expert}.{name}_proj.weight", filled)
+            filled = down.new_zeros(self.hidden, width)
+            filled[:, : len(kept)] = down[:, kept]
+            yield _whole(f"{expert}.down_proj.weight", filled)
+
+    def _experts(self) -> list[tuple[str, int]]:
+        """Return (name, channels) of every expert, the shared one last."""
+        routed = [(f"{self.hf}.experts.{e}", self.widths.expert) for e in range(self.masks)]
+        if not self.widths.num_shared:
+            return routed
+        return [*routed, (f"{self.hf}.shared_experts", self.widths.num_shared * self.widths.expert)]
+
+
+def _whole(name: str, tensor: torch.Tensor) -> Piece:
+    return Piece(name=name, tensor=tensor, begin=0, rows=tensor.shape[0])
 
 
 @dataclass(frozen=True, kw_only=True)

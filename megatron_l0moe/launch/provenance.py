@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_l0moe.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
+from megatron_l0moe.conversion.model_card import GENERATION_CONFIG, TOKENIZER_FILES
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import load_header
 from megatron_l0moe.launch.attempts import saved_step

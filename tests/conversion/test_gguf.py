@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 from megatron_l0moe.conversion.convert import convert_dense
-from megatron_l0moe.conversion.gguf import gguf_to_hf
-from megatron_l0moe.conversion.gguf_file import GGUFFile
+from megatron_l0moe.conversion.gguf import GGUFFile, gguf_to_hf
 from megatron_l0moe.conversion.gguf_tokenizer import tokenizer_of
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.sizes.architecture import MEGATRON_LLAMA3_SCALING

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_l0moe.conversion.mom_layout import ExpertWidths, MaskUnits, common_widths, sort_units
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.mask_units import ExpertWidths, MaskUnits, common_widths, sort_units
 from megatron_l0moe.modules.mixture_of_masks import channel_factors, choose_masks
 
 FLOAT64_ATOL = 1e-12  # the same products, summed in another order

@@ -15,10 +15,10 @@ import serve_table
 import torch
 import vllm_server
 from serve_table import Case, Reference, Row, compare, largest_difference
+from sglang_rules import sglang_problems
 from vllm_server import Completion, ServerError
 
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
-from megatron_l0moe.conversion.sglang_rules import sglang_problems
 from megatron_l0moe.errors import L0MoEError
 
 ROOT = Path(__file__).parents[2]

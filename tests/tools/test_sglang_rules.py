@@ -4,9 +4,9 @@ import json
 
 import pytest
 from conversion.toy_moe import DENSE_LAYERS, EXPERTS, export, make_moe
+from sglang_rules import destination, sglang_problems
 
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
-from megatron_l0moe.conversion.sglang_rules import destination, sglang_problems
 
 FIRST = f"model.layers.{DENSE_LAYERS}"
 
