@@ -35,8 +35,8 @@ def plan(
     with one_sentence(json_file or Path()):
         from rich.console import Console
 
-        from megatron_l0moe.launch.plan import make_plan
-        from megatron_l0moe.launch.plan_tables import as_json, show
+        from megatron_l0moe.plan.plan import make_plan
+        from megatron_l0moe.plan.tables import as_json, show
         from megatron_l0moe.recipe.recipe import load_recipe
         from megatron_l0moe.sizes.gpu_models import find_gpu
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_l0moe.launch.machine import Machine
-from megatron_l0moe.launch.plan import stage_models
+from megatron_l0moe.plan.plan import stage_models
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import Recompute, StageModel, dense_model, forward_flops, training_flops

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_l0moe.launch import sbatch
-from megatron_l0moe.launch.plan import find_architecture
 from megatron_l0moe.launch.preflight import check_sizes
 from megatron_l0moe.launch.resources import TRAINING, Resources, experts_at_once, resources
 from megatron_l0moe.launch.slurm_preflight import check_cluster, check_memory
 from megatron_l0moe.launch.stages import stages
 from megatron_l0moe.launch.submit import Request
+from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import is_done
 

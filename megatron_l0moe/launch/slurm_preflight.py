@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import preflight
 from megatron_l0moe.launch.cluster import Cluster
-from megatron_l0moe.launch.plan import make_plan
 from megatron_l0moe.launch.resources import TRAINING, resources
 from megatron_l0moe.launch.stages import StageSpec
+from megatron_l0moe.plan.plan import make_plan
 from megatron_l0moe.recipe.layout_rules import check_layout
 from megatron_l0moe.recipe.recipe import Recipe, layout_names
 from megatron_l0moe.sizes.gpu_models import find_gpu

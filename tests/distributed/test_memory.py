@@ -9,8 +9,7 @@ from distributed.layouts import CASE, LAYOUT
 from distributed.memory_world import LAYOUTS
 from processes import torchrun
 
-from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.memory import Memory, RankParameters, rank_memory, rank_parameters
+from megatron_l0moe.plan.memory import Memory, RankParameters, Workload, rank_memory, rank_parameters
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import StageModel, stage_model

@@ -12,9 +12,9 @@ from gpu_readiness.models_7b import GPUS as SIZES
 from gpu_readiness.test_flags import differences, resolve
 
 from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.plan import make_plan, recipe_keys
 from megatron_l0moe.launch.stages import Run
-from megatron_l0moe.planning.proposals import Candidate
+from megatron_l0moe.plan.plan import make_plan, recipe_keys
+from megatron_l0moe.plan.proposals import Candidate
 from megatron_l0moe.recipe.recipe import Recipe, Section, load_recipe
 from megatron_l0moe.sizes.gpu_models import GPUS
 

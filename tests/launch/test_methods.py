@@ -9,12 +9,13 @@ import pytest
 from toy_recipe import CONFIG, make_run, of_method, toy_architecture, write_model
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs, plan, preflight, sbatch, slurm_preflight
+from megatron_l0moe.launch import jobs, preflight, sbatch, slurm_preflight
 from megatron_l0moe.launch.cluster import load_cluster
 from megatron_l0moe.launch.dryrun import describe
 from megatron_l0moe.launch.slurm_record import Record
 from megatron_l0moe.launch.slurm_status import rows
 from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES, Run, chain, config_hash, selection, spec_of
+from megatron_l0moe.plan import plan
 from megatron_l0moe.sizes.gpu_models import find_gpu
 
 METHODS = ["dsmoe", "mom"]

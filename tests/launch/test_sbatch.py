@@ -15,13 +15,13 @@ from toy_recipe import make_run, toy_architecture
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.launch import sbatch
 from megatron_l0moe.launch.cluster import Cluster, load_cluster
-from megatron_l0moe.launch.plan import find_architecture
 from megatron_l0moe.launch.resources import experts_at_once
 from megatron_l0moe.launch.sbatch import array_text, place_of, render
 from megatron_l0moe.launch.slurm_dryrun import show_jobs as show
 from megatron_l0moe.launch.slurm_preflight import check_memory
 from megatron_l0moe.launch.stages import STAGE_NAMES, Run, selection
 from megatron_l0moe.launch.submit import Request
+from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]

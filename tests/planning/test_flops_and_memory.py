@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from planning_cases import CASES, SIZES
 
-from megatron_l0moe.planning.activations import Workload, chunks_in_flight, layer_bytes
-from megatron_l0moe.planning.memory import peak_memory, rank_parameters
-from megatron_l0moe.planning.paper import TABLE5
+from megatron_l0moe.plan.memory import Workload, chunks_in_flight, layer_bytes, peak_memory, rank_parameters
+from megatron_l0moe.plan.plan import TABLE5
 from megatron_l0moe.recipe.layout import Layout, parse_layout
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import (

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_l0moe.checkpoints.families import MoEShape
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
-from megatron_l0moe.planning.paper import (
+from megatron_l0moe.plan.plan import (
     FITTING_DENSE_LAYERS,
     TABLE5,
     Table5Row,

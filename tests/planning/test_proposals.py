@@ -9,14 +9,12 @@ from gpu_readiness.models_7b import GPUS as GPU_COUNTS
 from gpu_readiness.models_7b import recipe_on, recipe_text
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.plan import make_plan, recipe_keys
-from megatron_l0moe.launch.plan_tables import layout_block
 from megatron_l0moe.launch.preflight import check_sizes
-from megatron_l0moe.planning import cost
-from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.memory import peak_memory
-from megatron_l0moe.planning.paper import TABLE5
-from megatron_l0moe.planning.proposals import Candidate, Proposals, evaluate, propose, refusal_text, refuse
+from megatron_l0moe.plan import proposals
+from megatron_l0moe.plan.memory import Workload, peak_memory
+from megatron_l0moe.plan.plan import TABLE5, make_plan, recipe_keys
+from megatron_l0moe.plan.proposals import Candidate, Proposals, evaluate, propose, refusal_text, refuse
+from megatron_l0moe.plan.tables import layout_block
 from megatron_l0moe.recipe.layout import parse_layout
 from megatron_l0moe.recipe.layout_rules import problem
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
@@ -47,7 +45,7 @@ def test_proposals_obey_the_rules_and_fit(name: str, gpus: int) -> None:
             assert problem(one.layout, stage.job.sizes, stage.job.names) is None
             assert one.memory.total <= H100.usable
             assert one.at_once * one.layout.processes <= gpus
-            assert 0.0 < one.time.mfu < cost.DENSE_EFFICIENCY
+            assert 0.0 < one.time.mfu < proposals.DENSE_EFFICIENCY
         for one in (found.fitting[0], found.fitting[-1]):
             raw = recipe.model_dump()
             section = raw[stage.section]
@@ -149,7 +147,7 @@ def test_step_time_by_hand() -> None:
     """Dense Llama-3-8B's expert stage on one node, tp2 x dp4, 16 micro-batches each, without recomputation."""
     layout = parse_layout("tp2,sp,dp4,distopt")
     workload = Workload(seq_length=4096, micro_batch=1, global_batch=64)
-    time = cost.step_time(LLAMA.dense(), layout, workload, H100)
+    time = proposals.step_time(LLAMA.dense(), layout, workload, H100)
     attention, scores = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024), 2 * 4096 * 4096
     ffn, head = 2 * 3 * 4096 * 14336, 2 * 128256 * 4096
     token = 32 * (attention + scores + ffn) + head  # forward
@@ -168,7 +166,7 @@ def test_step_time_by_hand() -> None:
 def test_few_rows_wait_for_the_experts_weights() -> None:
     """1024 tokens give each of 64 experts 32 rows, too few; spread over 8 ranks each gets 256."""
     moe, workload = LLAMA.moe(), Workload(seq_length=1024, micro_batch=1, global_batch=64)
-    times = {n: cost.step_time(moe, parse_layout(f"ep{n},dp64,distopt"), workload, H100) for n in (1, 8)}
+    times = {n: proposals.step_time(moe, parse_layout(f"ep{n},dp64,distopt"), workload, H100) for n in (1, 8)}
     experts = 24 * 3 * 64 * 3 * 4096 * 1024
     everything = 3 * (2 * 1024 * (moe.counts.active - moe.counts.norms) + 1024 * 32 * 2 * 1024 * 4096)
     products = 24 * 3 * 2 * 1024 * 2 * 3 * 4096 * 1024
@@ -182,7 +180,7 @@ def test_what_costs_more_takes_longer() -> None:
     moe = LLAMA.moe()
     workload = Workload(seq_length=4096, micro_batch=1, global_batch=128)
     times = {
-        text: cost.step_time(moe, parse_layout(text), workload, H100)
+        text: proposals.step_time(moe, parse_layout(text), workload, H100)
         for text in (
             "ep8,dp64,distopt",
             "ep16,dp64,distopt",
@@ -193,7 +191,7 @@ def test_what_costs_more_takes_longer() -> None:
     assert times["ep16,dp64,distopt"].expert > 5 * times["ep8,dp64,distopt"].expert  # leaves the node
     assert times["pp4,vp2,ep8,dp16,distopt"].pipeline < times["pp4,ep8,dp16,distopt"].pipeline
     full = dataclasses.replace(workload, recompute=Recompute(granularity="full"))
-    again = cost.step_time(moe, parse_layout("ep8,dp64,distopt"), full, H100)
+    again = proposals.step_time(moe, parse_layout("ep8,dp64,distopt"), full, H100)
     assert again.computation > times["ep8,dp64,distopt"].computation
     assert again.mfu < times["ep8,dp64,distopt"].mfu
     kept = peak_memory(moe, parse_layout("ep8,dp64,distopt"), workload)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from megatron_l0moe.experts.expert_file import write_expert
-from megatron_l0moe.planning.paper import TABLE5
-from megatron_l0moe.planning.speed import decode_speeds, kv_cache_bytes, prefill_speed
-from megatron_l0moe.planning.storage import checkpoint_size, expert_file_bytes, token_bytes
+from megatron_l0moe.plan.memory import checkpoint_size, expert_file_bytes, token_bytes
+from megatron_l0moe.plan.plan import TABLE5, decode_speeds, kv_cache_bytes, prefill_speed
 from megatron_l0moe.sizes.gpu_models import GPUS
 from megatron_l0moe.sizes.parameters import speed_bounds
 

@@ -7,11 +7,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_l0moe.launch.plan import Plan, StagePlan, recipe_keys
-from megatron_l0moe.planning import cost
-from megatron_l0moe.planning.paper import TABLE5, Table5Row, disagreement, full_active, paper_total
-from megatron_l0moe.planning.proposals import Candidate, Proposals, refusal_text
-from megatron_l0moe.planning.speed import kv_cache_bytes
+from megatron_l0moe.plan import proposals
+from megatron_l0moe.plan.plan import (
+    TABLE5,
+    Plan,
+    StagePlan,
+    Table5Row,
+    disagreement,
+    full_active,
+    kv_cache_bytes,
+    paper_total,
+    recipe_keys,
+)
+from megatron_l0moe.plan.proposals import Candidate, Proposals, refusal_text
 from megatron_l0moe.sizes.gpu_models import FRAGMENTATION, GIB, RESERVED_BYTES
 
 SHOWN = 8
@@ -257,10 +265,10 @@ def _speed(plan: Plan) -> Table:
 
 def _assumptions(plan: Plan) -> str:
     return (
-        f"Assumed, not measured: matrix products at {cost.DENSE_EFFICIENCY:.0%} and experts at "
-        f"{cost.EXPERT_EFFICIENCY:.0%} of {plan.gpu.bf16_flops / TB:,.0f} TFLOP/s, links at "
-        f"{cost.LINK_EFFICIENCY:.0%}, {RESERVED_BYTES / GIB:.0f} GiB and {FRAGMENTATION:.0%} of the memory for CUDA, "
-        "nccl and the allocator, and the MFU of GPU-hours, which count training only. The hours of proposed layouts "
+        f"Assumed, not measured: matrix products at {proposals.DENSE_EFFICIENCY:.0%} and experts at "
+        f"{proposals.EXPERT_EFFICIENCY:.0%} of {plan.gpu.bf16_flops / TB:,.0f} TFLOP/s, links at "
+        f"{proposals.LINK_EFFICIENCY:.0%}, {RESERVED_BYTES / GIB:.0f} GiB and {FRAGMENTATION:.0%} of the memory for "
+        "CUDA, nccl and the allocator, and the MFU of GPU-hours, which count training only. The hours of proposed layouts "
         "are this simple model's: good for their order. Nothing was run on a GPU."
     )
 

@@ -1,4 +1,14 @@
-"""What a recipe will take: the numbers of `l0moe plan`, from formulas and the model's config.json."""
+"""What a recipe will take: the numbers of `l0moe plan`, from formulas and the model's config.json.
+
+Expected speed of a trained L0-MoE against its dense base: prefill, and decode against the batch size.
+
+Two bounds that do not depend on the GPU, from `parameters.py`: the ratio of active weights (compute) and of weights
+read (memory, uniform routing). And a roofline of one GPU: a pass takes as long as its products at peak or its bytes at
+full bandwidth, whichever is longer, the KV cache included. Kernels, launches and sampling cost nothing there: real
+speeds are lower.
+
+Table 5 of the paper beside counts from the sizes it states, and where the two do not agree.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,22 +16,223 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.planning import proposals
-from megatron_l0moe.planning.activations import Workload
-from megatron_l0moe.planning.speed import DecodeSpeed, PrefillSpeed, decode_speeds, prefill_speed
-from megatron_l0moe.planning.storage import CheckpointSize, checkpoint_size, expert_file_bytes, token_bytes
+from megatron_l0moe.plan import proposals
+from megatron_l0moe.plan.memory import (
+    CheckpointSize,
+    Workload,
+    checkpoint_size,
+    expert_file_bytes,
+    token_bytes,
+)
 from megatron_l0moe.recipe.layout_rules import check_layout
 from megatron_l0moe.recipe.recipe import Recipe, Section, layout_names
-from megatron_l0moe.sizes.architecture import PUBLISHED, Architecture, job_sizes, read_config
+from megatron_l0moe.sizes.architecture import (
+    LLAMA_3_8B,
+    MISTRAL_7B_V01,
+    PUBLISHED,
+    QWEN2_7B,
+    Architecture,
+    job_sizes,
+    read_config,
+)
 from megatron_l0moe.sizes.flops import (
     Flops,
     Recompute,
     StageModel,
     TrainingStage,
+    forward_flops,
     stage_model,
     training_flops,
 )
 from megatron_l0moe.sizes.gpu_models import GPUS_PER_NODE, Gpu
+from megatron_l0moe.sizes.parameters import ParameterCounts, pass_bounds
+
+FITTING_DENSE_LAYERS = 4
+"""With so many dense layers Table 5's columns of parameters come out for all three models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table5Row:
+    """One base model and its L0-MoE, as the paper has them."""
+
+    name: str
+    config: dict[str, Any]
+    dense_layers: int
+    """Section A.1: 4 for Qwen2, 8 for Mistral and Llama3."""
+    expert_ffn: int
+    dense_billions: float
+    total_billions: float
+    active_billions: float
+    speedup: float
+    """Table 1."""
+
+    def architecture(self) -> Architecture:
+        """Return the base model's sizes."""
+        return Architecture.from_config(self.config, Path("Table 5"))
+
+    def moe(self, dense_layers: int | None = None) -> StageModel:
+        """Return the L0-MoE with the stated number of dense layers, or another."""
+        layers = self.dense_layers if dense_layers is None else dense_layers
+        return stage_model(
+            self.architecture(),
+            "moe",
+            dense_layers=layers,
+            num_experts=64,
+            expert_ffn=self.expert_ffn,
+            top_k=2,
+        )
+
+    def dense(self) -> StageModel:
+        """Return the base model."""
+        return stage_model(
+            self.architecture(),
+            "expert",
+            dense_layers=self.dense_layers,
+            num_experts=64,
+            expert_ffn=self.expert_ffn,
+            top_k=2,
+        )
+
+
+TABLE5 = (
+    Table5Row(
+        name="Llama-3-8B",
+        config=LLAMA_3_8B,
+        dense_layers=8,
+        expert_ffn=1024,
+        dense_billions=7.5,
+        total_billions=25.1,
+        active_billions=3.2,
+        speedup=2.0,
+    ),
+    Table5Row(
+        name="Mistral-7B",
+        config=MISTRAL_7B_V01,
+        dense_layers=8,
+        expert_ffn=1024,
+        dense_billions=7.1,
+        total_billions=24.7,
+        active_billions=2.9,
+        speedup=2.1,
+    ),
+    Table5Row(
+        name="Qwen2-7B",
+        config=QWEN2_7B,
+        dense_layers=4,
+        expert_ffn=1280,
+        dense_billions=7.0,
+        total_billions=23.3,
+        active_billions=2.8,
+        speedup=2.5,
+    ),
+)
+
+
+def paper_total(counts: ParameterCounts) -> int:
+    """Return all weights but one embedding table: the way of counting that gives the paper's dense models."""
+    return counts.total - counts.embedding if not counts.tied else counts.total
+
+
+def full_active(counts: ParameterCounts) -> int:
+    """Return the active weights with the embedding table, of which a token looks up one row."""
+    return counts.active + (0 if counts.tied else counts.embedding)
+
+
+def agrees(count: float, printed: float) -> bool:
+    """Whether a count, in billions, is the printed one after rounding or cutting off to one digit."""
+    return round(count, 1) == printed or int(count * 10) / 10 == printed
+
+
+def disagreement(row: Table5Row) -> str | None:
+    """Say where Table 5's L0-MoE columns do not follow from the paper's text, or None."""
+    stated, fitting = row.moe().counts, row.moe(FITTING_DENSE_LAYERS).counts
+    if agrees(paper_total(stated) / 1e9, row.total_billions) and agrees(
+        stated.active / 1e9, row.active_billions
+    ):
+        return None
+    return (
+        f"Table 5 prints {row.total_billions:g} / {row.active_billions:g} billion for {row.name}'s L0-MoE, the text "
+        f"({row.dense_layers} dense layers) gives {_billions(paper_total(stated))} / {_billions(stated.active)}; "
+        f"{FITTING_DENSE_LAYERS} dense layers would give {_billions(paper_total(fitting))} / "
+        f"{_billions(fitting.active)}"
+    )
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+WEIGHT_BYTES = 2
+"""Of a served weight, in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSpeed:
+    """One decode step of `batch` sequences: dense time over L0-MoE time (> 1: the L0-MoE is faster)."""
+
+    batch: int
+    active: float
+    """Ratio of active weights: what compute allows."""
+    bytes_read: float
+    """Ratio of weights read: what memory allows."""
+    roofline: float
+    """Ratio of the roofline's times, KV cache included."""
+    dense_tokens_per_second: float
+    """The roofline's, on one GPU."""
+    moe_tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillSpeed:
+    """A prefill of one sequence, compute bound."""
+
+    tokens: int
+    active: float
+    """Ratio of active weights."""
+    flops: float
+    """Ratio of all FLOPs, attention scores included."""
+
+
+def prefill_speed(dense: StageModel, moe: StageModel, tokens: int) -> PrefillSpeed:
+    """Return the bounds of a prefill."""
+    return PrefillSpeed(
+        tokens=tokens,
+        active=pass_bounds(dense.counts, moe.counts, tokens=tokens, logits=tokens).active,
+        flops=forward_flops(dense, tokens) / forward_flops(moe, tokens),
+    )
+
+
+def decode_speeds(dense: StageModel, moe: StageModel, gpu: Gpu, context: int) -> list[DecodeSpeed]:
+    """Return the speeds of decode steps after `context` tokens, for each batch size."""
+    found = []
+    for batch in BATCHES:
+        bounds = pass_bounds(dense.counts, moe.counts, tokens=batch, logits=batch)
+        times = [_decode_seconds(model, gpu, batch, context) for model in (dense, moe)]
+        found.append(
+            DecodeSpeed(
+                batch=batch,
+                active=bounds.active,
+                bytes_read=bounds.bytes_read,
+                roofline=times[0] / times[1],
+                dense_tokens_per_second=batch / times[0],
+                moe_tokens_per_second=batch / times[1],
+            )
+        )
+    return found
+
+
+def kv_cache_bytes(model: StageModel) -> int:
+    """Return the bytes of one token's keys and values in all layers."""
+    return 2 * model.architecture.num_layers * model.kv_width * WEIGHT_BYTES
+
+
+def _decode_seconds(model: StageModel, gpu: Gpu, batch: int, context: int) -> float:
+    scores = 4.0 * context * model.query_width * model.architecture.num_layers
+    flops = batch * (2.0 * model.counts.active + scores)
+    read = WEIGHT_BYTES * model.counts.read(batch) + batch * context * kv_cache_bytes(model)
+    return max(flops / gpu.bf16_flops, read / gpu.memory_bandwidth)
+
 
 MFU = {"expert_training": 0.40, "moe_training": 0.25}
 """Model FLOPs utilisation that GPU-hours are computed with; an assumption, not measured here."""

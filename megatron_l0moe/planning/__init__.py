@@ -1,1 +1,0 @@
-"""Parameters, FLOPs, memory and speed bounds as formulas. No torch."""
