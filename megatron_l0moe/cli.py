@@ -257,7 +257,7 @@ def report(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = 
     """Write the HTML report and summary.json."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.reports.report import report as write_report
+        from megatron_l0moe.reports.page import report as write_report
 
         return write_report(this.recipe, this.folder, stage.folder)
 

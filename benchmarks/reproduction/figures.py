@@ -14,7 +14,7 @@ from training_record import PRETRAINING
 
 from megatron_l0moe.reports import plots
 from megatron_l0moe.reports.collect import Json
-from megatron_l0moe.reports.loads import router_numbers
+from megatron_l0moe.reports.summary import router_numbers
 
 BASE_LABEL = "base"
 UNIT = 1e12

@@ -14,8 +14,8 @@ from runs_table import RunsTable, TableName
 from speed_step import TIMED_TABLES
 
 from megatron_l0moe.reports.collect import Json
-from megatron_l0moe.reports.loads import router_numbers
 from megatron_l0moe.reports.plots import MODES
+from megatron_l0moe.reports.summary import router_numbers
 
 NONE = "-"
 """A cell for which nothing was measured, or that has no meaning in its row."""

@@ -10,7 +10,7 @@ from settings import Place
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.reports.collect import Json
-from megatron_l0moe.reports.loads import router_numbers
+from megatron_l0moe.reports.summary import router_numbers
 from megatron_l0moe.runs.stage_folder import write_json, write_text
 
 

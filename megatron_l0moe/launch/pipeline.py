@@ -307,7 +307,7 @@ def _run_stage(run: Run, spec: StageSpec, progress: Progress, lock: tuple[int, .
 
 
 def _say_where(run: Run, progress: Progress) -> None:
-    from megatron_l0moe.reports.report import summary_lines  # matplotlib and jinja2: only here
+    from megatron_l0moe.reports.page import summary_lines  # matplotlib and jinja2: only here
 
     summary = read_json(run.folder / "summary.json", f"remove {run.stage_folder('report')} to write it anew")
     progress.say(f"Report: {run.stage_folder('report') / 'report.html'}")

@@ -268,8 +268,8 @@ def _assumptions(plan: Plan) -> str:
         f"Assumed, not measured: matrix products at {proposals.DENSE_EFFICIENCY:.0%} and experts at "
         f"{proposals.EXPERT_EFFICIENCY:.0%} of {plan.gpu.bf16_flops / TB:,.0f} TFLOP/s, links at "
         f"{proposals.LINK_EFFICIENCY:.0%}, {RESERVED_BYTES / GIB:.0f} GiB and {FRAGMENTATION:.0%} of the memory for "
-        "CUDA, nccl and the allocator, and the MFU of GPU-hours, which count training only. The hours of proposed layouts "
-        "are this simple model's: good for their order. Nothing was run on a GPU."
+        "CUDA, nccl and the allocator, and the MFU of GPU-hours, which count training only. The hours of proposed "
+        "layouts are this simple model's: good for their order. Nothing was run on a GPU."
     )
 
 

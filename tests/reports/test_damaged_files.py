@@ -14,9 +14,8 @@ from safetensors.numpy import save_file
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.reports.collect import collect
-from megatron_l0moe.reports.page import render
+from megatron_l0moe.reports.page import render, report
 from megatron_l0moe.reports.plots import draw
-from megatron_l0moe.reports.report import report
 from megatron_l0moe.reports.summary import build_summary
 
 FILES = [

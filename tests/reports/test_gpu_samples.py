@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_l0moe.reports.collect import collect
-from megatron_l0moe.reports.gpu_samples import read_gpu_samples
+from megatron_l0moe.reports.collect import collect, read_gpu_samples
 from megatron_l0moe.reports.page import render
 from megatron_l0moe.reports.plots import draw
 from megatron_l0moe.reports.summary import build_summary, deterministic_part

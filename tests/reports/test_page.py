@@ -11,9 +11,8 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.recipe.sections import BenchmarkSection
 from megatron_l0moe.reports.collect import collect
-from megatron_l0moe.reports.page import escape, lookup, render, show
+from megatron_l0moe.reports.page import escape, lookup, render, report, show, summary_lines
 from megatron_l0moe.reports.plots import draw, moe_losses, to_svg
-from megatron_l0moe.reports.report import report, summary_lines
 from megatron_l0moe.reports.summary import build_summary
 
 
