@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_l0moe.evaluation.hardware import describe_machine
+from megatron_l0moe.evaluation.timing import describe_machine
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.runtime import cpu

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_l0moe.conversion.dsmoe_modelling import DSMoEConfig, DSMoEForCausalLM, DSMoEMLP
-from megatron_l0moe.evaluation.hardware import describe_machine
 from megatron_l0moe.evaluation.timing import (
     Mode,
     Spread,
     TransformersRunner,
+    describe_machine,
     pinned_threads,
     ratios,
     time_pairs,

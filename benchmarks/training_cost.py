@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_l0moe.evaluation.hardware import describe_machine
+from megatron_l0moe.evaluation.timing import describe_machine
 from megatron_l0moe.runtime import cpu
 
 if TYPE_CHECKING:

@@ -68,8 +68,8 @@ def bench(
     """Time a dense model and its L0-MoE side by side, in transformers and in vLLM, beside what is possible."""
     from rich.console import Console
 
-    from megatron_l0moe.evaluation import bench as benchmark
-    from megatron_l0moe.evaluation.bench_table import markdown, rich_table
+    from megatron_l0moe.evaluation.bench import bench as benchmark
+    from megatron_l0moe.evaluation.bench.bench import markdown, rich_table
     from megatron_l0moe.evaluation.models import DTYPES
     from megatron_l0moe.runs.stage_folder import write_json, write_text
 
@@ -118,7 +118,7 @@ def _models(
         raise L0MoEError("--shape makes random models; leave --dense and --moe out, or --shape.")
     import psutil
 
-    from megatron_l0moe.evaluation import shapes
+    from megatron_l0moe.evaluation.bench import shapes
 
     published = shapes.find_shape(shape)
     if scale is None:

@@ -235,7 +235,7 @@ def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir 
         benchmarks: dict[str, object] = {}
         if (section := this.recipe.evaluation.benchmarks) is not None:
             # Before this process takes memory; and a rerun goes on with the next task.
-            from megatron_l0moe.evaluation.benchmarks import run_in_chain
+            from megatron_l0moe.evaluation.harness.benchmarks import run_in_chain
 
             benchmarks = run_in_chain(this.recipe, section, this.folder, stage.folder)
         logits = pipeline.write_logits(this, stage)  # in a process of its own, which frees its memory

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.hardware import describe_machine
+from megatron_l0moe.evaluation.timing import describe_machine
 from megatron_l0moe.launch import jobs, preflight
 from megatron_l0moe.launch.machine import begun
 from megatron_l0moe.launch.stages import Run, stages

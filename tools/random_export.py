@@ -19,7 +19,7 @@ from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.conversion.targets import Target
-from megatron_l0moe.evaluation.shapes import SHAPES, Shape, write_pair
+from megatron_l0moe.evaluation.bench.shapes import SHAPES, Shape, write_pair
 
 END = "<|end|>"
 SPREAD = 4.0

@@ -27,7 +27,7 @@ from vllm_server import Completion, ServerError, complete, serve
 
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.vllm_runner import SERVE_PYTHON, worker_environment
+from megatron_l0moe.evaluation.bench.vllm_runner import SERVE_PYTHON, worker_environment
 from megatron_l0moe.runs.stage_folder import write_json, write_text
 
 PROMPT = "The mixture of experts answers one question after the other, and each of them"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.vllm_runner import worker_environment
+from megatron_l0moe.evaluation.bench.vllm_runner import worker_environment
 
 HEALTH_SECONDS = 300.0
 REQUEST_SECONDS = 120.0

@@ -191,10 +191,9 @@ def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> J
     import torch
 
     from megatron_l0moe.evaluation import perplexity
-    from megatron_l0moe.evaluation.block_load import OpenBlocks
-    from megatron_l0moe.evaluation.hardware import describe_machine
+    from megatron_l0moe.evaluation.loads import OpenBlocks, RouterLoad
     from megatron_l0moe.evaluation.models import load_model
-    from megatron_l0moe.evaluation.router_load import RouterLoad
+    from megatron_l0moe.evaluation.timing import describe_machine
     from megatron_l0moe.index.heldout_file import read_heldout
 
     model, sequences = load_model(folder), read_heldout(place.root / "tokens" / "heldout.jsonl")

@@ -42,7 +42,7 @@ def time_rows(place: Place, table: RunsTable) -> None:
 def _time(place: Place, model: Path, case: Case) -> Json:
     from megatron_l0moe.evaluation.evaluate import checkpoint_counts
     from megatron_l0moe.evaluation.models import load_model
-    from megatron_l0moe.evaluation.speed import measure_speed
+    from megatron_l0moe.evaluation.timing import measure_speed
     from megatron_l0moe.index.heldout_file import read_heldout
 
     settings, method = place.settings.speed, case.settings.method

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.block_load import OpenBlocks
+from megatron_l0moe.evaluation.loads import OpenBlocks, RouterLoad
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
-from megatron_l0moe.evaluation.router_load import RouterLoad
-from megatron_l0moe.evaluation.speed import measure_speed
+from megatron_l0moe.evaluation.timing import measure_speed
 from megatron_l0moe.index.heldout_file import HeldoutSequence, read_heldout
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import write_json

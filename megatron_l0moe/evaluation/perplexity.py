@@ -20,8 +20,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.loads import DomainCounts
 from megatron_l0moe.evaluation.models import load_model
-from megatron_l0moe.evaluation.module_hooks import DomainCounts
 from megatron_l0moe.index.heldout_file import HeldoutSequence, check_vocabulary, read_heldout
 
 logger = logging.getLogger(__name__)

@@ -4,21 +4,117 @@ Legend: B sequences that run together.
 
 Protocol: the two models run in pairs, next to each other in time and on the same text; the order inside a pair
 alternates. A drift of the machine then hits both alike. One pair more than asked for warms up.
+
+The evaluate stage's speed test: a dense model and what was made of it, side by side in one process.
+
+Text is real held-out text and decoding is fed with it (not with the models' own output), so that both models see
+the same tokens and the router sees what it was trained for. Prefill computes the logits of every position, as a
+plain forward call does, for both models. The protocol is that of `timing.py`; `bench.py` measures more.
+
+Where the time of one run goes: own CPU time by operation, from torch's profiler.
+
+What a measurement ran on: processor, memory, versions, threads, date. Nothing that names a machine or a user.
 """
 
 import logging
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.heldout_file import HeldoutSequence
+from megatron_l0moe.runtime.gpus import usable_cores
+from megatron_l0moe.sizes.parameters import ParameterCounts, speed_bounds
+
+PACKAGES = ("torch", "transformers", "megatron-core", "numpy")
+
+
+def describe_machine(*, device: str, threads: int) -> dict[str, object]:
+    """Return processor model, cores this process may use, memory in GiB, device, threads, versions and UTC date."""
+    return {
+        "cpu": cpu_model(Path("/proc/cpuinfo")),
+        "cores": usable_cores(),
+        "memory_gib": memory_gib(Path("/proc/meminfo")),
+        "device": device,
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_model(cpuinfo: Path) -> str:
+    """Return the `model name` of /proc/cpuinfo, or what Python knows where there is none."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_gib(meminfo: Path) -> float | None:
+    """Return `MemTotal` of /proc/meminfo in GiB, or None where there is none."""
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemTotal":
+                return round(int(value.split()[0]) / 2**20, 1)  # kB -> GiB
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Own CPU seconds of each operation, the longest first."""
+
+    seconds: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def of(cls, seconds: Iterable[tuple[str, float]]) -> "Operations":
+        """Sort."""
+        return cls(tuple(sorted(seconds, key=lambda item: -item[1])))
+
+    def shares(self, shown: int = SHOWN) -> dict[str, float]:
+        """Return the shares of the longest operations, and of all others together."""
+        total = sum(seconds for _, seconds in self.seconds) or 1.0
+        shares = {name: seconds / total for name, seconds in self.seconds[:shown]}
+        return {**shares, "others": max(0.0, 1.0 - sum(shares.values()))}
+
+    def to_json(self) -> dict[str, object]:
+        """Return total and shares as plain dicts."""
+        return {"seconds": sum(seconds for _, seconds in self.seconds), "shares": self.shares()}
+
+
+def profile_transformers(run: Callable[[], object]) -> Operations:
+    """Run once under the profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else each start and stop is a line on the terminal
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return Operations.of((event.key, event.self_cpu_time_total / 1e6) for event in profiler.key_averages())
+
 
 logger = logging.getLogger(__name__)
 
@@ -219,3 +315,91 @@ class Stopwatch:
         """Return what has passed."""
         seconds = time.perf_counter() - self._start
         return Sample(seconds=seconds, joules=self._energy() - self._joules if self._energy else None)
+
+
+PROMPT_TOKENS = 32
+BATCH = 8
+
+
+def measure_speed(
+    dense: PreTrainedModel,
+    moe: PreTrainedModel,
+    sequences: Sequence[HeldoutSequence],
+    *,
+    counts: tuple[ParameterCounts, ParameterCounts],
+    prefill_tokens: int,
+    decode_tokens: int,
+    repeats: int,
+    threads: int = THREADS,
+    name: str = "l0moe",
+) -> dict[str, object]:
+    """Time prefill, decode at batch 1 and decode at batch 8; times are seconds of wall clock.
+
+    Args:
+        counts: parameter counts of `dense` and `moe`, for the bounds.
+        prefill_tokens: length of the prefilled text, batch 1.
+        decode_tokens: steps that are timed after a prompt of 32 tokens.
+        repeats: pairs that count; one more pair warms up.
+        name: the recipe's method, under which the second model's numbers stand.
+
+    Returns:
+        the content of evaluate/speed.json.
+
+    Raises:
+        L0MoEError: too little held-out text for these lengths.
+    """
+    modes = (
+        Mode(name="prefill", batch=1, tokens=prefill_tokens, prompt=0),
+        Mode(name="decode_b1", batch=1, tokens=decode_tokens, prompt=PROMPT_TOKENS),
+        Mode(name=f"decode_b{BATCH}", batch=BATCH, tokens=decode_tokens, prompt=PROMPT_TOKENS),
+    )
+    text = [token for sequence in sequences for token in sequence.tokens]
+    bounds = speed_bounds(*counts, batch=BATCH)
+    runners = TransformersRunner(dense), TransformersRunner(moe)
+    with pinned_threads(threads):
+        pairs = {mode.name: time_pairs(*runners, text, mode, repeats) for mode in modes}
+    details = {
+        mode.name: {**timings(mode, pairs[mode.name], name), "bound": getattr(bounds, mode.name)}
+        for mode in modes
+    }
+    return {
+        **{f"{mode}_ratio": statistics.median(ratios(pairs[mode])) for mode in pairs},
+        "bounds": {mode.name: getattr(bounds, mode.name) for mode in modes},
+        "details": details,
+        "settings": {
+            "dtype": str(dense.dtype).removeprefix("torch."),
+            "experts_implementation": moe.config._experts_implementation,
+            "attention_implementation": moe.config._attn_implementation,
+            "repeats": repeats,
+            "warm_up_pairs": WARM_UP_PAIRS,
+            "prompt_tokens": PROMPT_TOKENS,
+            "prefill_logits": "all positions",
+            "decode_input": "held-out text, the same for both models",
+        },
+        "hardware": describe_machine(device=str(moe.device), threads=threads),
+    }
+
+
+def timings(mode: Mode, pairs: Sequence[Pair], name: str = "l0moe") -> dict[str, object]:
+    """Return times and speeds of both models and the ratio, with their spreads, as plain dicts."""
+    each = ratios(pairs)
+    return {
+        "batch": mode.batch,
+        "tokens": mode.tokens,
+        "dense": _model_timings(mode, [dense for dense, _ in pairs]),
+        name: _model_timings(mode, [moe for _, moe in pairs]),
+        "ratio": Spread.of(each).to_json() | {"pairs": each},
+    }
+
+
+def _model_timings(mode: Mode, samples: Sequence[Sample]) -> dict[str, object]:
+    tokens = mode.batch * mode.tokens
+    seconds = Spread.of([sample.seconds for sample in samples])
+    result: dict[str, object] = {
+        "seconds": seconds.to_json(),
+        "tokens_per_second": tokens / seconds.median,
+    }
+    joules = [sample.joules / tokens for sample in samples if sample.joules is not None]
+    if joules:
+        result["joules_per_token"] = Spread.of(joules).to_json()
+    return result

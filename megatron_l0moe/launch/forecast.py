@@ -33,7 +33,7 @@ TOKENS_PER_DOCUMENT = 180
 """Of the documents that curate embeds, before it has counted them."""
 TOKENISED_PER_SECOND = 1e5
 WARM_UP_PAIRS, DECODE_BATCH, DECODE_PROMPT = 1, 8, 32
-"""Of the speed test, see evaluation/speed.py."""
+"""Of the speed test, see evaluation/timing.py."""
 
 Parts = dict[str, float]
 """Seconds of each part of a stage, in order."""

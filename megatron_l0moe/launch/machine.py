@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.hardware import cpu_model
+from megatron_l0moe.evaluation.timing import cpu_model
 from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.sections import Dtype
 from megatron_l0moe.runs.stage_folder import write_json

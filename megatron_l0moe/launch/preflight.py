@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation import benchmarks
+from megatron_l0moe.evaluation.harness import benchmarks
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.layout_rules import JobSizes, Names, check_layout
 from megatron_l0moe.recipe.recipe import SECTIONS, Recipe, Section, layout_names

@@ -10,12 +10,19 @@ from typer.testing import CliRunner
 
 from megatron_l0moe import cli
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.bench import BenchSettings, bench, parse_engine, text_for
-from megatron_l0moe.evaluation.bench_table import HEADER, markdown, rows
+from megatron_l0moe.evaluation.bench.bench import (
+    HEADER,
+    BenchSettings,
+    bench,
+    markdown,
+    parse_engine,
+    rows,
+    text_for,
+)
+from megatron_l0moe.evaluation.bench.vllm_runner import VllmRunner, worker_environment
+from megatron_l0moe.evaluation.loads import DistinctExperts
 from megatron_l0moe.evaluation.models import load_model
-from megatron_l0moe.evaluation.router_load import DistinctExperts
 from megatron_l0moe.evaluation.timing import Mode
-from megatron_l0moe.evaluation.vllm_runner import VllmRunner, worker_environment
 
 SMALL = {"repeats": 2, "prompt_tokens": 16, "prefill_batch": 2, "decode_tokens": 2, "batches": (1, 8)}
 

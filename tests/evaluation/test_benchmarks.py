@@ -12,9 +12,9 @@ from bigram_model import END, write_model
 from made_up_benchmarks import write_local_copies
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation import benchmarks, code_execution, harness_process
-from megatron_l0moe.evaluation.benchmarks import compare, run_benchmarks
-from megatron_l0moe.evaluation.harness import HarnessCall
+from megatron_l0moe.evaluation.harness import benchmarks, code_execution, lm_eval_call
+from megatron_l0moe.evaluation.harness.benchmarks import compare, run_benchmarks
+from megatron_l0moe.evaluation.harness.lm_eval_call import HarnessCall
 from megatron_l0moe.recipe.sections import BenchmarkSection
 
 pytest.importorskip("lm_eval")
@@ -207,7 +207,7 @@ def test_process_skips_what_is_finished(tmp_path, monkeypatch):
     )
     (tmp_path / "a.json").write_text('{"key": "k"}')
     (tmp_path / "b.json").write_text('{"key": "other settings"}')
-    harness_process.carry_out(call)
+    lm_eval_call.carry_out(call)
     assert ran == ["b", "c"]
 
 

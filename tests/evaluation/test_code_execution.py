@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation import code_execution, code_sandbox
-from megatron_l0moe.evaluation.code_execution import (
+from megatron_l0moe.evaluation.harness import code_execution, code_sandbox
+from megatron_l0moe.evaluation.harness.code_execution import (
     build_predictions,
     build_predictions_instruct,
     estimate,

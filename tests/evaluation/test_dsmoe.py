@@ -7,9 +7,8 @@ import torch
 
 from megatron_l0moe.conversion.dsmoe_layout import MODELLING_FILE, modelling_text
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.block_load import OpenBlocks
-from megatron_l0moe.evaluation.exported_code import exported_code, is_dsmoe
-from megatron_l0moe.evaluation.models import load_model
+from megatron_l0moe.evaluation.loads import OpenBlocks
+from megatron_l0moe.evaluation.models import exported_code, is_dsmoe, load_model
 from megatron_l0moe.evaluation.perplexity import measure
 from megatron_l0moe.index.heldout_file import read_heldout
 from megatron_l0moe.sizes.parameters import dsmoe_counts

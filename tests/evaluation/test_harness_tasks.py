@@ -11,9 +11,13 @@ import yaml
 from made_up_benchmarks import problem, sum_question, write, write_lines, write_local_copies
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.harness import check_installed, common_length, environment, model_arguments
-from megatron_l0moe.evaluation.harness_tasks import find_tasks, write_task_files
-from megatron_l0moe.evaluation.local_data import read_splits
+from megatron_l0moe.evaluation.harness.lm_eval_call import (
+    check_installed,
+    common_length,
+    environment,
+    model_arguments,
+)
+from megatron_l0moe.evaluation.harness.tasks import find_tasks, read_splits, write_task_files
 from megatron_l0moe.recipe.sections import BenchmarkSection
 
 pytest.importorskip("lm_eval")
@@ -66,8 +70,8 @@ def test_functions_are_ours(tmp_path):
     """Also online, where the documents come from the hub."""
     written(["humaneval"], None, tmp_path)
     text = (tmp_path / "humaneval.yaml").read_text()
-    assert "!function 'megatron_l0moe.evaluation.code_execution.pass_at_k'" in text
-    assert "!function 'megatron_l0moe.evaluation.code_execution.build_predictions'" in text
+    assert "!function 'megatron_l0moe.evaluation.harness.code_execution.pass_at_k'" in text
+    assert "!function 'megatron_l0moe.evaluation.harness.code_execution.build_predictions'" in text
     assert "lm_eval" not in text
     assert "dataset_path: openai/openai_humaneval" in text
 

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.loads import RouterLoad, moe_routers
 from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import measure, perplexity
-from megatron_l0moe.evaluation.router_load import RouterLoad, moe_routers
 from megatron_l0moe.index.heldout_file import HeldoutSequence, read_heldout
 
 FP32_RTOL = 1e-5  # fp32 model against a float64 one: rounding of a 3-layer forward pass

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.evaluation.bench.shapes import SHAPES, find_shape, largest_scale, scaled, write_pair
 from megatron_l0moe.evaluation.models import load_model
-from megatron_l0moe.evaluation.shapes import SHAPES, find_shape, largest_scale, scaled, write_pair
 from megatron_l0moe.sizes.parameters import count_parameters, pass_bounds
 
 ROUNDED = 0.04

@@ -9,10 +9,20 @@ import torch
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation import timing
 from megatron_l0moe.evaluation.evaluate import checkpoint_counts
-from megatron_l0moe.evaluation.hardware import cpu_model, describe_machine, memory_gib
 from megatron_l0moe.evaluation.models import load_model
-from megatron_l0moe.evaluation.speed import measure_speed, timings
-from megatron_l0moe.evaluation.timing import Mode, Sample, Spread, TransformersRunner, time_pairs, windows
+from megatron_l0moe.evaluation.timing import (
+    Mode,
+    Sample,
+    Spread,
+    TransformersRunner,
+    cpu_model,
+    describe_machine,
+    measure_speed,
+    memory_gib,
+    time_pairs,
+    timings,
+    windows,
+)
 from megatron_l0moe.index.heldout_file import HeldoutSequence
 
 TEXT = list(range(400))

@@ -7,7 +7,7 @@ from launch.test_estimate import write_steps
 from rich.console import Console
 from toy_recipe import make_run, toy_architecture, write_model
 
-from megatron_l0moe.evaluation import speed
+from megatron_l0moe.evaluation import timing
 from megatron_l0moe.launch import estimate, forecast
 from megatron_l0moe.launch.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast
 from megatron_l0moe.launch.machine import Machine
@@ -119,6 +119,6 @@ def test_the_encoder_is_counted_from_its_config(tmp_path: Path) -> None:
 
 
 def test_the_speed_test_is_the_one_that_evaluate_does() -> None:
-    """Its sizes stand twice: evaluation/speed.py imports torch, which the chain does without."""
+    """Its sizes stand twice: evaluation/timing.py imports torch, which the chain does without."""
     of_forecast = (forecast.WARM_UP_PAIRS, forecast.DECODE_BATCH, forecast.DECODE_PROMPT)
-    assert of_forecast == (speed.WARM_UP_PAIRS, speed.BATCH, speed.PROMPT_TOKENS)
+    assert of_forecast == (timing.WARM_UP_PAIRS, timing.BATCH, timing.PROMPT_TOKENS)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation import code_sandbox
+from megatron_l0moe.evaluation.harness import code_sandbox
 
 SECONDS = 3.0
 """Wall clock of one program; the harness' own limit."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation import vllm_worker
+from megatron_l0moe.evaluation.bench import vllm_worker
 from megatron_l0moe.evaluation.timing import EnergyMeter, Mode, Sample, Windows
 
 SERVE_PYTHON = Path(".venv-serve/bin/python")
