@@ -29,8 +29,13 @@ from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
 from megatron_l0moe.runtime.platform import platform_flags
 from megatron_l0moe.training.arguments import Settings, StageConfig
-from megatron_l0moe.training.model import gates, prepare_for_training, routers
-from megatron_l0moe.training.optimizer import group_overrides, megatron_training
+from megatron_l0moe.training.model import (
+    gates,
+    group_overrides,
+    megatron_training,
+    prepare_for_training,
+    routers,
+)
 
 L0_MLP_GOAL, MOE_GOAL = 1.05, 1.02
 RETENTION = 0.6  # r somewhere on its way to the target

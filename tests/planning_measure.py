@@ -27,8 +27,7 @@ from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec  # noqa: E4
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig  # noqa: E402
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
 from megatron_l0moe.training.arguments import Settings, StageConfig  # noqa: E402
-from megatron_l0moe.training.model import gates, prepare_for_training  # noqa: E402
-from megatron_l0moe.training.optimizer import group_overrides, megatron_training  # noqa: E402
+from megatron_l0moe.training.model import gates, group_overrides, megatron_training, prepare_for_training  # noqa: E402  # noqa: E402
 
 
 def build(stage: str, *, tied: bool, bf16: bool, trains: str, recompute: dict[str, Any]) -> GPTModel:

@@ -67,27 +67,27 @@ def main() -> None:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_l0moe.training import arguments, calibration, checkpoint_check, checkpoint_start, model
+    from megatron_l0moe.training import arguments, calibration_pass, checkpoints, model
 
     args, config, settings = arguments.parse_beside_training(ConstructConfig, "L0 construction")
     _check(args)
     method = _settings(config, args)
     reader = CheckpointReader(Path(args.pretrained_checkpoint))
-    checkpoint_check.check_model(reader, args, settings, "dense")
+    checkpoints.check_model(reader, args, settings, "dense")
     megatron_training.initialize_megatron()
     started = time.monotonic()
     builder = GPTModelBuilder(model.model_config(args, settings))
     gpt = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
-    checkpoint_start.check_keys([gpt], args)
+    checkpoints.check_keys([gpt], args)
     # the gates are not in the dense checkpoint; everything else was just found there
     args.load, args.dist_ckpt_strictness = args.pretrained_checkpoint, "log_unexpected"
     load_checkpoint([gpt], None, None)
     gpt = gpt.to(cpu.device()).eval()
-    sequences = calibration.sequences(args, method, config.l0_calibration_sequences)
-    collector = calibration.Collector(gpt, method)
-    loss = calibration.run_pass(gpt, settings, sequences, chunk=CHUNK)
+    sequences = calibration_pass.sequences(args, method, config.l0_calibration_sequences)
+    collector = calibration_pass.Collector(gpt, method)
+    loss = calibration_pass.run_pass(gpt, settings, sequences, chunk=CHUNK)
     dense = functools.partial(_fc2, reader)
-    made = _construct(collector.calibrations(), method, dense, solves=calibration.is_first_of_stage())
+    made = _construct(collector.calibrations(), method, dense, solves=calibration_pass.is_first_of_stage())
     tensors = _gather(made)
     if torch.distributed.get_rank() == 0:
         numbers = write_constructed(Path(config.l0_expert_file), tensors, reader, method=method.method)

@@ -1,11 +1,22 @@
 """One micro-batch: batch, loss, and the schedule's position of gates and routers.
 
 Shapes: b = micro-batch, s = sequence.
+
+Tells the routers which domains a micro-batch is from, in the steps whose load by domain is recorded.
+
+Shapes: b = micro-batch. No rank sends anything: each reads the domains of its samples from the index.
+
+The training data of a stage: the sample index, served to Megatron's own sampler.
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +34,131 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.index.dataset import CurriculumDataset, SampleDomains
+from megatron_l0moe.index.index import check_batching
 from megatron_l0moe.modules.retention import Phase, schedule_step
-from megatron_l0moe.training.arguments import Settings
-from megatron_l0moe.training.domain_counting import DomainCounter
+from megatron_l0moe.modules.router import L0Router
+from megatron_l0moe.training.arguments import Settings, StageConfig
 from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
+
+
+def datasets_provider(
+    args: argparse.Namespace, num_samples: list[int], vp_stage: int | None = None
+) -> tuple[Any, None, None]:
+    """Return the train set; perplexity is measured on the exported model, so there are no others.
+
+    Without a train set Megatron trains no step. That is the answer to a job that was killed after its last
+    checkpoint and before its end was noted: the sampler refuses to begin behind the last sample.
+
+    Args:
+        args: Megatron's.
+        num_samples: of train, validation and test set.
+        vp_stage: model chunk, which Megatron demands to name; all chunks read the same samples.
+
+    Raises:
+        L0MoEError: the index is too short for the steps, or its batches do not fit the job.
+    """
+    prefix = args.l0_data_index
+    if not prefix:
+        raise L0MoEError(
+            "--l0-data-index is required: the prefix of the sample index made by `l0moe curate`."
+        )
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None, None, None
+    if args.consumed_train_samples >= num_samples[0]:
+        return None, None, None
+    dataset = CurriculumDataset(
+        Path(prefix),
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+        verify=torch.distributed.get_rank() == 0,  # one rank reads the shards for their checksums
+    )
+    check_batching(
+        dataset.header,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+    )
+    if len(dataset) < num_samples[0]:
+        raise L0MoEError(
+            f"The index {prefix} holds {len(dataset)} samples but --train-iters {args.train_iters} x "
+            f"--global-batch-size {args.global_batch_size} needs {num_samples[0]}; train fewer steps or curate more."
+        )
+    return dataset, None, None
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one model chunk."""
+
+    routers: list[L0Router]
+    domains: Iterator[Tensor]
+    """int64 [b] for each micro-batch in its order, which is the same in every pipeline schedule."""
+
+
+class DomainCounter:
+    """Counts in each step whose number is 1 or a multiple of `l0_domain_load_interval`."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        self._stage = stage
+        self._index: SampleDomains | None = None
+        self._steps: dict[int, _Step] = {}
+
+    def begin_iteration(self, model: torch.nn.Module, iteration: int) -> None:
+        """Prepare a step of a model chunk; `iteration` counts from 0. After the routers' own `begin_iteration`."""
+        self._steps.pop(id(model), None)
+        own = list(routers(model))
+        if not own or not self._is_due(iteration + 1):
+            return
+        if self._index is None:
+            self._index = SampleDomains(self._stage.l0_data_index)
+        args = get_args()
+        domains = self._index.of_rank(
+            args.consumed_train_samples,
+            num_micro_batches=get_num_microbatches(),
+            micro_batch=args.micro_batch_size,
+            rank=parallel_state.get_data_parallel_rank(),
+            size=parallel_state.get_data_parallel_world_size(),
+        )
+        device = own[0].weight.device
+        for router in own:
+            router.domain_load.begin_iteration(self._index.num_domains, args.num_experts, device)
+        # one copy to the device for the whole step: each copy waits for the device
+        self._steps[id(model)] = _Step(own, itertools.cycle(torch.from_numpy(domains).to(device).unbind()))
+
+    @contextlib.contextmanager
+    def micro_batch(self, model: torch.nn.Module) -> Iterator[None]:
+        """Around the forward pass of a model chunk's next micro-batch."""
+        step = self._steps.get(id(model)) if model.training else None
+        if step is None:
+            yield
+            return
+        domains = next(step.domains)
+        for router in step.routers:
+            router.domain_load.domains = domains
+        try:
+            yield
+        finally:
+            for router in step.routers:
+                router.domain_load.domains = None
+
+    def _is_due(self, step: int) -> bool:
+        interval = self._stage.l0_domain_load_interval
+        if not interval or not self._stage.l0_data_index or not _is_in_index_order():
+            return False
+        return step == 1 or step % interval == 0
+
+
+@functools.cache
+def _is_in_index_order() -> bool:
+    kind = get_args().dataloader_type
+    if kind != "single":
+        logger.warning("--dataloader-type %s does not follow the index; no load by domain is recorded.", kind)
+    return bool(kind == "single")
+
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 

@@ -47,10 +47,10 @@ def main() -> None:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_l0moe.training import arguments, checkpoint_check, model
+    from megatron_l0moe.training import arguments, checkpoints, model
 
     args, config, settings = arguments.parse_beside_training(LogitsConfig, "L0 logits")
-    checkpoint_check.check_model(CheckpointReader(Path(args.load)), args, settings, settings.plan.stage)
+    checkpoints.check_model(CheckpointReader(Path(args.load)), args, settings, settings.plan.stage)
     tokens = _first_tokens(Path(config.l0_heldout), config.l0_positions)
     check_vocabulary(int(tokens.max()), args.padded_vocab_size)
     megatron_training.initialize_megatron()

@@ -18,25 +18,282 @@
 | balance_loss, z_loss | eq. 3, mean over layers and the global batch, without their coefficients |
 | active_fraction | of DSMoE's blocks that a token uses, by layer, mean over the global batch |
 | sparsity_loss | eq. 17-19 of DSMoE by layer, mean over the global batch, without its coefficient |
+
+What the gates and routers of all layers say about a step is the same on every rank of the last pipeline stage. Tokens a
+second and MFU follow the formulas of `l0moe plan`. The writers get a few scalars of the record: few enough to look at,
+also for 64 experts.
+
+Shapes: L = MoE layers of a model chunk, D = domains, K = experts.
 """  # noqa: E501 - rows of a table
 
+import argparse
 import json
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size, get_num_microbatches
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
+from torch import Tensor
 
+from megatron_l0moe.modules.mixture_of_masks import MaskGate
+from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.runs.stage_folder import write_text
-from megatron_l0moe.training import scalars
+from megatron_l0moe.runtime.gpus import gpu_name
+from megatron_l0moe.sizes.architecture import Architecture
+from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
+from megatron_l0moe.sizes.gpu_models import gpu_of_device
 from megatron_l0moe.training.arguments import Settings
-from megatron_l0moe.training.layer_metrics import layer_metrics
-from megatron_l0moe.training.throughput import Throughput
+from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
+
+logger = logging.getLogger(__name__)
+
+
+class Throughput:
+    """Speed of the whole job; MFU is null where no peak is known, which is said once."""
+
+    def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
+        self._peak: float | None = None
+        name = gpu_name()
+        gpu = gpu_of_device(name) if name else None
+        if settings.plan.stage in ("dense", "dsmoe", "mom"):
+            logger.warning(
+                "MFU is not recorded: the FLOPs of the stage %s are not counted.", settings.plan.stage
+            )
+        elif gpu is None:
+            reason = f"the peak of {name} is not known" if name else "there is no GPU"
+            logger.warning("MFU is not recorded: %s.", reason)
+        else:
+            self._peak = args.world_size * gpu.bf16_flops
+            self._flops = flops_per_token(args, settings)
+
+    def of_step(self, tokens: int, seconds: float) -> dict[str, float | None]:
+        """Return `tokens_per_second` of all GPUs together, and `mfu`: the share of their peak in bf16."""
+        rate = tokens / seconds
+        mfu = None if self._peak is None else round(rate * self._flops / self._peak, 5)
+        return {"tokens_per_second": round(rate, 2), "mfu": mfu}
+
+
+def flops_per_token(args: argparse.Namespace, settings: Settings) -> float:
+    """Return the FLOPs that a training token needs, forward and backward; what is recomputed does not count.
+
+    `args` are Megatron's, the stage is `expert` or `moe`.
+    """
+    stage = settings.plan.stage
+    assert stage in ("expert", "moe"), "the caller has checked it"
+    is_moe = stage == "moe"
+    architecture = Architecture(
+        family="qwen2" if args.add_qkv_bias else "llama",
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocab_size=args.padded_vocab_size,
+        rms_norm_eps=1e-5,  # this and RoPE's base cost nothing
+        rotary_base=10000.0,
+        rope_scaling=None,
+        tied_embeddings=not args.untie_embeddings_and_output_weights,
+        qkv_bias=args.add_qkv_bias,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+    model = stage_model(
+        architecture,
+        stage,
+        dense_layers=settings.plan.dense_layers,
+        num_experts=args.num_experts if is_moe else 1,
+        expert_ffn=args.moe_ffn_hidden_size if is_moe else args.ffn_hidden_size,
+        top_k=args.moe_router_topk if is_moe else 1,
+        trains_weights=settings.stage.l0_train_weights == "on",
+    )
+    return training_flops(model, args.seq_length, Recompute()).model
+
+
+PREFIX = "l0moe"
+BY_LAYER = ("retention", "lambda1", "lambda2", "own_expert")
+PLAIN = ("retention_target", "frozen", "balance_loss", "z_loss", "tokens_per_second", "mfu")
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scalars of a record of metrics.jsonl by name; what Megatron writes itself is left out.
+
+    Of K loads in each layer the largest, the smallest and the entropy are kept (in units of log K: 1 is an even load);
+    of D * K loads by domain the share of each domain's own expert and the entropy.
+    """
+    values: dict[str, float] = {}
+    for name in PLAIN:
+        if record.get(name) is not None:
+            values[name] = float(record[name])
+    for name in BY_LAYER:
+        values |= _with_mean(name, record.get(name, {}))
+    loads: Mapping[str, Sequence[float]] = record.get("load", {})
+    for name, measure in (("load_max", max), ("load_min", min), ("load_entropy", entropy)):
+        values |= _with_mean(name, {layer: measure(load) for layer, load in loads.items()})
+    for domain, load in enumerate(record.get("domain_load", [])):
+        values[f"domain_entropy/domain_{domain}"] = entropy(load)
+        if "own_expert" in record:
+            values[f"own_expert/domain_{domain}"] = load[domain]
+    return {f"{PREFIX}/{name}": value for name, value in values.items()}
+
+
+def send(values: Mapping[str, float], iteration: int, *, tensorboard: Any, wandb: Any) -> None:
+    """Hand scalars to Megatron's writers, each of which may be None."""
+    if tensorboard:
+        for name, value in values.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(dict(values), iteration)
+
+
+def entropy(load: Sequence[float]) -> float:
+    """Return the entropy of a load that sums to 1, in units of log K: 0 is one expert for all, 1 an even load."""
+    if len(load) < 2:
+        return 0.0
+    return -sum(share * math.log(share) for share in load if share > 0) / math.log(len(load))
+
+
+def _with_mean(name: str, by_layer: Mapping[str, float]) -> dict[str, float]:
+    if not by_layer:
+        return {}
+    mean = sum(by_layer.values()) / len(by_layer)
+    return {f"{name}/mean": mean} | {f"{name}/layer_{layer}": value for layer, value in by_layer.items()}
+
+
+Metrics = dict[str, Any]
+DIGITS = 5
+"""Of the load by domain, K * K numbers in each record."""
+
+
+def layer_metrics(chunks: Sequence[torch.nn.Module]) -> Metrics:
+    """Return the metrics of all layers, whichever pipeline stage holds them; all ranks have to call this."""
+    local = [
+        metrics
+        for chunk in chunks
+        for metrics in (_of_gates(chunk), _of_routers(chunk), _of_block_gates(chunk), _of_mask_routers(chunk))
+    ]
+    return _merged(_gather_over_pipeline(local))
+
+
+def _of_gates(chunk: torch.nn.Module) -> Metrics:
+    metrics: Metrics = {}
+    for gate in gates(chunk):
+        layer = str(gate.layer)
+        metrics["retention_target"] = gate.step.retention
+        metrics["frozen"] = gate.is_frozen
+        metrics.setdefault("retention", {})[layer] = gate.expected_retention()
+        if isinstance(gate, MaskGate):
+            metrics.setdefault("load", {})[layer] = gate.mask_load.tolist()
+        if not gate.controller.uses_budget:
+            lambda_1, lambda_2 = gate.controller.lambdas.tolist()
+            metrics.setdefault("lambda1", {})[layer] = lambda_1
+            metrics.setdefault("lambda2", {})[layer] = lambda_2
+    return metrics
+
+
+def _of_routers(chunk: torch.nn.Module) -> Metrics:
+    found = list(routers(chunk))
+    if not found:
+        return {}
+    layers = [str(router.layer_number - 1) for router in found]
+    counts = torch.stack([router.expert_load.counts for router in found])
+    load = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+    metrics: Metrics = {"load": dict(zip(layers, load.tolist(), strict=True))}
+    for name, means in _mean_losses(found).items():
+        metrics[name] = dict(zip(layers, means, strict=True))
+    by_domain = _load_by_domain(found)
+    if by_domain is not None:
+        metrics["domain_load"] = {layers[0]: by_domain.sum(dim=0).tolist()}  # of this chunk's layers together
+        if by_domain.shape[1] == by_domain.shape[2]:
+            own = by_domain.diagonal(dim1=1, dim2=2).mean(dim=1)
+            metrics["own_expert"] = dict(zip(layers, own.tolist(), strict=True))
+    return metrics
+
+
+def _of_block_gates(chunk: torch.nn.Module) -> Metrics:
+    """Return what DSMoE's gates opened; without sequence parallelism TP ranks count the same tokens."""
+    found = list(block_gates(chunk))
+    if not found:
+        return {}
+    sums = torch.stack([gate.sums for gate in found]).to(device=torch.cuda.current_device())
+    _summed(sums, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    metrics: Metrics = {"active_fraction": {}, "sparsity_loss": {}}
+    for gate, (active, loss, tokens) in zip(found, sums.tolist(), strict=True):
+        metrics["active_fraction"][str(gate.layer)] = active / max(tokens, 1.0)
+        metrics["sparsity_loss"][str(gate.layer)] = loss / max(tokens, 1.0)
+    return metrics
+
+
+def _of_mask_routers(chunk: torch.nn.Module) -> Metrics:
+    found = list(mask_routers(chunk))
+    if not found:
+        return {}
+    sums = torch.stack([router.sums for router in found]).to(device=torch.cuda.current_device())
+    _summed(sums, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    means = [loss / max(micro_batches, 1.0) for loss, micro_batches in sums.tolist()]
+    return {"balance_loss": dict(zip([str(router.layer) for router in found], means, strict=True))}
+
+
+def _mean_losses(found: list[L0Router]) -> dict[str, list[float]]:
+    """Return each loss by layer, the mean over all tokens of the global batch."""
+    names = sorted(found[0].loss_sums)
+    if not names:
+        return {}
+    sums = torch.stack([torch.stack([router.loss_sums[name] for router in found]) for name in names])
+    means = _summed(sums, found[0].expert_load.group) / (
+        found[0].expert_load.group.size() * get_num_microbatches()
+    )
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def _load_by_domain(found: list[L0Router]) -> Tensor | None:
+    """Return the fraction of a domain's routed tokens that each expert took, [L, D, K]; None if not counted."""
+    counts = [router.domain_load.counts for router in found if router.domain_load.counts is not None]
+    if not counts:
+        return None
+    total = _summed(torch.stack(counts), found[0].expert_load.group)
+    return total / total.sum(dim=-1, keepdim=True).clamp_min(1)
+
+
+def _summed(values: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sum in place over the ranks that hold tokens of the global batch for some layers."""
+    if group.size() > 1:
+        torch.distributed.all_reduce(values, group=group)
+    return values
+
+
+def _gather_over_pipeline(local: list[Metrics]) -> list[Metrics]:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return local
+    gathered: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(gathered, local, group=group)
+    return [metrics for stage in gathered for metrics in stage]
+
+
+def _merged(parts: list[Metrics]) -> Metrics:
+    """Put the layers together; losses and the load by domain become means over them."""
+    merged: Metrics = {}
+    for metrics in parts:
+        for name, value in metrics.items():
+            if isinstance(value, dict):
+                merged.setdefault(name, {}).update(value)
+            else:
+                merged[name] = value
+    for name in ("balance_loss", "z_loss"):
+        if name in merged:
+            merged[name] = sum(merged[name].values()) / len(merged[name])
+    if "domain_load" in merged:
+        sums = torch.tensor(list(merged["domain_load"].values()), dtype=torch.float64).sum(dim=0)
+        mean = (sums / len(merged["load"])).tolist()
+        merged["domain_load"] = [[round(x, DIGITS) for x in row] for row in mean]
+    return merged
 
 
 class MetricsWriter:
@@ -87,7 +344,7 @@ class MetricsWriter:
         if has_file:
             self._append(record)
         if (tensorboard or wandb) and iteration % args.tensorboard_log_interval == 0:
-            scalars.send(scalars.scalars(record), iteration, tensorboard=tensorboard, wandb=wandb)
+            send(scalars(record), iteration, tensorboard=tensorboard, wandb=wandb)
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self._path is not None

@@ -1,24 +1,50 @@
-"""The GPT model of a stage: Megatron's builder with our layer specs, and what of it is trained."""
+"""The GPT model of a stage: Megatron's builder with our layer specs, and what of it is trained.
+
+Learning rates and weight decay of our own parameters, through Megatron's parameter-group overrides.
+
+Our settings inside every checkpoint, under the key `l0moe` of its common state.
+"""
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ParamGroupOverride, ParamKey
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.training import checkpointing
+from megatron.training import training as megatron_training
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_l0moe.checkpoints.torch_dist import SETTINGS_KEY
 from megatron_l0moe.modules.dsmoe import BlockGate
 from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
 from megatron_l0moe.modules.mixture_of_masks import MaskGate, MaskRouter
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.arguments import Settings
+from megatron_l0moe.training.arguments import Settings, StageConfig, settings_as_dict
+
+
+def install_settings(settings: Settings) -> None:
+    """Add the settings to what Megatron saves (training/checkpointing.py:752).
+
+    `ModelConfig.extra_checkpoint_metadata` promises that, but in 0.19.2 nothing reads it (training/models/base.py:66).
+    When loading, Megatron takes only shards from this dictionary, so the key does no harm there.
+    """
+    original: Callable[..., dict[str, Any]] = checkpointing.generate_state_dict
+
+    def generate_state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = original(*args, **kwargs)
+        state[SETTINGS_KEY] = settings_as_dict(settings)
+        return state
+
+    checkpointing.generate_state_dict = generate_state_dict
+
 
 # Parameters of a group of its own in Megatron's gradient clip (core/optimizer/optimizer.py, SEPARATE_GRAD_NORM_GROUPS).
 MASK_GROUP = "l0_mask"
@@ -132,3 +158,30 @@ def block_gates(model: torch.nn.Module) -> Iterator[BlockGate]:
 def mask_routers(model: torch.nn.Module) -> Iterator[MaskRouter]:
     """Yield the routers of Mixture-of-Masks that this rank owns, bottom layer first."""
     return (module for module in model.modules() if isinstance(module, MaskRouter))
+
+
+def group_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """Return the overrides: masks and lambdas with rates of their own and no weight decay, routers with a rate."""
+    overrides: dict[ParamKey, ParamGroupOverride] = {
+        ParamKey(attr=MASK_GROUP): {"max_lr": stage.l0_mask_lr, "min_lr": 0.0, "wd_mult": 0.0},
+        ParamKey(attr=LAMBDA_GROUP): {"max_lr": stage.l0_lambda_lr, "min_lr": 0.0, "wd_mult": 0.0},
+    }
+    if stage.l0_router_lr:
+        overrides[ParamKey(attr=ROUTER_GROUP)] = {"max_lr": stage.l0_router_lr, "min_lr": 0.0}
+    return overrides
+
+
+def install_group_overrides(stage: StageConfig) -> None:
+    """Add our overrides where Megatron's loop asks for the optimizer's config (training/training.py:1962).
+
+    The loop has no other seam for them: `setup_model_and_optimizer` calls the function by its module's name.
+    """
+    original: Callable[[argparse.Namespace], tuple[Any, dict[Any, Any]]] = (
+        megatron_training.get_megatron_optimizer_config
+    )
+
+    def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[Any, dict[Any, Any]]:
+        config, overrides = original(args)
+        return config, {**overrides, **group_overrides(stage)}
+
+    megatron_training.get_megatron_optimizer_config = get_megatron_optimizer_config

@@ -23,35 +23,26 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_l0moe.training import (
-        arguments,
-        checkpoint_start,
-        data_provider,
-        early_end,
-        layout_check,
-        metrics,
-        model,
-        optimizer,
-    )
-    from megatron_l0moe.training.checkpoint_settings import install_settings
+    from megatron_l0moe.training import arguments, checkpoints, early_end, forward_step, metrics, model
     from megatron_l0moe.training.forward_step import ForwardStep
+    from megatron_l0moe.training.model import install_settings
 
     arguments.install_argv()
-    layout_check.check_command_line()
+    arguments.check_command_line()
     args = parse_and_validate_args(extra_args_provider=arguments.add_l0_arguments)
     if not args.async_save:
         checkpoint_fixes.keep_results_here()
     settings = arguments.settings_from_args(args)
     config = model.model_config(args, settings)
-    config.pre_wrap_hooks.append(functools.partial(checkpoint_start.check, args=args, settings=settings))
+    config.pre_wrap_hooks.append(functools.partial(checkpoints.check, args=args, settings=settings))
     install_settings(settings)
-    optimizer.install_group_overrides(settings.stage)
+    model.install_group_overrides(settings.stage)
     file = settings.stage.l0_metrics_file
     writer = metrics.MetricsWriter(Path(file) if file else None, settings)
     if file or args.tensorboard_dir or args.wandb_project:
         config.post_wrap_hooks.append(functools.partial(_remember_models, writer))
         metrics.install_metrics(writer)
-    provider = functools.partial(data_provider.datasets_provider, args)
+    provider = functools.partial(forward_step.datasets_provider, args)
     provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
     folder, seconds = Path(file).parent, settings.stage.l0_gpu_sample_seconds if file else 0.0
     with early_end.watched(args, settings.stage.l0_stop_file), gpus.sampled(folder, seconds):

@@ -52,7 +52,7 @@ def _run(folder: Path, layout: Any, *, make: bool = False, fault: str = "") -> d
 
     from megatron_l0moe.experts.calibration import CalibrationSums
     from megatron_l0moe.experts.construction import PAIRS, ConstructionSettings
-    from megatron_l0moe.training import calibration
+    from megatron_l0moe.training import calibration_pass
 
     layout_steps._begin(layout)
     case = CASE["lagrangian"]
@@ -73,8 +73,10 @@ def _run(folder: Path, layout: Any, *, make: bool = False, fault: str = "") -> d
         settings = ConstructionSettings(
             method=method, width=8, expert=0, num_experts=2, top_k=2, damping=0.01, shared=0.5, seed=1
         )
-        collector = calibration.Collector(gpt, settings)
-        result[f"{method} loss"] = calibration.run_pass(gpt, layout_model.settings(case), _samples(), chunk=2)
+        collector = calibration_pass.Collector(gpt, settings)
+        result[f"{method} loss"] = calibration_pass.run_pass(
+            gpt, layout_model.settings(case), _samples(), chunk=2
+        )
         for layer, found in collector.calibrations():
             for field in fields(found):
                 value = getattr(found, field.name)

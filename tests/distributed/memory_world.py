@@ -57,7 +57,7 @@ def _measure(layout: Any, case: Any) -> dict[str, Any]:
     from distributed import layout_model
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_l0moe.training.optimizer import group_overrides, megatron_training
+    from megatron_l0moe.training.model import group_overrides, megatron_training
 
     models = layout_model.build(layout, case)
     options = OptimizerConfig(

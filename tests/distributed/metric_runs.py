@@ -13,7 +13,7 @@ import resume_runs  # beside this file
 
 def _domains_stay() -> Any:
     """The domains stay set after the forward pass, so that a recomputation counts as well."""
-    from megatron_l0moe.training.domain_counting import DomainCounter
+    from megatron_l0moe.training.forward_step import DomainCounter
 
     def make(micro_batch: Any) -> Any:
         @contextlib.contextmanager
@@ -31,9 +31,9 @@ def _domains_stay() -> Any:
 
 def _not_summed() -> Any:
     """Every rank keeps its own sums of losses and counts."""
-    from megatron_l0moe.training import layer_metrics
+    from megatron_l0moe.training import metrics
 
-    return resume_runs._replaced(layer_metrics, "_summed", lambda original: lambda values, found: values)
+    return resume_runs._replaced(metrics, "_summed", lambda original: lambda values, found: values)
 
 
 resume_runs.FAULTS |= {

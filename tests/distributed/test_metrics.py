@@ -13,7 +13,7 @@ import pytest
 from distributed import resume_world as toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_l0moe.training import scalars
+from megatron_l0moe.training import metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -140,7 +140,7 @@ def test_tensorboard_holds_the_same(root: Path, name: str) -> None:
     board.Reload()
     tags = {tag for tag in board.Tags()["scalars"] if tag.startswith("l0moe/")}
     steps = [step for step in (2, 4) if step > START or name.endswith("_one")]  # --tensorboard-log-interval 2
-    rows = {row["iteration"]: scalars.scalars(row) for row in records(root / name)}
+    rows = {row["iteration"]: metrics.scalars(row) for row in records(root / name)}
     assert tags == rows[4].keys()
     assert {"moe": "l0moe/own_expert/domain_3", "expert": "l0moe/retention/mean"}[name.split("_")[0]] in tags
     for tag in tags - {"l0moe/tokens_per_second"}:

@@ -22,7 +22,7 @@ from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 from megatron_l0moe.recipe.layout_rules import check_layout  # noqa: E402
 from megatron_l0moe.runtime import platform  # noqa: E402
-from megatron_l0moe.training import arguments, layout_check  # noqa: E402
+from megatron_l0moe.training import arguments  # noqa: E402
 from megatron_l0moe.training.model import model_config  # noqa: E402
 
 ARGUMENTS = (
@@ -78,8 +78,8 @@ def resolve(world_size: int, flags: list[str]) -> dict[str, Any]:
     sys.argv = ["pretrain", *flags]
     arguments.install_argv()
     args = parse_args(arguments.add_l0_arguments)
-    sizes = layout_check.sizes_from_args(args, has_gpu=platform.has_cuda())
-    check_layout(layout_check.layout_from_args(args), sizes, layout_check.FLAG_NAMES)
+    sizes = arguments.sizes_from_args(args, has_gpu=platform.has_cuda())
+    check_layout(arguments.layout_from_args(args), sizes, arguments.FLAG_NAMES)
     validate_args(args, {})
     settings = arguments.settings_from_args(args)
     config = model_config(args, settings)

@@ -87,8 +87,7 @@ def _build(half: bool) -> tuple[Any, Any]:
     from megatron.core.transformer.module import Float16Module
 
     from megatron_l0moe.training.arguments import Settings, StageConfig
-    from megatron_l0moe.training.model import prepare_for_training
-    from megatron_l0moe.training.optimizer import group_overrides
+    from megatron_l0moe.training.model import group_overrides, prepare_for_training
 
     torch.manual_seed(0)
     plan = models.plan("expert")

@@ -13,8 +13,8 @@ import torch
 from megatron_l0moe.checkpoints.torch_dist import CheckpointWriter
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import cpu
-from megatron_l0moe.training import checkpoint_check as cc
-from megatron_l0moe.training import checkpoint_start
+from megatron_l0moe.training import checkpoints
+from megatron_l0moe.training import checkpoints as cc
 from megatron_l0moe.training.arguments import Settings, StageConfig, settings_as_dict
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -174,14 +174,14 @@ def test_a_first_save_that_was_cut_short_is_no_checkpoint(job, caplog):
 
 def refused(folder: Path, settings: Settings, **changes) -> str:
     with pytest.raises(L0MoEError) as caught:
-        checkpoint_start.choose(arguments_of(folder, **changes), settings)
+        checkpoints.choose(arguments_of(folder, **changes), settings)
     assert str(caught.value).count("\n") == 0
     return str(caught.value)
 
 
 def test_a_jobs_own_checkpoint_is_accepted(job):
-    assert checkpoint_start.choose(arguments_of(job), settings_of("moe")) == "own"
-    assert checkpoint_start.choose(arguments_of(job, ckpt_step=2), settings_of("moe")) == "own"
+    assert checkpoints.choose(arguments_of(job), settings_of("moe")) == "own"
+    assert checkpoints.choose(arguments_of(job, ckpt_step=2), settings_of("moe")) == "own"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_other_stages_widths_and_dense_layers_are_refused(job):
 
 def test_a_new_schedule_has_to_be_said(job):
     args = arguments_of(job, train_iters=20, lr=2e-3, override_opt_param_scheduler=True)
-    assert checkpoint_start.choose(args, settings_of("moe")) == "own"
+    assert checkpoints.choose(args, settings_of("moe")) == "own"
 
 
 def test_a_foreign_checkpoint_is_not_passed_over_for_an_older_one(job):
@@ -234,7 +234,7 @@ def test_initial_weights_must_be_of_the_stage_before(tmp_path):
         folder.mkdir()
         write(folder, "release", {"stage": folder.name}, argparse.Namespace(num_layers=3, num_experts=4))
     start = arguments_of(own, pretrained_checkpoint=str(dense))
-    assert checkpoint_start.choose(start, settings_of("expert")) == "initial"
+    assert checkpoints.choose(start, settings_of("expert")) == "initial"
     words = refused(own, settings_of("moe"), pretrained_checkpoint=str(dense))
     assert "is of the stage 'dense', but --l0-stage moe takes one of the stage 'moe'" in words
     words = refused(own, settings_of("moe"), pretrained_checkpoint=str(moe), num_experts=8)
@@ -246,10 +246,10 @@ def test_initial_weights_must_be_of_the_stage_before(tmp_path):
 def test_no_checkpoint_at_all(tmp_path):
     words = refused(tmp_path, settings_of("expert"), pretrained_checkpoint=str(tmp_path))
     assert "holds no Megatron checkpoint; run the stage before 'expert' first" in words
-    assert checkpoint_start.choose(arguments_of(tmp_path), settings_of("expert")) == "nothing"
+    assert checkpoints.choose(arguments_of(tmp_path), settings_of("expert")) == "nothing"
 
 
 def test_the_refusal_reaches_every_rank_as_a_sentence(tmp_path):
     write(tmp_path, "iter_0000004", None)
     with cpu.one_process_group(), pytest.raises(L0MoEError, match="holds no L0 settings"):
-        checkpoint_start.check([], arguments_of(tmp_path), settings_of("moe"))
+        checkpoints.check([], arguments_of(tmp_path), settings_of("moe"))

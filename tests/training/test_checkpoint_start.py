@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import cpu
-from megatron_l0moe.training import checkpoint_start
+from megatron_l0moe.training import checkpoints
 
 
 @pytest.fixture(autouse=True)
@@ -27,20 +27,20 @@ def write_keys(folder: Path, keys: set[str]) -> argparse.Namespace:
 
 @pytest.mark.parametrize("stage", ["expert", "dsmoe", "mom"])
 def test_dense_weights_start_the_stage(tmp_path, stage):
-    args = write_keys(tmp_path, checkpoint_start.model_keys(models.build("dense")))
-    checkpoint_start.check_keys([models.build(stage)], args)
+    args = write_keys(tmp_path, checkpoints.model_keys(models.build("dense")))
+    checkpoints.check_keys([models.build(stage)], args)
 
 
 def test_a_missing_weight_is_named(tmp_path):
-    keys = checkpoint_start.model_keys(models.build("dense"))
+    keys = checkpoints.model_keys(models.build("dense"))
     args = write_keys(tmp_path, keys - {"decoder.layers.1.mlp.linear_fc2.weight"})
     with pytest.raises(
         L0MoEError, match=r"lacks decoder\.layers\.1\.mlp\.linear_fc2\.weight \(1 tensors in all\)"
     ):
-        checkpoint_start.check_keys([models.build("expert")], args)
+        checkpoints.check_keys([models.build("expert")], args)
 
 
 def test_dense_weights_do_not_start_the_moe_stage(tmp_path):
-    args = write_keys(tmp_path, checkpoint_start.model_keys(models.build("dense")))
+    args = write_keys(tmp_path, checkpoints.model_keys(models.build("dense")))
     with pytest.raises(L0MoEError, match="another stage"):
-        checkpoint_start.check_keys([models.build("moe")], args)
+        checkpoints.check_keys([models.build("moe")], args)

@@ -10,7 +10,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.calibration import Calibration
 from megatron_l0moe.experts.construction import ConstructionSettings
 from megatron_l0moe.runtime import cpu
-from megatron_l0moe.training import calibration, construct
+from megatron_l0moe.training import calibration_pass, construct
 
 SAMPLES = 5
 
@@ -40,7 +40,7 @@ def one_process():
 
 @pytest.fixture
 def args(monkeypatch):
-    monkeypatch.setattr(calibration, "CurriculumDataset", FakeDataset)
+    monkeypatch.setattr(calibration_pass, "CurriculumDataset", FakeDataset)
     return argparse.Namespace(
         l0_data_index=str(Path("curate") / "expert_001"), padded_vocab_size=64, seq_length=16
     )
@@ -50,7 +50,7 @@ def test_a_method_reads_its_domain_and_clusters_read_all(one_process, args):
     def found(method, count):
         return [
             (data.name, index, data.verified)
-            for data, index in calibration.sequences(args, settings(method), count)
+            for data, index in calibration_pass.sequences(args, settings(method), count)
         ]
 
     assert found("obs", 2) == [("expert_001", 0, True), ("expert_001", 1, True)]
@@ -63,9 +63,9 @@ def test_a_method_reads_its_domain_and_clusters_read_all(one_process, args):
 
 
 def test_more_text_than_there_is_is_refused(one_process, args):
-    assert len(calibration.sequences(args, settings("random"), SAMPLES)) == SAMPLES
+    assert len(calibration_pass.sequences(args, settings("random"), SAMPLES)) == SAMPLES
     with pytest.raises(L0MoEError, match=r"holds 5 samples but calibration asks for 6; lower"):
-        calibration.sequences(args, settings("random"), SAMPLES + 1)
+        calibration_pass.sequences(args, settings("random"), SAMPLES + 1)
 
 
 def test_problems_of_a_layer_end_the_job_with_its_sentence(one_process):

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import Layout
-from megatron_l0moe.training import layout_check
+from megatron_l0moe.training import arguments
 
 DENSE = (
     "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention "
@@ -24,8 +24,8 @@ TP2, PP2, EP2 = (f"--{kind}-model-parallel-size 2" for kind in ("tensor", "pipel
 def check(monkeypatch: pytest.MonkeyPatch, words: str, processes: int, *, has_gpu: bool = True) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain", *shlex.split(words)])
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setattr(layout_check, "has_cuda", lambda: has_gpu)
-    layout_check.check_command_line()
+    monkeypatch.setattr(arguments, "has_cuda", lambda: has_gpu)
+    arguments.check_command_line()
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_flags_become_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
         sys, "argv", ["pretrain", *shlex.split(words), "--num-layers-per-virtual-pipeline-stage", "1"]
     )
     monkeypatch.setenv("WORLD_SIZE", "8")
-    args = layout_check.parse_args(layout_check.add_l0_arguments)
-    assert layout_check.layout_from_args(args) == Layout(
+    args = arguments.parse_args(arguments.add_l0_arguments)
+    assert arguments.layout_from_args(args) == Layout(
         processes=8,
         tensor=2,
         sequence=True,

@@ -11,7 +11,7 @@ from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import forward_step as fs
 from megatron_l0moe.training import model as tm
 from megatron_l0moe.training.arguments import Settings, StageConfig
-from megatron_l0moe.training.optimizer import group_overrides
+from megatron_l0moe.training.model import group_overrides
 
 GATED = models.LAYERS - models.DENSE
 

@@ -10,7 +10,7 @@ from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import model as tm
 from megatron_l0moe.training.arguments import Settings, StageConfig
-from megatron_l0moe.training.optimizer import group_overrides
+from megatron_l0moe.training.model import group_overrides
 
 
 @pytest.fixture(autouse=True)

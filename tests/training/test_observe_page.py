@@ -12,7 +12,7 @@ from training.test_scalars import EXPERT, MOE
 
 import megatron_l0moe
 from megatron_l0moe.launch import jobs, records
-from megatron_l0moe.training import arguments, scalars
+from megatron_l0moe.training import arguments, metrics
 
 ROOT = Path(megatron_l0moe.__file__).parent.parent
 PAGE = (ROOT / "docs" / "observe.md").read_text(encoding="utf-8")
@@ -37,8 +37,8 @@ def test_flags_of_the_page_reach_megatron(tmp_path: Path) -> None:
 
 def test_names_of_scalars() -> None:
     shown = [name for cell in column("| name | meaning |") for name in cell.split(", ")]
-    values = scalars.scalars(MOE) | scalars.scalars(EXPERT | {"mfu": 0.4})
-    written = {name.removeprefix(f"{scalars.PREFIX}/").split("/")[0] for name in values}
+    values = metrics.scalars(MOE) | metrics.scalars(EXPERT | {"mfu": 0.4})
+    written = {name.removeprefix(f"{metrics.PREFIX}/").split("/")[0] for name in values}
     assert set(shown) == written
     assert len(shown) == len(written)
 

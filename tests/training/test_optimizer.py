@@ -19,7 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import model as tm
 from megatron_l0moe.training.arguments import Settings, StageConfig
-from megatron_l0moe.training.optimizer import group_overrides
+from megatron_l0moe.training.model import group_overrides
 
 LR, MASK_LR, LAMBDA_LR, DECAY, BETA1 = 1e-3, 0.3, 0.2, 0.1, 0.9
 PARAMETER_START = (

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_l0moe.training import scalars
+from megatron_l0moe.training import metrics
 
 MOE: dict[str, Any] = {
     "iteration": 4,
@@ -30,7 +30,7 @@ EXPERT: dict[str, Any] = {
 
 
 def test_moe_record() -> None:
-    values = scalars.scalars(MOE)
+    values = metrics.scalars(MOE)
     assert values["l0moe/load_max/layer_1"] == 0.5
     assert values["l0moe/load_min/mean"] == 0.125
     # 0.5 log 2 + 2 * 0.25 log 4 = 1.5 log 2, in units of log 4 = 2 log 2
@@ -45,7 +45,7 @@ def test_moe_record() -> None:
 
 
 def test_expert_record() -> None:
-    assert scalars.scalars(EXPERT) == pytest.approx(
+    assert metrics.scalars(EXPERT) == pytest.approx(
         {
             "l0moe/retention_target": 0.5,
             "l0moe/frozen": 1.0,
@@ -73,11 +73,11 @@ def test_scalars_stay_few_with_many_experts() -> None:
         "domain_load": [even] * 64,
         "own_expert": dict.fromkeys(layers, 1 / 64),
     }
-    assert len(scalars.scalars(record)) < 300
+    assert len(metrics.scalars(record)) < 300
 
 
 def test_domains_without_an_expert_each() -> None:
-    values = scalars.scalars({"domain_load": [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]})  # 3 domains, 2 experts
+    values = metrics.scalars({"domain_load": [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]})  # 3 domains, 2 experts
     assert values.keys() == {f"l0moe/domain_entropy/domain_{d}" for d in range(3)}
 
 
@@ -97,14 +97,14 @@ class Writers:
 def test_each_writer_alone() -> None:
     values = {"l0moe/mfu": 0.4, "l0moe/frozen": 0.0}
     board, wandb = Writers(), Writers()
-    scalars.send(values, 7, tensorboard=board, wandb=None)
+    metrics.send(values, 7, tensorboard=board, wandb=None)
     assert board.calls == [("l0moe/mfu", 0.4, 7), ("l0moe/frozen", 0.0, 7)]
-    scalars.send(values, 7, tensorboard=None, wandb=wandb)
+    metrics.send(values, 7, tensorboard=None, wandb=wandb)
     assert wandb.calls == [(values, 7)]  # one call a step: W&B counts steps by calls
 
 
 def test_entropy() -> None:
-    assert scalars.entropy([1.0, 0.0]) == 0.0
-    assert scalars.entropy([0.5, 0.5]) == pytest.approx(1.0)
-    assert scalars.entropy([0.9, 0.1]) == pytest.approx(-(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1)))
-    assert scalars.entropy([1.0]) == 0.0
+    assert metrics.entropy([1.0, 0.0]) == 0.0
+    assert metrics.entropy([0.5, 0.5]) == pytest.approx(1.0)
+    assert metrics.entropy([0.9, 0.1]) == pytest.approx(-(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1)))
+    assert metrics.entropy([1.0]) == 0.0

@@ -12,7 +12,7 @@ from toy_recipe import make_run, toy_architecture
 from megatron_l0moe.launch import jobs
 from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
 from megatron_l0moe.sizes.gpu_models import DEVICE_NAMES, GPUS, gpu_of_device
-from megatron_l0moe.training import arguments, throughput
+from megatron_l0moe.training import arguments, metrics
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -49,7 +49,7 @@ def test_flops_are_those_of_the_plan(
         top_k=2,
         trains_weights=weights,
     )
-    got = throughput.flops_per_token(args, settings)
+    got = metrics.flops_per_token(args, settings)
     assert got == training_flops(planned, 32, Recompute()).model
     other = "expert" if stage == "moe" else "moe"
     planned = stage_model(toy_architecture(), other, dense_layers=1, num_experts=4, expert_ffn=16, top_k=2)
@@ -59,11 +59,11 @@ def test_flops_are_those_of_the_plan(
 def test_mfu_by_hand(
     parser: argparse.ArgumentParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(throughput, "gpu_name", lambda: GPU)
-    monkeypatch.setattr(throughput, "flops_per_token", lambda args, settings: 1e9)
+    monkeypatch.setattr(metrics, "gpu_name", lambda: GPU)
+    monkeypatch.setattr(metrics, "flops_per_token", lambda args, settings: 1e9)
     args, settings = parsed(parser, tmp_path, "moe")
     # 4 GPUs of 989.4e12; 2e6 tokens a second of 1e9 FLOPs are 2e15 of 3.9576e15
-    speed = throughput.Throughput(args, settings).of_step(tokens=4_000_000, seconds=2.0)
+    speed = metrics.Throughput(args, settings).of_step(tokens=4_000_000, seconds=2.0)
     assert speed == {"tokens_per_second": 2e6, "mfu": pytest.approx(2 / 3.9576, abs=1e-5)}
 
 
@@ -79,9 +79,9 @@ def test_without_a_peak_it_is_said_once(
     name: str | None,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(throughput, "gpu_name", lambda: name)
+    monkeypatch.setattr(metrics, "gpu_name", lambda: name)
     with caplog.at_level(logging.WARNING):
-        speed = throughput.Throughput(*parsed(parser, tmp_path, "moe"))
+        speed = metrics.Throughput(*parsed(parser, tmp_path, "moe"))
         assert [speed.of_step(100, 2.0) for _ in range(2)] == [{"tokens_per_second": 50.0, "mfu": None}] * 2
     assert [record.message for record in caplog.records] == [f"MFU is not recorded: {reason}."]
 
