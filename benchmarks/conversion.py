@@ -26,7 +26,7 @@ from synthetic import llama_config, write_dense, write_experts
 from megatron_l0moe.checkpoints.rules import blocks
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.conversion.convert import convert_dense
-from megatron_l0moe.evaluation.timing import describe_machine
+from megatron_l0moe.runtime.hardware import describe_machine
 
 PROGRAM = Path(__file__).with_name("one_conversion.py")
 PEAK_GOAL_MB = 1000

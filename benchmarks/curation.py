@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_l0moe.evaluation.timing import describe_machine
+from megatron_l0moe.runtime.hardware import describe_machine
 
 WORKERS = Path(__file__).with_name("curation_workers.py")
 TOKENISE_GOAL, KMEANS_GOAL, KMEANS_GOAL_MB, CCM_GOAL_SECONDS = 2.0, 1.2, 4000, 1.0

@@ -25,10 +25,10 @@ import numpy as np
 import psutil
 import torch
 
-from megatron_l0moe.evaluation.timing import describe_machine
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.runtime import cpu
+from megatron_l0moe.runtime.hardware import describe_machine
 
 SEQ_LENGTH = 4096
 CLUSTERS = 64

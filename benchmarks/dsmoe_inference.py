@@ -26,11 +26,11 @@ from megatron_l0moe.evaluation.timing import (
     Mode,
     Spread,
     TransformersRunner,
-    describe_machine,
     pinned_threads,
     ratios,
     time_pairs,
 )
+from megatron_l0moe.runtime.hardware import describe_machine
 
 PROMPT = 32
 

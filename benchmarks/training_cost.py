@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_l0moe.evaluation.timing import describe_machine
 from megatron_l0moe.runtime import cpu
+from megatron_l0moe.runtime.hardware import describe_machine
 
 if TYPE_CHECKING:
     from subjects import Comparison, Shape, Subject

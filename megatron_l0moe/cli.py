@@ -10,13 +10,14 @@ import typer
 
 import megatron_l0moe
 from megatron_l0moe import bench_command, plan_command, slurm_command, verify_command
-from megatron_l0moe.command_errors import VERBOSE, one_sentence
+from megatron_l0moe.command_errors import one_sentence
 from megatron_l0moe.runs import caller_environment
+from megatron_l0moe.runs.caller_environment import VERBOSE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from megatron_l0moe.launch.stages import Run
+    from megatron_l0moe.chain.stages import Run
     from megatron_l0moe.runs.stage_folder import Stage
 
 HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
@@ -100,7 +101,8 @@ def run(
 ) -> None:
     """Do a whole run: every stage that is not done yet, in order."""
     with one_sentence(runs_dir):
-        from megatron_l0moe.launch import dryrun, pipeline, stages
+        from megatron_l0moe.chain import dry_run as dryrun
+        from megatron_l0moe.chain import run_local, stages
 
         this = _load(recipe, runs_dir, verify=not no_verify)
         selected = stages.selection(this.recipe.method, first, last)
@@ -110,7 +112,7 @@ def run(
             typer.echo("\n".join(dryrun.describe(this, selected)))
         else:
             slurm_command.refuse_if_queued(this)
-            pipeline.run_chain(this, first=first, last=last)
+            run_local.run_chain(this, first=first, last=last)
 
 
 app.command()(plan_command.plan)
@@ -161,12 +163,12 @@ def experts(
     """Make the K experts, one domain each, and cut each to its exact width."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.launch import pipeline
+        from megatron_l0moe.chain import run_local
 
         if this.recipe.construction is not None:
-            return pipeline.construct_expert(this, stage)
-        if phase is None and not pipeline.is_extracted(stage.folder):
-            pipeline.train_expert(this, stage)
+            return run_local.construct_expert(this, stage)
+        if phase is None and not run_local.is_extracted(stage.folder):
+            run_local.train_expert(this, stage)
 
         def extract() -> dict[str, object]:
             from megatron_l0moe.experts.extraction import extract_expert
@@ -174,7 +176,7 @@ def experts(
             out = stage.folder / "expert.safetensors"
             return extract_expert(stage.folder / "checkpoints", out, width=this.recipe.model.expert_ffn)
 
-        return pipeline.extract_once(stage.folder, extract)
+        return run_local.extract_once(stage.folder, extract)
 
     _stage("experts", recipe, runs_dir, work, verify=not no_verify, only=index, phase=phase)
 
@@ -204,10 +206,10 @@ def moe(
     """Train experts and routers together on the ordered sets; of other methods: blocks and gates."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.launch import pipeline
+        from megatron_l0moe.chain import run_local
 
         if phase is None:
-            pipeline.train_moe(this, stage)
+            run_local.train_moe(this, stage)
         return {"steps": this.recipe.moe_steps}
 
     _stage("moe", recipe, runs_dir, work, verify=not no_verify, phase=phase)
@@ -230,7 +232,7 @@ def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir 
     """Measure perplexity by domain, speed and benchmarks, dense against the model made of it."""
 
     def work(this: "Run", stage: "Stage") -> dict[str, object]:
-        from megatron_l0moe.launch import pipeline
+        from megatron_l0moe.chain import run_local
 
         benchmarks: dict[str, object] = {}
         if (section := this.recipe.evaluation.benchmarks) is not None:
@@ -238,7 +240,7 @@ def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir 
             from megatron_l0moe.evaluation.harness.benchmarks import run_in_chain
 
             benchmarks = run_in_chain(this.recipe, section, this.folder, stage.folder)
-        logits = pipeline.write_logits(this, stage)  # in a process of its own, which frees its memory
+        logits = run_local.write_logits(this, stage)  # in a process of its own, which frees its memory
         from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
         from megatron_l0moe.evaluation.parity import parity
         from megatron_l0moe.runs.stage_folder import write_json
@@ -316,21 +318,21 @@ def _stage(
     phase: str | None = None,
 ) -> None:
     with one_sentence(runs_dir):
-        from megatron_l0moe.launch.machine import begun
-        from megatron_l0moe.launch.pipeline import carry_out
+        from megatron_l0moe.chain.machine import begun
+        from megatron_l0moe.chain.run_local import carry_out
 
         this = _load(recipe, runs_dir, verify=verify)
         _log_to_stderr(this.log_file(name))
         this = begun(this)
         if phase is not None:
-            from megatron_l0moe.launch.phases import run_phase
+            from megatron_l0moe.chain.batch_phases import run_phase
 
             raise typer.Exit(run_phase(this, name, phase, lambda stage: work(this, stage), index=only))
         carry_out(this, name, lambda stage: work(this, stage), only=only)
 
 
 def _load(recipe: Path, runs_dir: Path, *, verify: bool) -> "Run":
-    from megatron_l0moe.launch.stages import Run
+    from megatron_l0moe.chain.stages import Run
     from megatron_l0moe.recipe.recipe import load_recipe
 
     return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir, verify=verify)

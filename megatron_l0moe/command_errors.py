@@ -9,8 +9,6 @@ import typer
 
 from megatron_l0moe.errors import sentence_of
 
-VERBOSE = "L0MOE_VERBOSE"
-"""Variable that is 1 where other libraries' warnings are shown: with --verbose, and where the output is a log."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

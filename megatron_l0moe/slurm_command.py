@@ -9,7 +9,7 @@ from megatron_l0moe.command_errors import one_sentence
 from megatron_l0moe.errors import L0MoEError, nearest
 
 if TYPE_CHECKING:
-    from megatron_l0moe.launch.stages import Run, StageSpec
+    from megatron_l0moe.chain.stages import Run, StageSpec
 
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.", show_default=False)
@@ -43,9 +43,10 @@ def run_on_slurm(
     run: "Run", selected: "tuple[StageSpec, ...]", cluster_file: Path | None, *, dry_run: bool
 ) -> None:
     """Submit a run, or show what would be submitted."""
-    from megatron_l0moe.launch import machine, slurm_dryrun
-    from megatron_l0moe.launch.cluster import load_cluster
-    from megatron_l0moe.launch.submit import Request, submit_chain
+    from megatron_l0moe.chain import dry_run as slurm_dryrun
+    from megatron_l0moe.chain import machine
+    from megatron_l0moe.chain.slurm.cluster import load_cluster
+    from megatron_l0moe.chain.slurm.submit import Request, submit_chain
 
     if cluster_file is None:
         raise L0MoEError(
@@ -63,7 +64,7 @@ def run_on_slurm(
 def cancel(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
     """End all Slurm jobs of a run; what is done stays, and `l0moe run` goes on with the rest."""
     with one_sentence(runs_dir):
-        from megatron_l0moe.launch.submit import cancel_run
+        from megatron_l0moe.chain.slurm.submit import cancel_run
 
         folder = _folder(run, runs_dir)
         ended = cancel_run(folder)
@@ -73,7 +74,7 @@ def cancel(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
 def refuse_if_queued(run: "Run") -> None:
     """Refuse to do a run here whose jobs are queued on a cluster."""
     if (run.folder / "slurm" / "jobs.json").is_file():
-        from megatron_l0moe.launch import submit
+        from megatron_l0moe.chain.slurm import submit
 
         submit.refuse_if_queued(run)
 
@@ -83,7 +84,7 @@ def status(run: RunName, runs_dir: RunsDir = Path("runs")) -> None:
     with one_sentence(runs_dir):
         from rich.console import Console
 
-        from megatron_l0moe.launch.status_table import show
+        from megatron_l0moe.chain.slurm.status import show
 
         console = Console(highlight=False)
         if not console.is_terminal:

@@ -20,7 +20,7 @@ def verify(run: RunFolder, runs_dir: RunsDir = Path("runs")) -> None:
     with one_sentence(runs_dir):
         from rich.console import Console
 
-        from megatron_l0moe.launch.verify_run import table, verify_run
+        from megatron_l0moe.chain.provenance import table, verify_run
 
         checked = verify_run(_folder_with_stages(run, runs_dir))
         Console(highlight=False).print(table(checked))
@@ -32,7 +32,7 @@ def verify(run: RunFolder, runs_dir: RunsDir = Path("runs")) -> None:
 
 
 def _folder_with_stages(run: str, runs_dir: Path) -> Path:
-    from megatron_l0moe.launch.verify_run import stage_folders
+    from megatron_l0moe.chain.provenance import stage_folders
 
     for folder in (runs_dir / run, Path(run)):
         if folder.is_dir() and stage_folders(folder):

@@ -32,17 +32,25 @@ FLOORS = (
     ("__main__",),
 )
 WITHOUT_TORCH = (
-    *("errors", "runtime/json_files", "runtime/gpus", "recipe", "runs", "sizes", "plan", "reports", "chain"),
+    *(
+        "errors",
+        "runtime/json_files",
+        "runtime/hardware",
+        "recipe",
+        "runs",
+        "sizes",
+        "plan",
+        "reports",
+        "chain",
+    ),
     *("cli", "commands", "__main__"),
-    # where the rest of what belongs there is today
-    *("launch/", "command_errors.py", "slurm_command.py"),
 )
 """How the names of files begin that must not load torch."""
 TORCH_USERS = ("torch", "megatron", "transformers", "FlagEmbedding", "safetensors.torch")
 MOST_FILES, MOST_LINES, LEAST_MEDIAN, FEWEST_LINES, MOST_SMALL = 12, 500, 180, 60, 0.10
 ONE_MEANING = {"Plan", "Job", "Stage", "Record", "Part", "Progress", "Settings", "Cluster", "TrainingStage"}
 STAGES = {"convert", "curate", "experts", "assemble", "moe", "export", "evaluate", "report"}
-STAGE_TABLE, FEW_STAGES = "launch/stages.py", 3
+STAGE_TABLE, FEW_STAGES = "chain/stages.py", 3
 METHODS = ("dsmoe", "mom")
 
 

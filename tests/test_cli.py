@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import megatron_l0moe
 from megatron_l0moe import cli, errors, plan_command
+from megatron_l0moe.chain import run_local
+from megatron_l0moe.chain.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import pipeline
-from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.recipe.layout import MOST_PROCESSES
 from megatron_l0moe.runs.child_process import CommandFailedError
 
@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_chain_imports_no_torch() -> None:
     code = (
-        "import sys\nimport megatron_l0moe.launch.pipeline, megatron_l0moe.launch.dryrun\n"
+        "import sys\nimport megatron_l0moe.chain.run_local, megatron_l0moe.chain.dry_run\n"
         "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
     )
     assert l0moe_python(code) == ""
@@ -165,14 +165,14 @@ FULL = "No space left on the disk that holds {}; free some and run the same comm
 def test_full_disks_in_disguise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "carry_out", raising(error))
+    monkeypatch.setattr(run_local, "carry_out", raising(error))
     assert invoke("convert", str(write_recipe(tmp_path))) == (2, "", message)
 
 
 def test_other_errors_of_safetensors_keep_their_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "carry_out", raising(SafetensorError("I/O error (os error 280)")))
+    monkeypatch.setattr(run_local, "carry_out", raising(SafetensorError("I/O error (os error 280)")))
     result = CliRunner().invoke(cli.app, ["convert", str(write_recipe(tmp_path))])
     assert isinstance(result.exception, SafetensorError)
 
@@ -198,12 +198,12 @@ def test_other_errors_of_safetensors_keep_their_traceback(
 def test_exit_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "carry_out", raising(error))
+    monkeypatch.setattr(run_local, "carry_out", raising(error))
     assert invoke("convert", str(write_recipe(tmp_path))) == (code, "", message)
 
 
 def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "carry_out", raising(KeyError("bug")))
+    monkeypatch.setattr(run_local, "carry_out", raising(KeyError("bug")))
     result = CliRunner().invoke(cli.app, ["convert", str(write_recipe(tmp_path))])
     assert result.exit_code == 1
     assert isinstance(result.exception, KeyError)
@@ -214,7 +214,7 @@ def test_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with open("/dev/full", "w") as file:
             file.write("x")
 
-    monkeypatch.setattr(pipeline, "carry_out", write)
+    monkeypatch.setattr(run_local, "carry_out", write)
     code, _, err = invoke("convert", str(write_recipe(tmp_path)))
     assert code == 2
     assert err.startswith("No space left on the disk that holds")
@@ -235,7 +235,7 @@ def test_disk_that_is_really_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_error_of_the_system_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "carry_out", raising(OSError(number, os.strerror(number), "runs/x")))
+    monkeypatch.setattr(run_local, "carry_out", raising(OSError(number, os.strerror(number), "runs/x")))
     code, out, err = invoke("convert", str(write_recipe(tmp_path)))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
@@ -247,11 +247,11 @@ def test_errors_of_the_system_without_a_file(tmp_path: Path, monkeypatch: pytest
         (OSError("Can't load\nthe tokenizer"), "Can't load the tokenizer.\n"),
         (OSError(errno.EIO, "I/O error"), "runs could not be read or written by the disk"),
     ):
-        monkeypatch.setattr(pipeline, "carry_out", raising(error))
+        monkeypatch.setattr(run_local, "carry_out", raising(error))
         code, _, err = invoke("convert", file)
         assert (code, err.count("\n")) == (2, 1)
         assert err.startswith(words)
-    monkeypatch.setattr(pipeline, "carry_out", raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    monkeypatch.setattr(run_local, "carry_out", raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
     assert CliRunner().invoke(cli.app, ["convert", file]).exit_code == 1  # typer's own way, without a word
 
 
@@ -284,7 +284,7 @@ def test_a_log_on_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     """The job's own words may not have reached its log then."""
     log = tmp_path / "train.log"
     error = CommandFailedError("The job failed: frozen runpy, li.", code=1, last_line="li", log=log)
-    monkeypatch.setattr(pipeline, "carry_out", raising(caused_by(error)))
+    monkeypatch.setattr(run_local, "carry_out", raising(caused_by(error)))
     recipe = str(write_recipe(tmp_path))
     assert invoke("convert", recipe)[2] == "The model cannot be written.\n"
     monkeypatch.setattr(errors, "_free_bytes", lambda folder: 4096)

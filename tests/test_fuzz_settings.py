@@ -15,8 +15,8 @@ from toy_recipe import changed, write_recipe
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
+from megatron_l0moe.chain.slurm.cluster import load_cluster
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.cluster import load_cluster
 from megatron_l0moe.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent

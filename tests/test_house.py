@@ -51,7 +51,7 @@ def test_each_rule_can_fail(sources: dict[str, str], bent: str) -> None:
         {"launch__a": "from megatron_l0moe.errors import L0MoEError"},
         {"modules__dsmoe": "def dsmoe(): ..."},
         {"runs__a": "moment = 'a sentence about mom, whose words are no code'"},
-        {"runs__a": "x = ['moe', 'export']", "launch__stages": "x = ['moe', 'export', 'report']"},
+        {"runs__a": "x = ['moe', 'export']", "chain__stages": "x = ['moe', 'export', 'report']"},
     ],
 )
 def test_what_is_straight_is_no_finding(sources: dict[str, str]) -> None:

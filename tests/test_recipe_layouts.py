@@ -7,8 +7,8 @@ import pytest
 import yaml
 from toy_recipe import write_recipe
 
+from megatron_l0moe.chain.stages import STAGE_NAMES, config_hash
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.stages import STAGE_NAMES, config_hash
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
 LAYOUTS: dict[int, Any] = {

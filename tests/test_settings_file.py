@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel
 from toy_recipe import changed, write_recipe
 
+from megatron_l0moe.chain.slurm.cluster import Cluster, load_cluster
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.cluster import Cluster, load_cluster
 from megatron_l0moe.recipe.recipe import RecipeFile, load_recipe
 from megatron_l0moe.recipe.yaml_file import FREE_VALUES, MOST_BYTES, Settings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.sizes.architecture import Architecture
 

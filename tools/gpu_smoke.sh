@@ -25,7 +25,7 @@ if [ "$CPU" -gt 0 ]; then
   export CUDA_VISIBLE_DEVICES=""
   N="$CPU" MACHINE="CPU, gloo"
 else
-  N="$("$PY" -c 'from megatron_l0moe.runtime.gpus import visible_gpus; print(visible_gpus())')" || exit 1
+  N="$("$PY" -c 'from megatron_l0moe.runtime.hardware import visible_gpus; print(visible_gpus())')" || exit 1
   if [ "$N" -eq 0 ]; then
     echo "No GPU was found on this machine, so nothing was run; --cpu 2 runs the same on the CPU."
     exit 3

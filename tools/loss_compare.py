@@ -22,16 +22,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_l0moe.chain import preflight, training_commands
+from megatron_l0moe.chain.machine import begun
+from megatron_l0moe.chain.stages import Run, stages
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.timing import describe_machine
-from megatron_l0moe.launch import jobs, preflight
-from megatron_l0moe.launch.machine import begun
-from megatron_l0moe.launch.stages import Run, stages
 from megatron_l0moe.recipe.layout import SIZES, Flag, Layout, parse_layouts
 from megatron_l0moe.recipe.recipe import Section, layout_names, load_recipe
 from megatron_l0moe.runs.child_process import run_command
 from megatron_l0moe.runs.stage_folder import is_done, write_json, write_text
-from megatron_l0moe.runtime.gpus import visible_gpus
+from megatron_l0moe.runtime.hardware import describe_machine, visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 
 LOSS_TOLERANCE = 5e-6
@@ -149,11 +148,11 @@ def train(
     name = name or layout.text
     folder = out / name
     (folder / "metrics.jsonl").unlink(missing_ok=True)
-    trial = jobs.Trial(layout=layout, steps=steps, folder=folder, flags=flags or {})
+    trial = training_commands.Trial(layout=layout, steps=steps, folder=folder, flags=flags or {})
     if stage == "expert":
-        job = jobs.expert_job(run, architecture, 0, trial=trial)
+        job = training_commands.expert_job(run, architecture, 0, trial=trial)
     else:
-        job = jobs.moe_job(run, architecture, trial=trial)
+        job = training_commands.moe_job(run, architecture, trial=trial)
     start = time.monotonic()
     run_command(job.command, log=folder / "train.log", env=job.env)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -11,13 +11,13 @@ import numpy as np
 from scanned import scan_corpus
 from settings import Place, PretrainedSettings, TrainingSettings
 
+from megatron_l0moe.chain.training_commands import DenseTraining, dense_job
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.curate.corpus.catalog import Catalog, read_documents
 from megatron_l0moe.curate.heldout import hold_out, write_heldout
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.index.tokens import CorpusTokenizer, write_documents
-from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.runs.child_process import run_command
 from megatron_l0moe.runs.stage_folder import sha256_file

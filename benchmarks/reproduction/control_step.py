@@ -13,8 +13,8 @@ from results import BASE, CONTROL, save
 from runs_table import ControlSettings, RunsTable, chain_run
 from settings import Place
 
-from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.chain import training_commands
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.layout import Flags, Layout
 from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json, read_metrics
@@ -47,8 +47,8 @@ def _trained(place: Place, run: Run, control: ControlSettings, name: str, flags:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     own = {"l0-data-index": str(place.root / "tokens" / STREAM), "bf16": True}
-    trial = jobs.Trial(layout=Layout(), steps=control.steps, folder=folder, flags=own | flags)
-    job = jobs.expert_job(run, Architecture.from_hf(place.base_model), 0, trial=trial)
+    trial = training_commands.Trial(layout=Layout(), steps=control.steps, folder=folder, flags=own | flags)
+    job = training_commands.expert_job(run, Architecture.from_hf(place.base_model), 0, trial=trial)
     run_command(job.command, log=folder / "train.log", env=job.env)
     return summary(read_metrics(folder / "metrics.jsonl", "experts"))
 

@@ -17,10 +17,10 @@ from steps import alone, do
 from tokenizer_step import llama_config
 from training_record import record_chain, record_dense
 
+from megatron_l0moe.chain.stages import Run, selection, stages
 from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.stages import Run, selection, stages
 from megatron_l0moe.recipe.recipe import ModelMethod, section_hash
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.runs.child_process import run_command
@@ -193,8 +193,8 @@ def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> J
     from megatron_l0moe.evaluation import perplexity
     from megatron_l0moe.evaluation.loads import OpenBlocks, RouterLoad
     from megatron_l0moe.evaluation.models import load_model
-    from megatron_l0moe.evaluation.timing import describe_machine
     from megatron_l0moe.index.heldout_file import read_heldout
+    from megatron_l0moe.runtime.hardware import describe_machine
 
     model, sequences = load_model(folder), read_heldout(place.root / "tokens" / "heldout.jsonl")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

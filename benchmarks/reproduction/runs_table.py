@@ -9,9 +9,9 @@ import yaml
 from pydantic import Field, model_validator
 from settings import Place, TrainingSettings, parse
 
+from megatron_l0moe.chain.machine import begun
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.machine import begun
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.layout import Flags, RecipePart
 from megatron_l0moe.recipe.recipe import ModelMethod, load_recipe, only_l0moe
 from megatron_l0moe.runs.stage_folder import write_text

@@ -12,7 +12,7 @@ from pathlib import Path
 from results import BASE, TRAINING, save
 from settings import Place
 
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import ExpertFiles, Json, read_metrics, read_units
 from megatron_l0moe.reports.summary import expert_training, experts_overlap

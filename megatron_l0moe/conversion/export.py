@@ -24,6 +24,13 @@ from megatron_l0moe.checkpoints.safetensors_files import (
 )
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion import targets
+from megatron_l0moe.conversion.companions import (
+    copy_licence,
+    copy_tokenizer,
+    token_ids,
+    tokenizer_files,
+    write_generation_config,
+)
 from megatron_l0moe.conversion.dsmoe_layout import (
     MODELLING_FILE,
     BlockShape,
@@ -31,18 +38,7 @@ from megatron_l0moe.conversion.dsmoe_layout import (
     dsmoe_rules,
     modelling_text,
 )
-from megatron_l0moe.conversion.model_card import (
-    CardFacts,
-    copy_licence,
-    copy_tokenizer,
-    dsmoe_card,
-    model_card,
-    mom_card,
-    recipe_facts,
-    token_ids,
-    tokenizer_files,
-    write_generation_config,
-)
+from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_card, mom_card, recipe_facts
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.mom_layout import MaskShape, mom_config, mom_rules
 from megatron_l0moe.conversion.targets import Target

@@ -13,20 +13,15 @@ plain forward call does, for both models. The protocol is that of `timing.py`; `
 
 Where the time of one run goes: own CPU time by operation, from torch's profiler.
 
-What a measurement ran on: processor, memory, versions, threads, date. Nothing that names a machine or a user.
 """
 
 import logging
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -36,52 +31,8 @@ from transformers import PreTrainedModel
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.heldout_file import HeldoutSequence
-from megatron_l0moe.runtime.gpus import usable_cores
+from megatron_l0moe.runtime.hardware import describe_machine
 from megatron_l0moe.sizes.parameters import ParameterCounts, speed_bounds
-
-PACKAGES = ("torch", "transformers", "megatron-core", "numpy")
-
-
-def describe_machine(*, device: str, threads: int) -> dict[str, object]:
-    """Return processor model, cores this process may use, memory in GiB, device, threads, versions and UTC date."""
-    return {
-        "cpu": cpu_model(Path("/proc/cpuinfo")),
-        "cores": usable_cores(),
-        "memory_gib": memory_gib(Path("/proc/meminfo")),
-        "device": device,
-        "threads": threads,
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_model(cpuinfo: Path) -> str:
-    """Return the `model name` of /proc/cpuinfo, or what Python knows where there is none."""
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def memory_gib(meminfo: Path) -> float | None:
-    """Return `MemTotal` of /proc/meminfo in GiB, or None where there is none."""
-    if meminfo.is_file():
-        for line in meminfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key == "MemTotal":
-                return round(int(value.split()[0]) / 2**20, 1)  # kB -> GiB
-    return None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
 
 SHOWN = 8
 

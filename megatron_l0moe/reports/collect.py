@@ -1,6 +1,6 @@
 """Reading what the stages of a run left behind; nothing is computed here, and no torch is needed.
 
-What `runtime/gpus.py` saw, in a few numbers for each training stage; nothing where no GPU was sampled.
+What `runtime/hardware.py` saw, in a few numbers for each training stage; nothing where no GPU was sampled.
 """
 
 import itertools

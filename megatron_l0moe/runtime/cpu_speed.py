@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_l0moe.runtime.gpus import usable_cores
+from megatron_l0moe.runtime.hardware import usable_cores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SECONDS = 0.8

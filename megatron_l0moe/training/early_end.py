@@ -21,7 +21,7 @@ from megatron.training import get_args
 from megatron.training import training as megatron_training
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.index.dataset import describe, samples_of_step
+from megatron_l0moe.index.index import describe_places, samples_of_step
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runs.training_end import STOPPED, STOPPED_FILE, Failure, how_to_go_on, write_failure
 
@@ -153,7 +153,7 @@ def _not_a_number(args: argparse.Namespace, what: str, stop_file: Path | None) -
     samples = samples_of_step(Path(args.l0_data_index), step, args.global_batch_size)
     sentence = (
         f"Training stopped in step {step} of {args.train_iters}, because {what} on rank "
-        f"{torch.distributed.get_rank()}; it read {describe(Path(args.l0_data_index), samples)}"
+        f"{torch.distributed.get_rank()}; it read {describe_places(Path(args.l0_data_index), samples)}"
     )
     if stop_file is not None:
         sentence += (

@@ -45,7 +45,7 @@ from torch import Tensor
 from megatron_l0moe.modules.mixture_of_masks import MaskGate
 from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.runs.stage_folder import write_text
-from megatron_l0moe.runtime.gpus import gpu_name
+from megatron_l0moe.runtime.hardware import gpu_name
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
 from megatron_l0moe.sizes.gpu_models import gpu_of_device

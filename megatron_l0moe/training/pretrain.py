@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_l0moe.errors import sentence_of
-from megatron_l0moe.runtime import checkpoint_fixes, cpu, gpus
+from megatron_l0moe.runtime import checkpoint_fixes, cpu, hardware
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     provider = functools.partial(forward_step.datasets_provider, args)
     provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
     folder, seconds = Path(file).parent, settings.stage.l0_gpu_sample_seconds if file else 0.0
-    with early_end.watched(args, settings.stage.l0_stop_file), gpus.sampled(folder, seconds):
+    with early_end.watched(args, settings.stage.l0_stop_file), hardware.sampled(folder, seconds):
         pretrain(
             pretrain_cfg_container_from_args(args, config),
             provider,

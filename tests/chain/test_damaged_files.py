@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
+from megatron_l0moe.chain import provenance
+from megatron_l0moe.chain.run_local import carry_out
+from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.dataset import CurriculumDataset
-from megatron_l0moe.launch import provenance
-from megatron_l0moe.launch.pipeline import carry_out
-from megatron_l0moe.launch.stages import STAGE_NAMES, Run
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs.stage_folder import Stage, read_manifest
 

@@ -13,13 +13,13 @@ from conversion.toy_moe import DENSE_LAYERS, EXPERTS, TOP_K, WIDTH, export, make
 from distributed.resume_world import SEQUENCE, STEPS, write_indexes
 from toy_recipe import make_run
 
+from megatron_l0moe.chain import training_commands
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.parity import parity
-from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.sizes.architecture import Architecture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -56,7 +56,7 @@ def imported(folder: Path, family: str) -> tuple[Run, Architecture]:
     return run, Architecture.from_hf(folder / "hf")
 
 
-def do(job: jobs.Job, log: Path) -> None:
+def do(job: training_commands.Job, log: Path) -> None:
     with log.open("w") as output:
         done = subprocess.run(
             job.command, env={**os.environ, **job.env}, stdout=output, stderr=output, check=False, timeout=300
@@ -66,7 +66,7 @@ def do(job: jobs.Job, log: Path) -> None:
 
 def test_qwen2_keeps_and_trains_its_biases(tmp_path):
     run, architecture = imported(tmp_path, "qwen2")
-    do(jobs.moe_job(run, architecture), tmp_path / "train.log")
+    do(training_commands.moe_job(run, architecture), tmp_path / "train.log")
     trained, start = run.stage_folder("moe") / "checkpoints", run.stage_folder("assemble") / "megatron"
     for layer in range(architecture.num_layers):
         before, after = (CheckpointReader(path).read(BIAS.format(layer)) for path in (start, trained))
@@ -78,7 +78,7 @@ def test_qwen2_keeps_and_trains_its_biases(tmp_path):
     ]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
-    alone = jobs.logits_job(run, architecture)
+    alone = training_commands.logits_job(run, architecture)
     # Inside of a pod or another torchrun: one process is one process, or it would wait for the other for ever.
     outer = {
         "RANK": "0",
@@ -87,11 +87,11 @@ def test_qwen2_keeps_and_trains_its_biases(tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29999",
     }
-    do(jobs.Job(command=alone.command, env=alone.env | outer), tmp_path / "logits.log")
+    do(training_commands.Job(command=alone.command, env=alone.env | outer), tmp_path / "logits.log")
     export_moe(trained, tmp_path / "hf", tmp_path / "trained", dense_layers=DENSE_LAYERS, top_k=TOP_K)
-    assert parity(jobs.logits_file(run), tmp_path / "trained")["positions"] == POSITIONS
+    assert parity(training_commands.logits_file(run), tmp_path / "trained")["positions"] == POSITIONS
     with pytest.raises(L0MoEError, match="logits differ from Megatron's"):
-        parity(jobs.logits_file(run), tmp_path / "export")  # control: before this training
+        parity(training_commands.logits_file(run), tmp_path / "export")  # control: before this training
 
 
 def test_llama_3_2_is_computed_with_its_own_rope_factor(tmp_path):
@@ -105,11 +105,11 @@ def test_llama_3_2_is_computed_with_its_own_rope_factor(tmp_path):
     }
     rewrite_megatron(run.folder, extra=counters)  # as if it had been trained
     shutil.copytree(run.stage_folder("assemble") / "megatron", run.stage_folder("moe") / "checkpoints")
-    do(jobs.logits_job(run, architecture), tmp_path / "logits.log")
-    assert parity(jobs.logits_file(run), tmp_path / "export")["positions"] == POSITIONS
+    do(training_commands.logits_job(run, architecture), tmp_path / "logits.log")
+    assert parity(training_commands.logits_file(run), tmp_path / "export")["positions"] == POSITIONS
     file = tmp_path / "export/config.json"
     config = json.loads(file.read_text())
     config["rope_scaling"]["factor"] = 8.0
     file.write_text(json.dumps(config))
     with pytest.raises(L0MoEError, match="logits differ from Megatron's"):
-        parity(jobs.logits_file(run), tmp_path / "export")  # control
+        parity(training_commands.logits_file(run), tmp_path / "export")  # control

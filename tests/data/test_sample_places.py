@@ -9,7 +9,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.index.dataset import CurriculumDataset, SamplePlace, describe, samples_of_step
+from megatron_l0moe.index.dataset import CurriculumDataset
+from megatron_l0moe.index.index import SamplePlace, describe_places, samples_of_step
 
 BATCH, SAMPLES = 8, 48  # p * K, and two iterations of 6 rounds of K = 4
 Index = Callable[..., Any]
@@ -45,10 +46,10 @@ def test_another_step_reads_other_samples(toy_index: Index) -> None:
 
 def test_words(toy_index: Index) -> None:
     prefix, _ = toy_index()
-    words = describe(prefix, samples_of_step(prefix, 2, BATCH))
+    words = describe_places(prefix, samples_of_step(prefix, 2, BATCH))
     assert words.startswith(f"samples 8 to 15 of {prefix} (domains 0, 1, 2, 3; the first begins at token ")
     assert re.search(r" token \d+ of document \d+ in iter_002/shard_0000[01]\.bin\)$", words)
-    assert describe(prefix, samples_of_step(prefix, SAMPLES // BATCH + 1, BATCH)) == (
+    assert describe_places(prefix, samples_of_step(prefix, SAMPLES // BATCH + 1, BATCH)) == (
         f"no samples of {prefix}, which is shorter"
     )
     with pytest.raises(L0MoEError, match="does not exist; run the curate stage first"):

@@ -15,15 +15,13 @@ from megatron_l0moe.evaluation.timing import (
     Sample,
     Spread,
     TransformersRunner,
-    cpu_model,
-    describe_machine,
     measure_speed,
-    memory_gib,
     time_pairs,
     timings,
     windows,
 )
 from megatron_l0moe.index.heldout_file import HeldoutSequence
+from megatron_l0moe.runtime.hardware import cpu_model, describe_machine, memory_gib
 
 TEXT = list(range(400))
 

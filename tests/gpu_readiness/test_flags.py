@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 from gpu_readiness.models_7b import CONFIGS, EXAMPLES, GPUS, architecture, recipe_on
 
-from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.construction import construct_job
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.chain import training_commands
+from megatron_l0moe.chain.stages import Run
+from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.recipe import load_recipe
 
@@ -137,10 +137,14 @@ def flags_of(name: str, stage: str, gpus: int) -> list[str]:
     """Return the flags of the training program, as `l0moe` renders them on any machine."""
     run = Run(recipe=recipe_on(name, gpus), recipe_file=EXAMPLES / f"{name}.yaml", runs_dir=Path("runs"))
     model = architecture(name)
-    job = jobs.expert_job(run, model, 0) if stage == "expert" else jobs.moe_job(run, model)
+    job = (
+        training_commands.expert_job(run, model, 0)
+        if stage == "expert"
+        else training_commands.moe_job(run, model)
+    )
     assert job.env["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert "NVIDIA_TF32_OVERRIDE" not in job.env
-    return job.command[job.command.index(jobs.PRETRAIN) + 1 :]
+    return job.command[job.command.index(training_commands.PRETRAIN) + 1 :]
 
 
 def resolve(machine: str, tasks: list[tuple[int, list[str]]]) -> list[dict[str, Any]]:
@@ -252,14 +256,14 @@ def test_fp32_that_is_compared_is_fp32() -> None:
     file = EXAMPLES / "llama3_8b.yaml"
     run = Run(recipe=load_recipe(file), recipe_file=file, runs_dir=Path("runs"))
     model = architecture("llama3_8b")
-    trial = jobs.Trial(layout=Layout(), steps=10, folder=Path("trial"))
+    trial = training_commands.Trial(layout=Layout(), steps=10, folder=Path("trial"))
     for job in (
-        jobs.expert_job(run, model, 0, trial=trial),
-        jobs.moe_job(run, model, trial=trial),
+        training_commands.expert_job(run, model, 0, trial=trial),
+        training_commands.moe_job(run, model, trial=trial),
         construct_job(run, model, 0),
     ):
         assert job.env["NVIDIA_TF32_OVERRIDE"] == "0"
         assert "--bf16" not in job.command
-    parity = jobs.logits_job(run, model)
+    parity = training_commands.logits_job(run, model)
     assert parity.env["CUDA_VISIBLE_DEVICES"] == ""  # on the CPU, whatever the machine has
     assert "--bf16" not in parity.command

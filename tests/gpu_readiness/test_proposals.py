@@ -11,8 +11,8 @@ from gpu_readiness.models_7b import CONFIGS, EXAMPLES, architecture
 from gpu_readiness.models_7b import GPUS as SIZES
 from gpu_readiness.test_flags import differences, resolve
 
-from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.chain import training_commands
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.plan.plan import make_plan, recipe_keys
 from megatron_l0moe.plan.proposals import Candidate
 from megatron_l0moe.recipe.recipe import Recipe, Section, load_recipe
@@ -38,8 +38,12 @@ def flags_of(name: str, section: Section, candidate: Candidate) -> list[str]:
     raw[section] |= keys | {"flags": raw[section]["flags"] | keys.get("flags", {})}
     run = Run(recipe=Recipe.model_validate(raw), recipe_file=EXAMPLES / f"{name}.yaml", runs_dir=Path("runs"))
     model = architecture(name)
-    job = jobs.moe_job(run, model) if section == "moe_training" else jobs.expert_job(run, model, 0)
-    return job.command[job.command.index(jobs.PRETRAIN) + 1 :]
+    job = (
+        training_commands.moe_job(run, model)
+        if section == "moe_training"
+        else training_commands.expert_job(run, model, 0)
+    )
+    return job.command[job.command.index(training_commands.PRETRAIN) + 1 :]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

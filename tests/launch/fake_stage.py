@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_l0moe.chain.run_local import carry_out
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.pipeline import carry_out
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs.stage_folder import Stage
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_l0moe.chain import attempts
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts
 
 SQUEUE = """#!/bin/sh
 echo x >> "$0.calls"

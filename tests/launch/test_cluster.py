@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_l0moe.chain.slurm.cluster import load_cluster, time_seconds
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.cluster import load_cluster, time_seconds
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "slurm" / "clusters").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {"gpus_per_node": 8, "cpus_per_node": 96}

@@ -6,10 +6,10 @@ import pytest
 from launch.test_jobs import check_golden, golden_run, value
 from toy_recipe import make_run, toy_architecture, write_model
 
+from megatron_l0moe.chain import dry_run
+from megatron_l0moe.chain.stages import config_hash, selection
+from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import dryrun
-from megatron_l0moe.launch.construction import construct_job
-from megatron_l0moe.launch.stages import config_hash, selection
 
 # of the toy recipe, before there was a choice of methods
 HASHES = {"experts": "7275bf481a2620e6", "report": "9df4d2de704e3ca2"}
@@ -83,6 +83,6 @@ def test_a_dry_run_shows_the_method_and_its_job(tmp_path):
     model = write_model(tmp_path / "model")
     for method, program in (("l0", "training.pretrain"), ("magnitude", "training.construct")):
         run = make_run(tmp_path, model__path=str(model), expert_training__method=method)
-        text = "\n".join(dryrun.describe(run, selection("l0moe", "experts", "experts")))
+        text = "\n".join(dry_run.describe(run, selection("l0moe", "experts", "experts")))
         assert f"-m megatron_l0moe.{program} " in text
         assert ("magnitude, nothing is trained; 20 sequences of 32 tokens" in text) is (method != "l0")

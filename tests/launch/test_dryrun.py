@@ -6,9 +6,9 @@ from pathlib import Path
 
 from toy_recipe import CONFIG, make_run, write_model
 
-from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.dryrun import describe, shell_line
-from megatron_l0moe.launch.stages import CHAIN, Run
+from megatron_l0moe.chain import training_commands
+from megatron_l0moe.chain.dry_run import describe, shell_line
+from megatron_l0moe.chain.stages import CHAIN, Run
 from megatron_l0moe.sizes.architecture import Architecture
 
 
@@ -39,8 +39,10 @@ def test_commands_are_those_that_run(tmp_path: Path) -> None:
     run = with_model(tmp_path)
     lines = describe(run, CHAIN)
     architecture = Architecture.from_config(CONFIG, Path("config.json"))
-    assert any(line.strip() == shell_line(jobs.expert_job(run, architecture, 0)) for line in lines)
-    assert any(line.strip() == shell_line(jobs.moe_job(run, architecture)) for line in lines)
+    assert any(
+        line.strip() == shell_line(training_commands.expert_job(run, architecture, 0)) for line in lines
+    )
+    assert any(line.strip() == shell_line(training_commands.moe_job(run, architecture)) for line in lines)
     stage = shlex.join([sys.executable, "-m", "megatron_l0moe", "export", str(run.recipe_file)])
     assert any(line.strip().removeprefix("command").strip().startswith(stage) for line in lines)
 
@@ -59,7 +61,9 @@ def test_missing_model_is_said_once(tmp_path: Path) -> None:
 
 def test_shell_line_leaves_batch_variables_to_the_shell(tmp_path: Path) -> None:
     run = make_run(tmp_path, moe_training__parallel={"processes": 2, "nodes": 2})
-    line = shell_line(jobs.moe_job(run, Architecture.from_config(CONFIG, Path("c")), python="python"))
+    line = shell_line(
+        training_commands.moe_job(run, Architecture.from_config(CONFIG, Path("c")), python="python")
+    )
     assert line.startswith(
         "OMP_NUM_THREADS=1 CUDA_DEVICE_MAX_CONNECTIONS=1 python -m torch.distributed.run --nnodes 2"
     )

@@ -7,13 +7,14 @@ from launch.test_estimate import write_steps
 from rich.console import Console
 from toy_recipe import make_run, toy_architecture, write_model
 
+from megatron_l0moe.chain import forecast
+from megatron_l0moe.chain import progress as estimate
+from megatron_l0moe.chain.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast
+from megatron_l0moe.chain.machine import Machine
+from megatron_l0moe.chain.progress import Progress
+from megatron_l0moe.chain.run_local import outlook
+from megatron_l0moe.chain.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.evaluation import timing
-from megatron_l0moe.launch import estimate, forecast
-from megatron_l0moe.launch.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast
-from megatron_l0moe.launch.machine import Machine
-from megatron_l0moe.launch.pipeline import outlook
-from megatron_l0moe.launch.progress import Progress
-from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES
 
 CPU = Machine(kind="cpu", name="CPU", cores=2, flops={"float32": 2e6, "bfloat16": 1e6})
 # A token of the toy model's expert run: 4 layers (1 dense), H = 32, q = 32, k = v = 16, F = 64, S = 32, V = 128.

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from toy_recipe import make_run, toy_architecture
 
+from megatron_l0moe.chain import training_commands as jobs
+from megatron_l0moe.chain.stages import Run
+from megatron_l0moe.chain.training_commands import DenseTraining, dense_job
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs
-from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.layout import parse_layout
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -36,7 +36,8 @@ def one_flag_a_line(job: jobs.Job) -> str:
 
 def test_expert_job(tmp_path: Path) -> None:
     check_golden(
-        "expert_job.txt", jobs.expert_job(golden_run(tmp_path), toy_architecture(), 3, python="python")
+        "expert_job.txt",
+        jobs.expert_job(golden_run(tmp_path), toy_architecture(), 3, python="python"),
     )
 
 
@@ -55,7 +56,10 @@ def test_moe_job_in_a_layout(tmp_path: Path) -> None:
 
 
 def test_logits_job(tmp_path: Path) -> None:
-    check_golden("logits_job.txt", jobs.logits_job(golden_run(tmp_path), toy_architecture(), python="python"))
+    check_golden(
+        "logits_job.txt",
+        jobs.logits_job(golden_run(tmp_path), toy_architecture(), python="python"),
+    )
 
 
 def check_golden(name: str, job: jobs.Job) -> None:
@@ -171,7 +175,10 @@ def test_masks_only_is_a_key_of_the_recipe_and_no_flag(tmp_path: Path) -> None:
 def test_experts_do_not_share_a_tensorboard_folder(tmp_path: Path) -> None:
     flags = {"tensorboard-dir": "boards/x", "wandb-project": "p", "wandb-exp-name": "x", "bf16": True}
     run = make_run(tmp_path, expert_training__flags=flags, moe_training__flags=flags)
-    expert, moe = jobs.expert_job(run, toy_architecture(), 3), jobs.moe_job(run, toy_architecture())
+    expert, moe = (
+        jobs.expert_job(run, toy_architecture(), 3),
+        jobs.moe_job(run, toy_architecture()),
+    )
     assert value(expert, "--tensorboard-dir") == "boards/x/expert_003"
     assert value(expert, "--wandb-exp-name") == "x-expert_003"
     assert value(expert, "--wandb-project") == "p"

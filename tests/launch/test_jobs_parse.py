@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from toy_recipe import make_run, toy_architecture
 
-from megatron_l0moe.launch import jobs
+from megatron_l0moe.chain import training_commands
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,11 @@ def known() -> set[str]:
 def test_flags_are_known(tmp_path: Path, known: set[str], stage: str) -> None:
     run = make_run(tmp_path, moe_training__parallel={"processes": 4, "tensor": 2, "expert": 2})
     job = (
-        jobs.expert_job(run, toy_architecture(), 0)
+        training_commands.expert_job(run, toy_architecture(), 0)
         if stage == "expert"
-        else jobs.moe_job(run, toy_architecture())
+        else training_commands.moe_job(run, toy_architecture())
     )
-    words = job.command[job.command.index(jobs.PRETRAIN) + 1 :]
+    words = job.command[job.command.index(training_commands.PRETRAIN) + 1 :]
     assert {word for word in words if word.startswith("--")} - known == set()
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from toy_recipe import make_run, write_model
 
+from megatron_l0moe.chain import machine
+from megatron_l0moe.chain.machine import Machine, begun, read_record, settle
+from megatron_l0moe.chain.stages import config_hash
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import machine
-from megatron_l0moe.launch.machine import Machine, begun, read_record, settle
-from megatron_l0moe.launch.stages import config_hash
 
 PLAIN = Machine(kind="cpu", name="AMD EPYC", cores=2, flops={})
 AMX = dataclasses.replace(PLAIN, name="Xeon with AMX")
@@ -147,5 +147,5 @@ def test_this_machine_is_really_measured(monkeypatch, tmp_path: Path) -> None:
     if found.kind == "cpu":
         assert all(1e6 < speed / found.cores < 1e12 for speed in found.flops.values())
         assert run.recipe.dtype == found.dtype
-    program = "import sys, megatron_l0moe.launch.machine; assert 'torch' not in sys.modules"
+    program = "import sys, megatron_l0moe.chain.machine; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)

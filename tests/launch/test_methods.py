@@ -8,13 +8,23 @@ from typing import Any
 import pytest
 from toy_recipe import CONFIG, make_run, of_method, toy_architecture, write_model
 
+from megatron_l0moe.chain import preflight, training_commands
+from megatron_l0moe.chain.dry_run import describe
+from megatron_l0moe.chain.slurm import sbatch
+from megatron_l0moe.chain.slurm.cluster import load_cluster
+from megatron_l0moe.chain.slurm.status import rows
+from megatron_l0moe.chain.slurm.submit import Record
+from megatron_l0moe.chain.stages import (
+    CHAIN,
+    STAGE_NAMES,
+    Run,
+    chain,
+    config_hash,
+    place_of,
+    selection,
+    spec_of,
+)
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs, preflight, sbatch, slurm_preflight
-from megatron_l0moe.launch.cluster import load_cluster
-from megatron_l0moe.launch.dryrun import describe
-from megatron_l0moe.launch.slurm_record import Record
-from megatron_l0moe.launch.slurm_status import rows
-from megatron_l0moe.launch.stages import CHAIN, STAGE_NAMES, Run, chain, config_hash, selection, spec_of
 from megatron_l0moe.plan import plan
 from megatron_l0moe.sizes.gpu_models import find_gpu
 
@@ -104,7 +114,7 @@ def test_blocks_have_to_divide_the_ffn(tmp_path):
 
 def test_dsmoe_jobs(tmp_path):
     run = make_run(tmp_path, **of_method("dsmoe", dsmoe={"blocks": 4, "threshold": 0.25}, seed=7))
-    words = jobs.moe_job(run, toy_architecture()).command
+    words = training_commands.moe_job(run, toy_architecture()).command
     flags = dict(itertools.pairwise(words))
     assert flags["--l0-stage"] == "dsmoe"
     assert flags["--pretrained-checkpoint"] == str(run.stage_folder("convert") / "megatron")
@@ -116,17 +126,17 @@ def test_dsmoe_jobs(tmp_path):
     )
     assert flags["--l0-block-sparsity-coeff"] == "1.0"
     assert not {"--num-experts", "--moe-router-topk", "--l0-expert-ffn", "--moe-layer-freq"} & set(words)
-    logits = jobs.logits_job(run, toy_architecture()).command
+    logits = training_commands.logits_job(run, toy_architecture()).command
     assert logits[logits.index("--l0-blocks") + 1] == "4"
     assert "--num-experts" not in logits
     owned = make_run(tmp_path, **of_method("dsmoe", moe_training={"flags": {"l0-blocks": 2}}))
     with pytest.raises(L0MoEError, match=r"moe_training\.flags may not set 'l0-blocks'"):
-        jobs.moe_job(owned, toy_architecture())
+        training_commands.moe_job(owned, toy_architecture())
 
 
 def test_mom_jobs(tmp_path):
     run = make_run(tmp_path, **of_method("mom", mom={"masks": 6, "target": 0.4}, seed=7))
-    words = jobs.moe_job(run, toy_architecture()).command
+    words = training_commands.moe_job(run, toy_architecture()).command
     flags = dict(itertools.pairwise(words))
     assert flags["--l0-stage"] == "mom"
     assert flags["--pretrained-checkpoint"] == str(run.stage_folder("convert") / "megatron")
@@ -135,7 +145,7 @@ def test_mom_jobs(tmp_path):
     assert not {"--num-experts", "--l0-expert-ffn", "--l0-blocks"} & set(words)
     owned = make_run(tmp_path, **of_method("mom", moe_training={"flags": {"l0-masks": 2}}))
     with pytest.raises(L0MoEError, match=r"moe_training\.flags may not set 'l0-masks'"):
-        jobs.moe_job(owned, toy_architecture())
+        training_commands.moe_job(owned, toy_architecture())
 
 
 def test_mom_needs_a_base_without_biases(tmp_path):
@@ -174,15 +184,15 @@ def test_plan_counts_l0moe_only(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_jobs(tmp_path, method, caplog):
     run, cluster = run_with_model(tmp_path, method), load_cluster(CLUSTERS / "plain.yaml")
-    slurm_preflight.check_cluster(run.recipe, cluster, chain(method))
+    preflight.check_cluster(run.recipe, cluster, chain(method))
     for spec in chain(method):
-        text = sbatch.render(run, toy_architecture(), cluster, spec.name, sbatch.place_of(run))
+        text = sbatch.render(run, toy_architecture(), cluster, spec.name, place_of(run))
         assert "assemble" not in text
         assert "experts" not in text
-    text = sbatch.render(run, toy_architecture(), cluster, "moe", sbatch.place_of(run))
+    text = sbatch.render(run, toy_architecture(), cluster, "moe", place_of(run))
     assert f"--l0-stage {method}" in text
     assert "It needs the results of convert, curate." in text
-    slurm_preflight.check_memory(run.recipe, cluster, chain(method))
+    preflight.check_memory(run.recipe, cluster, chain(method))
     assert f"Memory was not checked: there is no formula for method {method}" in caplog.text
     lines = rows(run, Record(), {})
     assert [line.stage for line in lines] == [spec.name for spec in chain(method)]

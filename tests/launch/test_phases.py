@@ -13,10 +13,10 @@ from toy_recipe import make_run, write_model
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
+from megatron_l0moe.chain import attempts, batch_phases, run_local, training_commands
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
-from megatron_l0moe.launch import attempts, jobs, phases, pipeline
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.runs import stage_folder
 from megatron_l0moe.runs.stage_folder import Stage
 from megatron_l0moe.runs.training_end import STOPPED, Failure, read_failure, write_failure
@@ -30,16 +30,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setattr(stage_folder, "LATE_SECONDS", 0.2)
     monkeypatch.setattr(stage_folder, "INTERVAL_SECONDS", 0.01)
-    monkeypatch.setattr(pipeline, "record_start", note_start)  # the real one lists all packages: slow
+    monkeypatch.setattr(run_local, "record_start", note_start)  # the real one lists all packages: slow
     model = write_model(tmp_path / "model")
     (tmp_path / "runs").mkdir()
     run = make_run(tmp_path, model__path=str(model), data__corpus=str(tmp_path))
     for name in ("convert", "curate", "experts", "assemble"):
-        pipeline.carry_out(run, name, lambda stage: {})
+        run_local.carry_out(run, name, lambda stage: {})
     return run
 
 
-def note_start(run: Run, job: jobs.Job, stage: Stage) -> None:
+def note_start(run: Run, job: training_commands.Job, stage: Stage) -> None:
     with (stage.folder / "starts").open("a") as file:
         file.write("x")
 
@@ -62,11 +62,11 @@ def work(stage: Stage) -> dict[str, object]:
 
 
 def prepare(run: Run) -> int:
-    return phases.run_phase(run, "moe", "prepare", work)
+    return batch_phases.run_phase(run, "moe", "prepare", work)
 
 
 def finish(run: Run) -> int:
-    return phases.run_phase(run, "moe", "finish", work)
+    return batch_phases.run_phase(run, "moe", "finish", work)
 
 
 def folder(run: Run) -> Path:
@@ -373,13 +373,13 @@ def test_late_marker_of_an_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_expert(run: Run, tmp_path: Path) -> None:
     (run.expert_folder(2) / "DONE").unlink()
     with pytest.raises(L0MoEError, match="--phase needs --index K"):
-        phases.run_phase(run, "experts", "prepare", work)
+        batch_phases.run_phase(run, "experts", "prepare", work)
     with pytest.raises(L0MoEError, match="--phase must be prepare or finish, got 'train'"):
-        phases.run_phase(run, "experts", "train", work, index=2)
-    assert phases.run_phase(run, "experts", "prepare", work, index=2) == 0
+        batch_phases.run_phase(run, "experts", "train", work, index=2)
+    assert batch_phases.run_phase(run, "experts", "prepare", work, index=2) == 0
     assert (run.expert_folder(2) / "attempts.jsonl").is_file()
     (run.expert_folder(2) / "extraction.json").write_text(
         "{}"
     )  # trained and cut, but killed before the marker
-    assert phases.run_phase(run, "experts", "finish", work, index=2) == 0
+    assert batch_phases.run_phase(run, "experts", "finish", work, index=2) == 0
     assert (run.expert_folder(2) / "DONE").is_file()

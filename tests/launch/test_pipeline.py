@@ -14,9 +14,9 @@ from processes import PATIENCE, alive, wait_until
 from toy_recipe import make_run, write_model
 
 import megatron_l0moe
+from megatron_l0moe.chain import run_local
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import pipeline
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
 
 PACKAGE_ROOT = Path(megatron_l0moe.__file__).parent.parent
@@ -30,7 +30,7 @@ def fake_command(run: Run, name: str) -> list[str]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setattr(pipeline, "stage_command", fake_command)
+    monkeypatch.setattr(run_local, "stage_command", fake_command)
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join((str(PACKAGE_ROOT), str(FAKE.parent), str(FAKE.parent.parent)))
     )
@@ -52,27 +52,27 @@ def calls(run: Run) -> list[str]:
 
 
 def test_all_stages_then_none(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.run_chain(run, last="export")
+    run_local.run_chain(run, last="export")
     assert calls(run) == BEFORE_EVALUATION
     manifest = json.loads((run.stage_folder("moe") / "manifest.json").read_text())
     assert set(manifest["inputs"]) == {"curate", "assemble"}
     assert manifest["numbers"]["process"]["peak_process_bytes"] > 1_000_000
     assert manifest["command"][-4:] == ["moe", str(run.recipe_file), "--runs-dir", str(run.runs_dir)]
     capsys.readouterr()
-    pipeline.run_chain(run, last="export")
+    run_local.run_chain(run, last="export")
     assert calls(run) == []
     assert "stage 3 of 6  experts    done before" in capsys.readouterr().out
 
 
 def test_only_what_a_change_touches_is_refused(run: Run, tmp_path: Path) -> None:
-    pipeline.run_chain(run, last="moe")
+    run_local.run_chain(run, last="moe")
     calls(run)
     changed = new_run(tmp_path, moe_training__learning_rate=0.5)
     with pytest.raises(L0MoEError, match=r"runs/toy/moe was made with other settings"):
-        pipeline.run_chain(changed, last="moe")
+        run_local.run_chain(changed, last="moe")
     assert calls(run) == []
     other_evaluation = new_run(tmp_path, evaluation__repeats=9)
-    pipeline.run_chain(other_evaluation, last="moe")
+    run_local.run_chain(other_evaluation, last="moe")
     assert calls(run) == []
 
 
@@ -80,7 +80,7 @@ def test_foreign_marker_is_refused_before_any_work(run: Run) -> None:
     run.stage_folder("export").mkdir(parents=True)
     (run.stage_folder("export") / "DONE").write_text("0123456789abcdef\n")
     with pytest.raises(L0MoEError, match=r"export was made with other settings \(0123456789abcdef\)"):
-        pipeline.run_chain(run)
+        run_local.run_chain(run)
     assert calls(run) == []
 
 
@@ -90,13 +90,13 @@ def test_failure_then_going_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
         r"Stage curate failed\. .* exit code 1: RuntimeError: the disk is on fire; its log is .*curate\.log"
     )
     with pytest.raises(L0MoEError, match=message):
-        pipeline.run_chain(run, last="curate")
+        run_local.run_chain(run, last="curate")
     assert (run.stage_folder("curate") / "half").exists()
     assert not (run.stage_folder("curate") / "DONE").exists()
     monkeypatch.delenv("FAKE_FAIL")
     (run.stage_folder("curate") / "left over").touch()
     calls(run)
-    pipeline.run_chain(run, last="curate")
+    run_local.run_chain(run, last="curate")
     assert calls(run) == ["curate"]
     assert not (run.stage_folder("curate") / "left over").exists()
 
@@ -104,44 +104,44 @@ def test_failure_then_going_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_refusal_of_a_stage_is_passed_on_as_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_REFUSE", "curate")
     with pytest.raises(L0MoEError) as caught:
-        pipeline.run_chain(run, last="curate")
+        run_local.run_chain(run, last="curate")
     assert str(caught.value) == "The corpus is empty; add shards."
 
 
 def test_later_start_needs_the_stages_before(run: Run) -> None:
     with pytest.raises(L0MoEError, match=r"The stage assemble needs .*convert, which is not finished"):
-        pipeline.run_chain(run, first="assemble", last="assemble")
+        run_local.run_chain(run, first="assemble", last="assemble")
 
 
 def test_training_folders_are_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.run_chain(run, last="assemble")
+    run_local.run_chain(run, last="assemble")
     monkeypatch.setenv("FAKE_FAIL", "moe")
     with pytest.raises(L0MoEError, match="on fire"):
-        pipeline.run_chain(run, last="moe")
+        run_local.run_chain(run, last="moe")
     (run.stage_folder("moe") / "checkpoints").mkdir()
     monkeypatch.delenv("FAKE_FAIL")
-    pipeline.run_chain(run, last="moe")
+    run_local.run_chain(run, last="moe")
     assert (run.stage_folder("moe") / "checkpoints").is_dir()
 
 
 def test_training_folder_of_other_settings_is_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline.run_chain(run, last="assemble")
+    run_local.run_chain(run, last="assemble")
     monkeypatch.setenv("FAKE_FAIL", "moe")
     with pytest.raises(L0MoEError, match="on fire"):
-        pipeline.run_chain(run, last="moe")
+        run_local.run_chain(run, last="moe")
     monkeypatch.delenv("FAKE_FAIL")
     with pytest.raises(L0MoEError, match=r"moe holds unfinished work that was started with other settings"):
-        pipeline.run_chain(new_run(tmp_path, moe_training__learning_rate=0.5), last="moe")
+        run_local.run_chain(new_run(tmp_path, moe_training__learning_rate=0.5), last="moe")
 
 
 def test_one_expert(run: Run) -> None:
-    pipeline.run_chain(run, last="curate")
-    pipeline.carry_out(run, "experts", lambda stage: {"k": stage.folder.name}, only=2)
+    run_local.run_chain(run, last="curate")
+    run_local.carry_out(run, "experts", lambda stage: {"k": stage.folder.name}, only=2)
     assert [path.name for path in sorted(run.stage_folder("experts").iterdir())] == ["002"]
     with pytest.raises(L0MoEError, match=r"--index 4 must be between 0 and 3"):
-        pipeline.carry_out(run, "experts", lambda stage: {}, only=4)
+        run_local.carry_out(run, "experts", lambda stage: {}, only=4)
 
 
 def at_once(run: Run, tmp_path: Path, number: int) -> Run:
@@ -149,30 +149,30 @@ def at_once(run: Run, tmp_path: Path, number: int) -> Run:
 
 
 def test_experts_side_by_side(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.run_chain(run, last="curate")
+    run_local.run_chain(run, last="curate")
     monkeypatch.setenv("FAKE_MEET", "experts")  # each waits until a second one is there
-    pipeline.carry_out(at_once(run, tmp_path, 2), "experts", lambda stage: {})
+    run_local.carry_out(at_once(run, tmp_path, 2), "experts", lambda stage: {})
     assert calls(run) == ["convert", "curate", *["experts"] * 4]
     for k in range(4):
         assert (run.expert_folder(k) / "DONE").is_file()
         assert f"--index {k}" in run.log_file(f"expert_{k:03d}").read_text()
-    pipeline.carry_out(at_once(run, tmp_path, 2), "experts", lambda stage: {})
+    run_local.carry_out(at_once(run, tmp_path, 2), "experts", lambda stage: {})
     assert calls(run) == []
 
 
 def test_failure_of_one_expert_names_its_log(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline.run_chain(run, last="curate")
+    run_local.run_chain(run, last="curate")
     monkeypatch.setenv("FAKE_FAIL", "experts")
     with pytest.raises(
         L0MoEError, match=r"Stage experts failed\. .*the disk is on fire; its log is .*expert_00"
     ):
-        pipeline.carry_out(at_once(run, tmp_path, 3), "experts", lambda stage: {})
+        run_local.carry_out(at_once(run, tmp_path, 3), "experts", lambda stage: {})
     monkeypatch.delenv("FAKE_FAIL")
     monkeypatch.setenv("FAKE_REFUSE", "experts")
     with pytest.raises(L0MoEError, match=r"^The corpus is empty; add shards\.$"):
-        pipeline.carry_out(at_once(run, tmp_path, 3), "experts", lambda stage: {})
+        run_local.carry_out(at_once(run, tmp_path, 3), "experts", lambda stage: {})
 
 
 def test_several_nodes_are_not_started_here(run: Run) -> None:
@@ -183,19 +183,19 @@ def test_several_nodes_are_not_started_here(run: Run) -> None:
     with pytest.raises(
         L0MoEError, match=r"moe_training\.parallel\.nodes is 2, and this command runs on one machine"
     ):
-        pipeline.run_chain(dataclasses.replace(run, recipe=recipe))
+        run_local.run_chain(dataclasses.replace(run, recipe=recipe))
 
 
 CHAIN = """
 import sys
 from pathlib import Path
 from test_pipeline import fake_command
-from megatron_l0moe.launch import pipeline
-from megatron_l0moe.launch.stages import Run
+from megatron_l0moe.chain import run_local
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
 file = Path(sys.argv[1])
-pipeline.stage_command = fake_command
-pipeline.run_chain(Run(recipe=load_recipe(file), recipe_file=file, runs_dir=Path(sys.argv[2])), last="moe")
+run_local.stage_command = fake_command
+run_local.run_chain(Run(recipe=load_recipe(file), recipe_file=file, runs_dir=Path(sys.argv[2])), last="moe")
 """
 
 
@@ -210,7 +210,7 @@ def test_killed_in_the_middle_then_going_on(run: Run, number: int) -> None:
     process.send_signal(number)
     process.wait(PATIENCE)
     calls(run)
-    pipeline.run_chain(run, last="moe")  # waits for the children of the killed command
+    run_local.run_chain(run, last="moe")  # waits for the children of the killed command
     assert calls(run) == ["experts", "assemble", "moe"]
     # A process's locks go a moment before the process itself does.
     wait_until(lambda: not alive(int(hanging.read_text())))
@@ -218,15 +218,15 @@ def test_killed_in_the_middle_then_going_on(run: Run, number: int) -> None:
 
 def test_extraction_is_not_repeated(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    assert not pipeline.is_extracted(tmp_path)
-    assert pipeline.extract_once(tmp_path, lambda: {"width": 16}) == {"width": 16}
-    assert pipeline.is_extracted(tmp_path)
+    assert not run_local.is_extracted(tmp_path)
+    assert run_local.extract_once(tmp_path, lambda: {"width": 16}) == {"width": 16}
+    assert run_local.is_extracted(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 
     def fail() -> dict[str, object]:
         raise AssertionError
 
-    assert pipeline.extract_once(tmp_path, fail) == {"width": 16}
+    assert run_local.extract_once(tmp_path, fail) == {"width": 16}
 
 
 def test_fake_recipe_is_read_back(run: Run) -> None:

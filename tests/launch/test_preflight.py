@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from toy_recipe import make_run, toy_architecture, write_model
 
+from megatron_l0moe.chain import preflight
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import preflight
 
 
 @pytest.mark.parametrize(

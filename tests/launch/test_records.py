@@ -10,9 +10,9 @@ import pytest
 import yaml
 from toy_recipe import make_run, toy_architecture
 
-from megatron_l0moe.launch import jobs, phases, pipeline, preflight, records
-from megatron_l0moe.launch.sbatch_bash import SETUP_BEGINS, SETUP_ENDS
-from megatron_l0moe.launch.stages import Run, stages
+from megatron_l0moe.chain import batch_phases, preflight, records, run_local, training_commands
+from megatron_l0moe.chain.slurm.sbatch import SETUP_BEGINS, SETUP_ENDS
+from megatron_l0moe.chain.stages import Run, stages
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs import stage_folder
 from megatron_l0moe.runs.child_process import CommandFailedError
@@ -148,23 +148,23 @@ def test_training_writes_them_before_it_starts(run: Run, monkeypatch: pytest.Mon
         assert shlex.split(text) == ["env", *(f"{name}={value}" for name, value in env.items()), *command]
         raise CommandFailedError("it failed", code=1, last_line="", log=Path("train.log"))
 
-    monkeypatch.setattr(pipeline, "run_command", job_that_fails)
-    monkeypatch.setattr(pipeline, "_architecture", lambda run: toy_architecture())
+    monkeypatch.setattr(run_local, "run_command", job_that_fails)
+    monkeypatch.setattr(run_local, "_architecture", lambda run: toy_architecture())
     monkeypatch.setattr(preflight, "check_machine", lambda *words: None)
     stage: Stage = stages(run, "moe")[0]
     for attempt in (1, 2):
         with pytest.raises(CommandFailedError):
-            pipeline.train_moe(run, stage)
+            run_local.train_moe(run, stage)
         assert seen[-1].name == f"attempt_{attempt:03d}"
 
 
 def test_a_batch_job_writes_them_while_it_prepares(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = jobs.moe_job(run, toy_architecture())
-    monkeypatch.setattr(phases.TrainingStage, "job", job)
+    job = training_commands.moe_job(run, toy_architecture())
+    monkeypatch.setattr(batch_phases.TrainingStage, "job", job)
     for name in ("convert", "curate", "experts", "assemble"):
-        pipeline.carry_out(run, name, lambda stage: {})
+        run_local.carry_out(run, name, lambda stage: {})
     folder = run.stage_folder("moe")
     for attempt in (1, 2):
-        assert phases.run_phase(run, "moe", "prepare", lambda stage: {}) == 0
+        assert batch_phases.run_phase(run, "moe", "prepare", lambda stage: {}) == 0
         text = (folder / "records" / f"attempt_{attempt:03d}" / "command.txt").read_text()
         assert shlex.split(text)[-len(job.command) :] == job.command

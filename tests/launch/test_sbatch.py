@@ -12,15 +12,14 @@ import pytest
 from gpu_readiness.models_7b import recipe_on
 from toy_recipe import make_run, toy_architecture
 
+from megatron_l0moe.chain.dry_run import show_jobs as show
+from megatron_l0moe.chain.preflight import check_memory
+from megatron_l0moe.chain.slurm import sbatch
+from megatron_l0moe.chain.slurm.cluster import Cluster, experts_at_once, load_cluster
+from megatron_l0moe.chain.slurm.sbatch import array_text, render
+from megatron_l0moe.chain.slurm.submit import Request
+from megatron_l0moe.chain.stages import STAGE_NAMES, Run, place_of, selection
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import sbatch
-from megatron_l0moe.launch.cluster import Cluster, load_cluster
-from megatron_l0moe.launch.resources import experts_at_once
-from megatron_l0moe.launch.sbatch import array_text, place_of, render
-from megatron_l0moe.launch.slurm_dryrun import show_jobs as show
-from megatron_l0moe.launch.slurm_preflight import check_memory
-from megatron_l0moe.launch.stages import STAGE_NAMES, Run, selection
-from megatron_l0moe.launch.submit import Request
 from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
 
@@ -107,7 +106,7 @@ def test_paths_with_blanks_and_dollars_stay_one_word(tmp_path: Path) -> None:
     start, end = text.index("training=("), text.index("\n)\n", text.index("training=(")) + 3
     script = f"expert=003\n{text[start:end]}" + 'printf "%s\\n" "${training[@]}"'
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    job = sbatch.jobs.expert_job(made, toy_architecture(), 3)
+    job = sbatch.training_commands.expert_job(made, toy_architecture(), 3)
     assert said.splitlines() == job.program
 
 
@@ -128,7 +127,7 @@ def test_boards_and_names_of_experts_differ_in_the_array(tmp_path: Path, flags: 
     start, end = text.index("training=("), text.index("\n)\n", text.index("training=(")) + 3
     script = f"expert=003\n{text[start:end]}" + 'printf "%s\\n" "${training[@]}"'
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
-    job = sbatch.jobs.expert_job(made, toy_architecture(), 3)
+    job = sbatch.training_commands.expert_job(made, toy_architecture(), 3)
     assert said.splitlines() == job.program
     assert sum("expert_003" in word for word in job.program) == 1 + len(flags.keys() - {"wandb-project"})
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from toy_recipe import make_run, toy_architecture
 
-from megatron_l0moe.launch.cluster import Cluster
-from megatron_l0moe.launch.sbatch import place_of, render
-from megatron_l0moe.launch.sbatch_bash import FUNCTIONS
+from megatron_l0moe.chain.slurm.cluster import Cluster
+from megatron_l0moe.chain.slurm.sbatch import FUNCTIONS, render
+from megatron_l0moe.chain.stages import place_of
 
 SRUN = """#!/bin/bash
 case "$*" in

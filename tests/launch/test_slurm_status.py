@@ -8,11 +8,10 @@ from fake_slurm import FakeSlurm, make_fake_slurm
 from rich.console import Console
 from toy_recipe import make_run
 
+from megatron_l0moe.chain.slurm.status import Row, rows, show
+from megatron_l0moe.chain.slurm.submit import Record, SubmittedJob, read_record, write_record
+from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, read_record, write_record
-from megatron_l0moe.launch.slurm_status import Row, rows
-from megatron_l0moe.launch.stages import STAGE_NAMES, Run
-from megatron_l0moe.launch.status_table import show
 from megatron_l0moe.runs.child_process import TAIL_BYTES, lost_a_node, reason
 from megatron_l0moe.runs.slurm_commands import JobState, parse_array, parse_job
 from megatron_l0moe.runs.stage_folder import MARKER, write_json

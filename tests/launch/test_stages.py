@@ -9,9 +9,8 @@ import pytest
 from toy_recipe import make_run
 
 import megatron_l0moe
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.provenance import READS
-from megatron_l0moe.launch.stages import (
+from megatron_l0moe.chain.provenance import READS
+from megatron_l0moe.chain.stages import (
     CHAIN,
     STAGE_NAMES,
     chain,
@@ -21,6 +20,7 @@ from megatron_l0moe.launch.stages import (
     stage_command,
     stages,
 )
+from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import section_hash
 
 PACKAGE = Path(megatron_l0moe.__file__).parent

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from toy_recipe import make_run
 
+from megatron_l0moe.chain import run_local, training_commands
+from megatron_l0moe.chain.stages import stages
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import jobs, pipeline
-from megatron_l0moe.launch.stages import stages
 from megatron_l0moe.runs.stage_folder import Stage
 
 PROGRAM = """
@@ -36,7 +36,7 @@ def stage(tmp_path: Path) -> Stage:
 def train(stage: Stage, what: str) -> None:
     command = [sys.executable, "-c", PROGRAM.format(what), str(stage.folder)]
     run = make_run(stage.folder.parents[1])
-    pipeline._train(run, jobs.Job(command=command, env={}), stage, 20)
+    run_local._train(run, training_commands.Job(command=command, env={}), stage, 20)
 
 
 def starts(stage: Stage) -> int:

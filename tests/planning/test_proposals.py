@@ -8,8 +8,8 @@ import yaml
 from gpu_readiness.models_7b import GPUS as GPU_COUNTS
 from gpu_readiness.models_7b import recipe_on, recipe_text
 
+from megatron_l0moe.chain.preflight import check_sizes
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.preflight import check_sizes
 from megatron_l0moe.plan import proposals
 from megatron_l0moe.plan.memory import Workload, peak_memory
 from megatron_l0moe.plan.plan import TABLE5, make_plan, recipe_keys

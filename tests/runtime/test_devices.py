@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_l0moe.runtime import gpus
+from megatron_l0moe.runtime import hardware
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 
 def test_no_driver(driver):
     driver(None)
-    assert gpus.visible_gpus() == 0
+    assert hardware.visible_gpus() == 0
 
 
 @pytest.mark.parametrize(
@@ -46,20 +46,20 @@ def test_chosen_devices(driver, monkeypatch, chosen, number):
     driver(4)
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert gpus.visible_gpus() == number
+    assert hardware.visible_gpus() == number
 
 
 def test_each_place_has_gpus_of_its_own(driver, monkeypatch):
     driver(4)
-    assert gpus.gpu_share(1, 2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert hardware.gpu_share(1, 2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,0")
-    assert gpus.gpu_share(0, 1) == {"CUDA_VISIBLE_DEVICES": "3"}
-    assert gpus.gpu_share(1, 1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert hardware.gpu_share(0, 1) == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert hardware.gpu_share(1, 1) == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
 def test_jobs_share_a_machine_without_gpus(driver):
     driver(None)
-    assert gpus.gpu_share(1, 2) == {}
+    assert hardware.gpu_share(1, 2) == {}
 
 
 def test_energy_in_joules_of_the_first_visible_gpu(driver, monkeypatch):
@@ -68,7 +68,7 @@ def test_energy_in_joules_of_the_first_visible_gpu(driver, monkeypatch):
     fake = sys.modules["pynvml"]
     fake.nvmlDeviceGetHandleByIndex = lambda index: index
     fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: 5000 + handle
-    meter = gpus.energy_meter()
+    meter = hardware.energy_meter()
     assert meter is not None
     assert meter() == pytest.approx(5.001)
 
@@ -76,12 +76,12 @@ def test_energy_in_joules_of_the_first_visible_gpu(driver, monkeypatch):
         raise fake.NVMLError
 
     fake.nvmlDeviceGetTotalEnergyConsumption = refuse
-    assert gpus.energy_meter() is None
+    assert hardware.energy_meter() is None
 
 
 def test_no_energy_without_a_gpu(driver):
     driver(None)
-    assert gpus.energy_meter() is None
+    assert hardware.energy_meter() is None
 
 
 def test_name_of_the_first_visible_gpu(driver, monkeypatch):
@@ -90,17 +90,17 @@ def test_name_of_the_first_visible_gpu(driver, monkeypatch):
     fake = sys.modules["pynvml"]
     fake.nvmlDeviceGetHandleByIndex = lambda index: index
     fake.nvmlDeviceGetName = lambda handle: f"GPU {handle}".encode()
-    assert gpus.gpu_name() == "GPU 1"
+    assert hardware.gpu_name() == "GPU 1"
     fake.nvmlDeviceGetName = lambda handle: "NVIDIA H200"
-    assert gpus.gpu_name() == "NVIDIA H200"
+    assert hardware.gpu_name() == "NVIDIA H200"
 
     def refuse(handle: int) -> str:
         raise fake.NVMLError
 
     fake.nvmlDeviceGetName = refuse
-    assert gpus.gpu_name() is None
+    assert hardware.gpu_name() is None
 
 
 def test_no_name_without_a_gpu(driver):
     driver(None)
-    assert gpus.gpu_name() is None
+    assert hardware.gpu_name() is None

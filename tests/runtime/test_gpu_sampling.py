@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_l0moe.runtime import gpus
+from megatron_l0moe.runtime import hardware
 
 PATIENCE = 20.0
 Fake = types.SimpleNamespace
@@ -71,7 +71,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def test_samples_of_every_gpu_until_the_end(driver: Callable[[int], Fake], tmp_path: Path) -> None:
     fake = driver(2)
-    with gpus.sampled(tmp_path, 0.05):
+    with hardware.sampled(tmp_path, 0.05):
         wait_for(lambda: len(rows(tmp_path)) >= 6)
     found = rows(tmp_path)
     assert [row["gpu"] for row in found[:4]] == ["0", "1", "0", "1"]
@@ -86,7 +86,7 @@ def test_samples_of_every_gpu_until_the_end(driver: Callable[[int], Fake], tmp_p
 
 def test_a_short_block_gives_its_first_and_last_sample(driver: Callable[[int], Fake], tmp_path: Path) -> None:
     driver(1)
-    with gpus.sampled(tmp_path, 1000.0):
+    with hardware.sampled(tmp_path, 1000.0):
         wait_for(lambda: len(rows(tmp_path)) == 1)
     assert len(rows(tmp_path)) == 2
 
@@ -103,7 +103,7 @@ def test_nothing_is_sampled(
     """Not by a second process of a node, not when it is not wanted, not without a GPU."""
     driver(count)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with gpus.sampled(tmp_path, seconds):
+    with hardware.sampled(tmp_path, seconds):
         time.sleep(0.1)
     assert not (tmp_path / "gpu").exists()
 
@@ -117,7 +117,7 @@ def test_a_sensor_that_fails_is_named_once(
         raise fake.NVMLError("Not Supported")
 
     fake.nvmlDeviceGetPowerUsage = fail
-    with caplog.at_level(logging.WARNING), gpus.sampled(tmp_path, 0.01):
+    with caplog.at_level(logging.WARNING), hardware.sampled(tmp_path, 0.01):
         wait_for(lambda: len(rows(tmp_path)) >= 3)
     assert all(row["power"] is None and row["temperature"] == 61 for row in rows(tmp_path))
     assert [record.message for record in caplog.records] == ["GPU 0 does not tell its power (Not Supported)."]
@@ -136,7 +136,7 @@ def test_a_failure_never_ends_training(
         fake.nvmlDeviceGetHandleByIndex = fail
     else:
         (tmp_path / "gpu").write_text("in the way")
-    with caplog.at_level(logging.WARNING), gpus.sampled(tmp_path, 0.01):
+    with caplog.at_level(logging.WARNING), hardware.sampled(tmp_path, 0.01):
         wait_for(lambda: bool(caplog.records))
     (record,) = caplog.records
     assert record.message.startswith("The GPUs are not sampled any more (")
@@ -145,6 +145,6 @@ def test_a_failure_never_ends_training(
 
 def test_training_errors_pass(driver: Callable[[int], Fake], tmp_path: Path) -> None:
     driver(1)
-    with pytest.raises(RuntimeError, match="training"), gpus.sampled(tmp_path, 0.01):
+    with pytest.raises(RuntimeError, match="training"), hardware.sampled(tmp_path, 0.01):
         raise RuntimeError("training")
     assert not [thread for thread in threading.enumerate() if thread.name == "gpu-sampling"]

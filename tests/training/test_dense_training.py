@@ -17,10 +17,10 @@ from conversion.toy_checkpoints import save_model
 from distributed import resume_world as toy
 from transformers import AutoModelForCausalLM
 
+from megatron_l0moe.chain.training_commands import DenseTraining, dense_job
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.conversion.export import export_dense
 from megatron_l0moe.index.dataset import CurriculumDataset
-from megatron_l0moe.launch.dense_job import DenseTraining, dense_job
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.sizes.architecture import Architecture
 

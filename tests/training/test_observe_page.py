@@ -11,7 +11,7 @@ from toy_recipe import make_run, toy_architecture
 from training.test_scalars import EXPERT, MOE
 
 import megatron_l0moe
-from megatron_l0moe.launch import jobs, records
+from megatron_l0moe.chain import records, training_commands
 from megatron_l0moe.training import arguments, metrics
 
 ROOT = Path(megatron_l0moe.__file__).parent.parent
@@ -28,9 +28,9 @@ def test_flags_of_the_page_reach_megatron(tmp_path: Path) -> None:
     (block,) = re.findall(r"^```\n(moe_training:\n.*?)^```", PAGE, re.M | re.S)
     flags = yaml.safe_load(block)["moe_training"]["flags"]
     assert len(flags) == 4
-    job = jobs.moe_job(make_run(tmp_path, moe_training__flags=flags), toy_architecture())
+    job = training_commands.moe_job(make_run(tmp_path, moe_training__flags=flags), toy_architecture())
     parser = arguments.add_l0_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    args = parser.parse_args(job.command[job.command.index(jobs.PRETRAIN) + 1 :])
+    args = parser.parse_args(job.command[job.command.index(training_commands.PRETRAIN) + 1 :])
     for name, value in flags.items():
         assert getattr(args, name.replace("-", "_")) == value
 

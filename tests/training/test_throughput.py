@@ -9,7 +9,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 from toy_recipe import make_run, toy_architecture
 
-from megatron_l0moe.launch import jobs
+from megatron_l0moe.chain import training_commands
 from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
 from megatron_l0moe.sizes.gpu_models import DEVICE_NAMES, GPUS, gpu_of_device
 from megatron_l0moe.training import arguments, metrics
@@ -26,11 +26,11 @@ def parsed(parser: argparse.ArgumentParser, folder: Path, stage: str, **changes:
     """Return Megatron's arguments and our settings of a recipe's job."""
     run = make_run(folder, **changes)
     job = (
-        jobs.moe_job(run, toy_architecture())
+        training_commands.moe_job(run, toy_architecture())
         if stage == "moe"
-        else jobs.expert_job(run, toy_architecture(), 0)
+        else training_commands.expert_job(run, toy_architecture(), 0)
     )
-    args = parser.parse_args(job.command[job.command.index(jobs.PRETRAIN) + 1 :])
+    args = parser.parse_args(job.command[job.command.index(training_commands.PRETRAIN) + 1 :])
     args.padded_vocab_size, args.world_size = args.vocab_size, 4  # Megatron's checks fill these in
     return args, arguments.settings_from_args(args)
 

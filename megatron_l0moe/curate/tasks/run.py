@@ -24,7 +24,7 @@ from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe.sections import ExecutorSection
 from megatron_l0moe.runs.caller_environment import for_slurm, replace
 from megatron_l0moe.runs.stage_folder import write_text
-from megatron_l0moe.runtime.gpus import visible_gpus
+from megatron_l0moe.runtime.hardware import visible_gpus
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from datatrove.utils.logging import logger as datatrove_logger
 from megatron_l0moe.curate.tasks.units import Plan, Workspace, published, read_record, write_record
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.runs.stage_folder import write_json
-from megatron_l0moe.runtime.gpus import gpu_share, visible_gpus
+from megatron_l0moe.runtime.hardware import gpu_share, visible_gpus
 from megatron_l0moe.runtime.json_files import read_json
 
 INTERVAL_SECONDS = 5.0

@@ -34,7 +34,6 @@ from megatron_l0moe.evaluation.timing import (
     Operations,
     Runner,
     TransformersRunner,
-    describe_machine,
     pinned_threads,
     profile_transformers,
     time_pairs,
@@ -43,7 +42,7 @@ from megatron_l0moe.evaluation.timing import (
 )
 from megatron_l0moe.index.heldout_file import read_heldout
 from megatron_l0moe.runtime.cpu import device
-from megatron_l0moe.runtime.gpus import energy_meter
+from megatron_l0moe.runtime.hardware import describe_machine, energy_meter
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, pass_bounds
 

@@ -1,8 +1,7 @@
-"""The GPUs and cores that this machine offers, asked without torch, whose import takes seconds.
+"""The GPUs and cores that this machine offers, and what a measurement ran on; no torch, whose import takes seconds.
 
-Power, memory, utilisation, clocks and temperature of a node's GPUs over time, read from NVIDIA's driver.
-
-One thread of a node's first process appends to FOLDER/gpu/HOST.jsonl, one object for each GPU and sample:
+Power, memory, utilisation, clocks and temperature of a node's GPUs over time are read from NVIDIA's driver. One thread
+of a node's first process appends to FOLDER/gpu/HOST.jsonl, one object for each GPU and sample:
 
 | name | meaning |
 |---|---|
@@ -22,10 +21,13 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,47 @@ def _sample(nvml: Any, name: str, handle: Any, silent: set[str]) -> dict[str, fl
                 silent.add(key)
                 logger.warning("GPU %s does not tell its %s (%s).", name, key, error)
     return sample
+
+
+PACKAGES = ("torch", "transformers", "megatron-core", "numpy")
+
+
+def describe_machine(*, device: str, threads: int) -> dict[str, object]:
+    """Return processor model, cores this process may use, memory in GiB, device, threads, versions and UTC date."""
+    return {
+        "cpu": cpu_model(Path("/proc/cpuinfo")),
+        "cores": usable_cores(),
+        "memory_gib": memory_gib(Path("/proc/meminfo")),
+        "device": device,
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in PACKAGES},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_model(cpuinfo: Path) -> str:
+    """Return the `model name` of /proc/cpuinfo, or what Python knows where there is none."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_gib(meminfo: Path) -> float | None:
+    """Return `MemTotal` of /proc/meminfo in GiB, or None where there is none."""
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemTotal":
+                return round(int(value.split()[0]) / 2**20, 1)  # kB -> GiB
+    return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_l0moe.chain import attempts, preflight, provenance, run_local, training_commands
+from megatron_l0moe.chain.stages import Run, place_of, spec_of, stages
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.index.dataset import describe, samples_of_step
-from megatron_l0moe.launch import attempts, jobs, pipeline, preflight, provenance
-from megatron_l0moe.launch.sbatch import place_of
-from megatron_l0moe.launch.stages import Run, spec_of, stages
+from megatron_l0moe.index.index import describe_places, samples_of_step
 from megatron_l0moe.runs.child_process import lost_a_node, reason_in
 from megatron_l0moe.runs.lock import locked
 from megatron_l0moe.runs.stage_folder import (
@@ -87,18 +86,18 @@ class TrainingStage:
         return None if training.flags.get("async-save") else training.save_interval
 
     @property
-    def job(self) -> jobs.Job:
+    def job(self) -> training_commands.Job:
         """The training command."""
         architecture = Architecture.from_hf(Path(self.run.recipe.model.path))
         preflight.check_sizes(self.run.recipe, architecture)
         if self.index is None:
-            return jobs.moe_job(self.run, architecture)
-        return jobs.expert_job(self.run, architecture, self.index)
+            return training_commands.moe_job(self.run, architecture)
+        return training_commands.expert_job(self.run, architecture, self.index)
 
     @property
     def is_trained(self) -> bool:
         """Whether the last step is saved; an expert that is extracted has no checkpoints any more."""
-        return attempts.saved_step(self.folder) == self.steps or pipeline.is_extracted(self.folder)
+        return attempts.saved_step(self.folder) == self.steps or run_local.is_extracted(self.folder)
 
     def samples_of(self, step: int) -> tuple[str, list[dict[str, object]]]:
         """Describe the samples of a step, in words and one by one."""
@@ -111,7 +110,7 @@ class TrainingStage:
             places = samples_of_step(prefix, step, batch)
         except L0MoEError as error:
             return f"samples that are not known ({str(error).rstrip('.')})", []
-        return describe(prefix, places), [place.as_dict() for place in places]
+        return describe_places(prefix, places), [place.as_dict() for place in places]
 
 
 def run_phase(
@@ -150,7 +149,7 @@ def _prepare(this: TrainingStage) -> int:
         return _say(this, "done")
     spec = spec_of(this.stage.name, this.run.recipe.method)
     wait_for_inputs(this.stage)
-    pipeline.check_inputs(this.run, spec)
+    run_local.check_inputs(this.run, spec)
     provenance.check(this.run, this.stage)
     begin(this.stage, spec.restart)
     past = _close_last(this, seen=False)
@@ -161,7 +160,7 @@ def _prepare(this: TrainingStage) -> int:
     job = this.job
     logs = os.environ.get(LOGS_VARIABLE)
     attempt = attempts.open_attempt(this.folder, Path(logs) if logs else this.folder / "train.log")
-    pipeline.record_start(this.run, job, this.stage)
+    run_local.record_start(this.run, job, this.stage)
     logger.info(
         "Attempt %d in %s goes on from step %d of %d.",
         attempt.number,

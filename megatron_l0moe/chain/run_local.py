@@ -14,15 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_l0moe.command_errors import VERBOSE
+from megatron_l0moe.chain import attempts, machine, preflight, provenance, records, training_commands
+from megatron_l0moe.chain.forecast import Forecast, forecast
+from megatron_l0moe.chain.progress import Progress, seconds_left, words
+from megatron_l0moe.chain.stages import Run, StageSpec, selection, spec_of, stage_command, stages
+from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import attempts, jobs, machine, preflight, provenance, records
-from megatron_l0moe.launch.construction import construct_job
-from megatron_l0moe.launch.estimate import seconds_left, words
-from megatron_l0moe.launch.forecast import Forecast, forecast
-from megatron_l0moe.launch.progress import Progress
-from megatron_l0moe.launch.stages import Run, StageSpec, selection, spec_of, stage_command, stages
 from megatron_l0moe.recipe.recipe import TITLES
+from megatron_l0moe.runs.caller_environment import VERBOSE
 from megatron_l0moe.runs.child_process import (
     USER_ERROR_EXIT,
     Command,
@@ -42,7 +41,7 @@ from megatron_l0moe.runs.stage_folder import (
     write_json,
 )
 from megatron_l0moe.runs.training_end import forget_stop, read_failure, refuse_failure, stopped_at
-from megatron_l0moe.runtime.gpus import gpu_share
+from megatron_l0moe.runtime.hardware import gpu_share
 from megatron_l0moe.runtime.json_files import read_json
 from megatron_l0moe.sizes.architecture import Architecture
 
@@ -142,7 +141,7 @@ def train_expert(run: Run, stage: Stage) -> None:
     """Run the training job of one expert to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "expert_training")
     k = int(stage.folder.name)
-    job = jobs.expert_job(run, _architecture(run), k)
+    job = training_commands.expert_job(run, _architecture(run), k)
     logger.info("Expert %d of %d: %d steps.", k + 1, run.recipe.model.num_experts, run.recipe.expert_steps)
     _train(run, job, stage, run.recipe.expert_steps)
 
@@ -166,13 +165,13 @@ def train_moe(run: Run, stage: Stage) -> None:
     preflight.check_machine(run.recipe, "moe_training")
     what = "MoE" if run.recipe.method == "l0moe" else TITLES[run.recipe.method]
     logger.info("%s training: %d steps.", what, run.recipe.moe_steps)
-    _train(run, jobs.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
+    _train(run, training_commands.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 
 def write_logits(run: Run, stage: Stage) -> Path:
     """Let Megatron write its logits on held-out text, to compare with the exported model's; returns the file."""
-    _run_job(jobs.logits_job(run, _architecture(run)), stage.folder / "logits.log")
-    return jobs.logits_file(run)
+    _run_job(training_commands.logits_job(run, _architecture(run)), stage.folder / "logits.log")
+    return training_commands.logits_file(run)
 
 
 def extract_once(folder: Path, extract: Callable[[], Numbers]) -> Numbers:
@@ -212,7 +211,7 @@ def check_inputs(run: Run, spec: StageSpec) -> None:
             is_done(stage)
 
 
-def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
+def _train(run: Run, job: training_commands.Job, stage: Stage, steps: int) -> None:
     """Run a training job to its last step; a job whose last checkpoint is there already is not started again."""
 
     def is_trained() -> bool:
@@ -241,13 +240,13 @@ def _train(run: Run, job: jobs.Job, stage: Stage, steps: int) -> None:
         )
 
 
-def record_start(run: Run, job: jobs.Job, stage: Stage) -> None:
+def record_start(run: Run, job: training_commands.Job, stage: Stage) -> None:
     """Write down what a training job is started from."""
     command = ["env", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
     records.write_records(run, stage.folder, command, attempt=records.next_attempt(stage.folder))
 
 
-def _run_job(job: jobs.Job, log: Path) -> None:
+def _run_job(job: training_commands.Job, log: Path) -> None:
     run_command(job.command, log=log, env=job.env, keep_open=inherited())
 
 

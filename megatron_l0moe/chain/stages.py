@@ -256,3 +256,24 @@ def _setting(recipe: Recipe, path: str) -> Any:
     if path.endswith(".flags"):
         return {name: flag for name, flag in value.items() if not name.startswith(FREE_FLAGS)}
     return value.model_dump(exclude=HASHED_APART) if isinstance(value, BaseModel) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the scripts of a run lie and its logs go."""
+
+    scripts: Path
+    logs: Path
+
+    def script(self, name: str) -> Path:
+        """Return the script of a stage."""
+        return self.scripts / f"{name}.sbatch"
+
+    def log(self, name: str) -> Path:
+        """Return the log of a stage's job, with Slurm's placeholders for its number."""
+        return self.logs / f"{name}-{'%A_%a' if name == 'experts' else '%j'}.log"
+
+
+def place_of(run: Run) -> Place:
+    """Return the places in the run's own folder."""
+    return Place(scripts=run.folder / "slurm", logs=run.folder / "slurm" / "logs")

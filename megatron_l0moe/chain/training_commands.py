@@ -2,22 +2,124 @@
 
 One function for each group of flags; a job is the sum of its groups. Flags that depend on the platform (gloo,
 local kernels) are added by the job itself, so the command is the same on a laptop and on a GPU node.
+
+The job of an expert that is made without training, where `expert_training.method` is not l0. Pure text.
+
+The flags that make a training job one of its recipe's method. Pure text.
+
+Flags of Megatron that a recipe's `flags:` may not set, or that a trial leaves out.
+
+The torchrun command that trains a dense model on a sample index. Pure text: nothing is started or read here.
+
+Not a stage of the chain: it makes base models where none is at hand, and the dense models that an L0-MoE is compared
+with. All parameters train, in the stock model through our layer spec.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch.method_flags import expert_flags, method_flags, stage_flags
-from megatron_l0moe.launch.owned_flags import NOT_IN_A_TRIAL, OWNED_BY_THE_CHAIN
-from megatron_l0moe.launch.stages import Run
 from megatron_l0moe.recipe.layout import Flag, Flags, Layout, layout_flags
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.recipe.sections import ExpertTrainingSection, MoETrainingSection
 from megatron_l0moe.runs.training_end import STOP_FILE
 from megatron_l0moe.sizes.architecture import Architecture
+
+OWNED_BY_THE_CHAIN = frozenset(
+    {
+        *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
+        *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file", "l0-stop-file"),
+        "l0-train-weights",  # expert_training.train_weights
+        *("l0-blocks", "l0-block-threshold", "l0-block-sparsity-coeff"),  # the section dsmoe
+        *("l0-masks", "l0-masks-top-k", "l0-masks-target", "l0-masks-balance-coeff"),  # the section mom
+        *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
+        *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
+        *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),
+        *("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage"),
+        *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
+        *("pipeline-model-parallel-layout", "no-overlap-p2p-communication"),
+        *("tokenizer-type", "vocab-size", "ckpt-format", "micro-batch-size", "train-samples", "finetune"),
+        # the exported layouts know softmax after top-k only
+        *("moe-router-pre-softmax", "moe-router-score-function", "moe-router-topk-scaling-factor"),
+        # end a job before its last step, with exit code 0
+        *("exit-interval", "exit-duration-in-mins", "exit-signal-handler"),
+    }
+)
+"""Flags that follow from the rest of the recipe or from the run folder, so `flags:` may not set them."""
+NOT_IN_A_TRIAL = frozenset(
+    {
+        *("bf16", "fp16", "fp8-format", "fp8-recipe"),  # their rounding would hide what a trial looks for
+        *("lr-warmup-iters", "lr-decay-iters", "lr-wsd-decay-iters"),  # count the steps of the whole stage
+        *("use-distributed-optimizer", "dist-ckpt-optim-fully-reshardable", "overlap-param-gather"),
+        "moe-token-dispatcher-type",
+        *("tensorboard-dir", "wandb-project", "wandb-exp-name"),
+    }
+)
+"""Flags of a recipe that a trial leaves out: precision, the stage's length, what a layout decides, what is written."""
+
+
+BALANCE_COEFFICIENT = 0.01
+"""alpha of eq. 7."""
+Z_COEFFICIENT = 0.003
+"""alpha * lambda of eq. 7 and eq. 3: 0.01 * 0.3."""
+
+
+def stage_flags(recipe: Recipe, stage: str | None = None) -> Flags:
+    """Return the stage, `stage` or what the stage `moe` of the recipe's chain is to the program, and its shape."""
+    flags: Flags = {
+        "l0-stage": stage or ("moe" if recipe.method == "l0moe" else recipe.method),
+        "l0-dense-layers": recipe.model.dense_layers,
+    }
+    if recipe.method == "l0moe":
+        flags["l0-expert-ffn"] = recipe.model.expert_ffn
+    return flags
+
+
+def expert_flags(recipe: Recipe, architecture: Architecture) -> Flags:
+    """Return the flags of Megatron's MoE layers; none for a method without them."""
+    if recipe.method != "l0moe":
+        return {}
+    dense = recipe.model.dense_layers
+    return {
+        "num-experts": recipe.model.num_experts,
+        "moe-ffn-hidden-size": recipe.model.expert_ffn,
+        "moe-router-topk": recipe.model.top_k,
+        "moe-layer-freq": f"([0]*{dense}+[1]*{architecture.num_layers - dense})",
+        "moe-router-dtype": "fp32",
+        "moe-router-load-balancing-type": "none",  # eq. 3 is attached by our router
+        "moe-aux-loss-coeff": BALANCE_COEFFICIENT,
+        "moe-z-loss-coeff": Z_COEFFICIENT,
+    }
+
+
+def method_flags(recipe: Recipe) -> Flags:
+    """Return the flags of the method's own section."""
+    if recipe.method == "dsmoe":
+        blocks = recipe.dsmoe
+        return {
+            "l0-blocks": blocks.blocks,
+            "l0-block-threshold": blocks.threshold,
+            "l0-block-sparsity-coeff": blocks.sparsity_coefficient,
+            "l0-block-seed": recipe.seed,
+        }
+    if recipe.method == "mom":
+        masks = recipe.mom
+        return {
+            "l0-masks": masks.masks,
+            "l0-masks-top-k": masks.top_k,
+            "l0-masks-target": masks.target,
+            "l0-masks-balance-coeff": masks.balance_coefficient,
+            "l0-masks-seed": recipe.seed,
+            "l0-retention-control": "lagrangian",  # the budget is one of a single mask
+            "l0-mask-lr": masks.mask_learning_rate,
+            "l0-noise-seed": recipe.seed,
+        }
+    return {}
+
 
 PRETRAIN = "megatron_l0moe.training.pretrain"
 LOGITS = "megatron_l0moe.training.logits"
@@ -295,3 +397,87 @@ def environment(threads: int) -> dict[str, str]:
     """Return the variables that a job needs."""
     # Megatron wants one hardware queue on a GPU when it overlaps tensor-parallel work; it does nothing elsewhere.
     return {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseTraining:
+    """What a dense training run is made of."""
+
+    folder: Path
+    """Takes checkpoints/ and metrics.jsonl."""
+    index: Path
+    """Prefix of a sample index of any kind."""
+    start: Path | None
+    """Megatron checkpoint of a dense model, as `convert` writes it; None: random weights."""
+    steps: int
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    """Sequences of one step."""
+    learning_rate: float
+    warmup_share: float
+    """First part of the steps in which the learning rate rises."""
+    seed: int
+    """Of the random weights."""
+    save_interval: int
+    layout: Layout = field(default_factory=Layout)
+    threads: int = 1
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    """Further flags, which win."""
+
+
+def dense_job(training: DenseTraining, architecture: Architecture, *, python: str = sys.executable) -> Job:
+    """Return the job; started again, it goes on from its last checkpoint."""
+    own = str(training.folder / "checkpoints")
+    flags = (
+        size_flags(architecture, training.seq_length)
+        | batch_flags(training.micro_batch_size, training.global_batch_size, training.steps, training.seed)
+        | schedule_flags(training.learning_rate, training.steps, training.warmup_share)
+        | optimizer_flags()
+        | {"ckpt-format": "torch_dist", "save": own, "load": own, "save-interval": training.save_interval}
+        | ({"pretrained-checkpoint": str(training.start)} if training.start else {})
+        | layout_flags(training.layout)
+        | {
+            "l0-stage": "dense",
+            "l0-data-index": str(training.index),
+            "l0-metrics-file": str(training.folder / "metrics.jsonl"),
+        }
+        | dict(training.flags)
+    )
+    before = launcher(python, training.layout.processes, nodes=1)
+    words = [*before, "-m", PRETRAIN, *architecture.megatron_flags(), *render(flags)]
+    return Job(command=words, env=environment(training.threads))
+
+
+PROGRAM = "megatron_l0moe.training.construct"
+
+
+def construct_job(run: Run, architecture: Architecture, k: int, *, python: str = sys.executable) -> Job:
+    """Return the job that makes expert k from a calibration pass.
+
+    The learning rates, batch sizes and flags of `expert_training` are those of training and have no part in it.
+    """
+    recipe, training = run.recipe, run.recipe.expert_training
+    flags: Flags = size_flags(architecture, recipe.data.seq_length) | {
+        "micro-batch-size": 1,
+        "seed": recipe.seed,
+        "ckpt-format": "torch_dist",
+        "pretrained-checkpoint": str(run.stage_folder("convert") / "megatron"),
+        **layout_flags(dataclasses.replace(training.parallel.layout, distributed_optimizer=False)),
+        "l0-stage": "expert",
+        "l0-dense-layers": recipe.model.dense_layers,
+        "l0-expert-ffn": recipe.model.expert_ffn,
+        "l0-data-index": str(run.stage_folder("curate") / f"expert_{k:03d}"),
+        "l0-method": training.method,
+        "l0-calibration-sequences": recipe.calibration_sequences,
+        "l0-damping": training.calibration.damping,
+        "l0-shared": training.calibration.shared,
+        "l0-expert": k,
+        "l0-experts": recipe.model.num_experts,
+        "l0-top-k": recipe.model.top_k,
+        "l0-expert-file": str(run.expert_folder(k) / "expert.safetensors"),
+    }
+    parallel = training.parallel
+    words = [*launcher(python, parallel.processes, parallel.nodes), "-m", PROGRAM]
+    words += [*architecture.megatron_flags(), *render(flags)]
+    return Job(command=words, env=environment(parallel.threads) | EXACT_FP32)

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.launch.machine import Machine
+from megatron_l0moe.chain.machine import Machine
 from megatron_l0moe.plan.plan import stage_models
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.sizes.architecture import Architecture

@@ -1,25 +1,210 @@
-"""`l0moe run RECIPE --launcher slurm`: the whole chain as jobs, each after the one before it has succeeded."""
+"""`l0moe run RECIPE --launcher slurm`: the whole chain as jobs, each after the one before it has succeeded.
 
+Which jobs a run still needs: what is done stays, what is queued stays, and the rest is to be submitted.
+
+`runs/NAME/slurm/jobs.json`: which jobs were submitted for a run, so that status, cancel and a rerun find them.
+"""
+
+import datetime
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from megatron_l0moe.chain.preflight import check_cluster, check_files, check_memory
+from megatron_l0moe.chain.slurm import sbatch
+from megatron_l0moe.chain.slurm.cluster import Cluster, experts_at_once, resources
+from megatron_l0moe.chain.stages import Place, Run, StageSpec, chain, place_of, spec_of, stages
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.launch import sbatch
-from megatron_l0moe.launch.chain_jobs import Part, earlier_jobs, missing_parts
-from megatron_l0moe.launch.cluster import Cluster
-from megatron_l0moe.launch.resources import experts_at_once, resources
-from megatron_l0moe.launch.slurm_preflight import check_cluster, check_files, check_memory
-from megatron_l0moe.launch.slurm_record import Record, SubmittedJob, now, read_record, write_record
-from megatron_l0moe.launch.stages import Run, StageSpec
 from megatron_l0moe.runs import slurm_commands
 from megatron_l0moe.runs.caller_environment import for_slurm
 from megatron_l0moe.runs.lock import locked
-from megatron_l0moe.runs.stage_folder import write_json, write_text
+from megatron_l0moe.runs.slurm_commands import JobState, parse_array
+from megatron_l0moe.runs.stage_folder import MARKER, check_started, is_done, write_json, write_text
 from megatron_l0moe.sizes.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmittedJob:
+    """One call of sbatch."""
+
+    stage: str
+    job: str
+    """Its number."""
+    submitted: str
+    """When, ISO 8601, UTC."""
+    after: list[str]
+    """Jobs, or tasks of arrays, that have to succeed before."""
+    script: str
+    log: str
+    """With Slurm's placeholders."""
+    array: str | None
+    """Experts, as sbatch's --array takes them; None: no array."""
+    nodes: int
+    gpus: int
+    """Of the job, or of each task of an array."""
+
+    @property
+    def tasks(self) -> dict[str, int | None]:
+        """Names that Slurm gives to what runs, and the expert of each."""
+        if self.array is None:
+            return {self.job: None}
+        return {f"{self.job}_{k}": k for k in parse_array(self.array)}
+
+    def log_of(self, task: str) -> Path:
+        """Return the log of one of the tasks."""
+        job, _, index = task.partition("_")
+        return Path(self.log.replace("%A", job).replace("%a", index).replace("%j", job))
+
+
+@dataclass
+class Record:
+    """All jobs of a run."""
+
+    recipe_file: str = ""
+    cluster_file: str = ""
+    jobs: list[SubmittedJob] = field(default_factory=list)
+    """In the order of submission; of two for the same work the later one counts."""
+    cancelled: list[str] = field(default_factory=list)
+    """Numbers of jobs that a command of ours has ended."""
+
+    def of_stage(self, name: str) -> list[SubmittedJob]:
+        """Return the jobs of a stage, oldest first."""
+        return [job for job in self.jobs if job.stage == name]
+
+
+def record_file(run_folder: Path) -> Path:
+    """Return the file of a run."""
+    return run_folder / "slurm" / "jobs.json"
+
+
+def read_record(run_folder: Path) -> Record:
+    """Return the jobs of a run; none where nothing was submitted.
+
+    Raises:
+        L0MoEError: the file is not ours.
+    """
+    path = record_file(run_folder)
+    if not path.is_file():
+        return Record()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{**value, "jobs": [SubmittedJob(**job) for job in value["jobs"]]})
+    except (ValueError, TypeError, KeyError) as error:
+        raise L0MoEError(
+            f"{path} cannot be read ({error}); cancel its jobs by hand and remove it."
+        ) from error
+
+
+def write_record(run: Run, record: Record) -> None:
+    """Write the jobs of a run."""
+    write_json(record_file(run.folder), asdict(record))
+
+
+def now() -> str:
+    """Return the time in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What has to be done about one stage."""
+
+    spec: StageSpec
+    submit: tuple[int, ...]
+    """Folders of the stage that need a job: the experts' numbers, or 0 for the only one."""
+    queued: tuple[str, ...] = ()
+    """Jobs, or tasks of arrays, that will do the rest."""
+    replaced: tuple[str, ...] = ()
+    """Waiting jobs to cancel: they wait for a job that is made anew."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do or to wait for."""
+        return not self.submit and not self.queued
+
+
+def missing_parts(
+    run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
+) -> list[Part]:
+    """Return what is to be done about each stage, in the chain's order.
+
+    Args:
+        known: what Slurm says of the jobs in the record.
+
+    Raises:
+        L0MoEError: a folder holds another recipe's work, or a stage before the first one is neither done nor queued.
+    """
+    parts: list[Part] = []
+    anew = False
+    for spec in selected:
+        part = _part(run, spec, record, known)
+        if anew and part.queued:
+            part = _replace(part, known)
+        anew = anew or bool(part.submit)
+        parts.append(part)
+    _check_inputs(run, selected, record, known)
+    return parts
+
+
+def earlier_jobs(
+    run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
+) -> tuple[str, ...]:
+    """Return queued jobs of stages before the first selected one, which it has to wait for."""
+    rows = chain(run.recipe.method)
+    before = rows[: rows.index(selected[0])]
+    return tuple(task for spec in before for task in _part(run, spec, record, known).queued)
+
+
+def alive_tasks(record: Record, name: str, known: Mapping[str, JobState]) -> dict[int, str]:
+    """Return the jobs of a stage that will still do something, by the number of their folder."""
+    return {
+        k or 0: task
+        for job in record.of_stage(name)
+        for task, k in job.tasks.items()
+        if task in known and known[task].alive
+    }
+
+
+def _part(run: Run, spec: StageSpec, record: Record, known: Mapping[str, JobState]) -> Part:
+    wanted = stages(run, spec.name)
+    missing = [k for k, stage in enumerate(wanted) if not is_done(stage)]
+    if spec.restart == "resume":
+        for k in missing:
+            if all((folder / MARKER).is_file() for folder in wanted[k].inputs):
+                check_started(wanted[k])
+    alive = alive_tasks(record, spec.name, known)
+    return Part(
+        spec=spec,
+        submit=tuple(k for k in missing if k not in alive),
+        queued=tuple(alive[k] for k in missing if k in alive),
+    )
+
+
+def _replace(part: Part, known: Mapping[str, JobState]) -> Part:
+    for task in part.queued:
+        if known[task].state != "PENDING":
+            raise L0MoEError(
+                f"Job {task} of stage {part.spec.name} is {known[task].state} although a stage before it has to be "
+                "done again; end the run's jobs with `l0moe cancel` first."
+            )
+    waiting = {int(task.partition("_")[2] or 0) for task in part.queued}
+    return Part(spec=part.spec, submit=tuple(sorted({*part.submit, *waiting})), replaced=part.queued)
+
+
+def _check_inputs(
+    run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
+) -> None:
+    ours = {spec.name for spec in selected}
+    for spec in selected:
+        for name in spec.inputs:
+            if name not in ours and _part(run, spec_of(name, run.recipe.method), record, known).submit:
+                raise L0MoEError(
+                    f"The stage {spec.name} needs {name}, which is neither done nor queued; start with --from {name}."
+                )
+
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -97,9 +282,7 @@ def cancel_run(run_folder: Path) -> list[str]:
         return wanted
 
 
-def write_scripts(
-    request: Request, architecture: Architecture, place: sbatch.Place, names: Sequence[str]
-) -> None:
+def write_scripts(request: Request, architecture: Architecture, place: Place, names: Sequence[str]) -> None:
     """Write the batch scripts of some stages."""
     for name in names:
         text = sbatch.render(request.run, architecture, request.cluster, name, place)
@@ -107,7 +290,7 @@ def write_scripts(
 
 
 def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
-    run, place = request.run, sbatch.place_of(request.run)
+    run, place = request.run, place_of(request.run)
     place.logs.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "recipe.json", run.recipe.model_dump())
     write_json(place.scripts / "cluster.json", json.loads(request.cluster.model_dump_json()))
@@ -117,7 +300,7 @@ def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
 
 def _say_what_is_left_out(request: Request, parts: Sequence[Part], say: Say) -> None:
     """Name the variables of sbatch that the cluster file goes before."""
-    scripts = [sbatch.place_of(request.run).script(part.spec.name) for part in parts if part.submit]
+    scripts = [place_of(request.run).script(part.spec.name) for part in parts if part.submit]
     kept = [for_slurm(os.environ, script.read_text(encoding="utf-8")) for script in scripts]
     ours = [name for name in sorted(os.environ) if name.startswith("SBATCH_")]
     if left_out := [name for name in ours if not all(name in variables for variables in kept)]:
@@ -132,7 +315,7 @@ def _ask_for_refusals(request: Request, parts: Sequence[Part]) -> None:
     """
     for part in parts:
         if part.submit:
-            script = sbatch.place_of(request.run).script(part.spec.name)
+            script = place_of(request.run).script(part.spec.name)
             slurm_commands.check(script, _array_options(_array(request, part)))
 
 
@@ -166,7 +349,7 @@ def _submit(
 
 def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> SubmittedJob:
     run, name = request.run, part.spec.name
-    place, need = sbatch.place_of(run), resources(name, run.recipe, request.cluster)
+    place, need = place_of(run), resources(name, run.recipe, request.cluster)
     array = _array(request, part)
     options = _array_options(array)
     if before:

@@ -1,0 +1,1 @@
+"""The chain as jobs of a Slurm cluster."""

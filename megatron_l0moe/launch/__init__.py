@@ -1,1 +1,0 @@
-"""Starting things: commands as text, processes, locks, the chain. No torch."""
