@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import megatron_l0moe
-from megatron_l0moe import bench_command, plan_command, slurm_command, verify_command
-from megatron_l0moe.command_errors import one_sentence
+from megatron_l0moe import commands
+from megatron_l0moe.commands import RunsDir, one_sentence
 from megatron_l0moe.runs import caller_environment
 from megatron_l0moe.runs.caller_environment import VERBOSE
 
@@ -51,7 +51,6 @@ NoVerify = Annotated[
     bool,
     typer.Option("--no-verify", help="Do not compare the files of the stages before with their manifests."),
 ]
-RunsDir = Annotated[Path, typer.Option("--runs-dir", metavar="DIR", help="Folder that holds the runs.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -106,19 +105,19 @@ def run(
 
         this = _load(recipe, runs_dir, verify=not no_verify)
         selected = stages.selection(this.recipe.method, first, last)
-        if slurm_command.chosen(launcher, cluster):
-            slurm_command.run_on_slurm(this, selected, cluster, dry_run=dry_run)
+        if commands.chosen(launcher, cluster):
+            commands.run_on_slurm(this, selected, cluster, dry_run=dry_run)
         elif dry_run:
             typer.echo("\n".join(dryrun.describe(this, selected)))
         else:
-            slurm_command.refuse_if_queued(this)
+            commands.refuse_if_queued(this)
             run_local.run_chain(this, first=first, last=last)
 
 
-app.command()(plan_command.plan)
-app.command()(slurm_command.status)
-app.command()(slurm_command.cancel)
-app.command()(verify_command.verify)
+app.command()(commands.plan)
+app.command()(commands.status)
+app.command()(commands.cancel)
+app.command()(commands.verify)
 
 
 @app.command(rich_help_panel=ONE_STAGE)
@@ -300,11 +299,11 @@ def inspect(
 
 
 @app.command("bench")
-@functools.wraps(bench_command.bench)
+@functools.wraps(commands.bench)
 def _bench(**options: Any) -> None:
     with one_sentence(Path("runs")):
         _log_to_stderr()
-        bench_command.bench(**options)
+        commands.bench(**options)
 
 
 def _stage(

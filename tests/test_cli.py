@@ -13,7 +13,7 @@ from toy_recipe import write_model, write_recipe
 from typer.testing import CliRunner
 
 import megatron_l0moe
-from megatron_l0moe import cli, errors, plan_command
+from megatron_l0moe import cli, commands, errors
 from megatron_l0moe.chain import run_local
 from megatron_l0moe.chain.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.errors import L0MoEError
@@ -294,7 +294,7 @@ def test_a_log_on_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_plan_is_bounded(tmp_path: Path) -> None:
-    assert plan_command.MOST_GPUS == MOST_PROCESSES
+    assert commands.MOST_GPUS == MOST_PROCESSES
     code, _, err = invoke("plan", str(write_recipe(tmp_path)), "--gpus", "100000000")
     assert code == 2
     assert "131072" in err

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from megatron_l0moe import cli
-from megatron_l0moe.command_errors import EXIT_USER_ERROR
+from megatron_l0moe.commands import EXIT_USER_ERROR
 from megatron_l0moe.plan.plan import find_architecture, recompute_of
 from megatron_l0moe.sizes.flops import Recompute
 
