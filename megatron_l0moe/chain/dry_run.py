@@ -1,6 +1,6 @@
 """What `l0moe run RECIPE` would do, stage by stage, as text: files, shapes, parameters, tokens, steps, commands.
 
-What `l0moe run RECIPE --launcher slurm --dry-run` shows: every job with its resources. Nothing is written.
+With `--launcher slurm`: every job with its resources. Nothing is written.
 """
 
 import shlex

@@ -1,7 +1,7 @@
 """How long each stage of a run will take on a CPU, before anything was run: FLOPs by formula over the measured speed.
 
 A stage is a list of parts in the order in which it does them; each bears the name that the stage's own messages begin
-with, so that `estimate.py` can see which part is under way. The shares and rates below were fitted to runs of the
+with, so that `progress.py` can see which part is under way. The shares and rates below were fitted to runs of the
 quickstart on two kinds of machine and are good to a factor of two, which is all that is claimed.
 """
 

@@ -1,7 +1,4 @@
-"""Checks that need the model's config.json but no work: what is wrong is said before the first hour is spent.
-
-What is wrong with a run on a cluster is said before anything is queued.
-"""
+"""Checks before the first hour is spent or anything is queued: the model's config.json, this machine, the cluster."""
 
 import dataclasses
 import logging

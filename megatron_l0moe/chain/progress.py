@@ -1,6 +1,4 @@
-"""What a person sees while the chain runs: one live line on a terminal, plain lines in a file.
-
-How far a run is and how long it will still take, from what was measured in this run and a forecast of the rest.
+"""What a person sees while the chain runs: one live line on a terminal, plain lines in a file, and the time left.
 
 Once training steps were timed, they give the time of all steps that are left; a stage whose steps were not timed yet
 borrows the time per token of one whose were, weighted by what a token costs there. Everything else is the forecast's

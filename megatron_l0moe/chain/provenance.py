@@ -3,9 +3,7 @@
 The sizes of all files of `READS` are compared, and their sha256. The token files and arrays of `curate` are not among
 them: their sha256 lie in the headers of the indexes, and the training jobs compare them. So it is with the files of the
 dense model, whose sha256 `convert` and `curate` record; weights are read for it by `evaluate` only, which computes with
-them.
-
-A whole run compared with its manifests: every output, the manifests of the inputs, the dense model. No torch.
+them. `l0moe verify` compares a whole run: every output, the manifests of the inputs, the dense model. No torch.
 """
 
 import contextlib

@@ -3,16 +3,9 @@
 One function for each group of flags; a job is the sum of its groups. Flags that depend on the platform (gloo,
 local kernels) are added by the job itself, so the command is the same on a laptop and on a GPU node.
 
-The job of an expert that is made without training, where `expert_training.method` is not l0. Pure text.
-
-The flags that make a training job one of its recipe's method. Pure text.
-
-Flags of Megatron that a recipe's `flags:` may not set, or that a trial leaves out.
-
-The torchrun command that trains a dense model on a sample index. Pure text: nothing is started or read here.
-
-Not a stage of the chain: it makes base models where none is at hand, and the dense models that an L0-MoE is compared
-with. All parameters train, in the stock model through our layer spec.
+Beside the jobs of the chain there is one that trains a dense model on a sample index: it makes base models where none
+is at hand, and the dense models that an L0-MoE is compared with. All its parameters train, in the stock model through
+our layer spec.
 """
 
 import dataclasses

@@ -1,12 +1,10 @@
-"""The kinds of rules that tie Hugging Face tensors to Megatron tensors, each in both directions.
+"""The kinds of rules that tie Hugging Face tensors to Megatron tensors, each in both directions, with checks of names.
+
+A rule knows the names and shapes of both sides and goes through its tensors in blocks of rows (indices of dimension 0),
+so that a conversion holds a block at a time however large the tensors are, and of `Experts` one expert.
 
 H = hidden, F = FFN channels, E = channels of one expert, K = experts, D = head_dim,
 A = attention heads, G = query groups (KV heads). All sizes are global.
-
-What ties tensors of a Hugging Face checkpoint to tensors of a Megatron checkpoint, and checks of names and shapes.
-
-A rule (`rules.py`) knows the names and shapes of both sides and goes through its tensors in blocks of rows (indices of
-dimension 0), so that a conversion holds a block at a time however large the tensors are, and of `Experts` one expert.
 """
 
 import math

@@ -1,6 +1,4 @@
-"""Read and write Hugging Face safetensors checkpoints by rows; the file's format is that of `safetensors_reader.py`.
-
-Read one safetensors file by rows: its tensors are read with `read`, not mapped, so that memory holds what is in use.
+"""Read and write Hugging Face safetensors checkpoints by rows, without mapping them: memory holds what is in use.
 
 A file is: 8 bytes little-endian header length, JSON header (may end in spaces), then the tensors' bytes in the
 order of their offsets, without gaps (https://github.com/huggingface/safetensors#format).

@@ -1,20 +1,13 @@
-"""Read Megatron torch_dist checkpoints by rows of a tensor, in one process without process groups.
+"""Read and write Megatron torch_dist checkpoints by rows of a tensor, in one process without process groups.
 
 The format is that of torch.distributed.checkpoint (DCP): `*.distcp` files hold chunks of tensors, each saved by
 `torch.save`; the pickled `.metadata` says where every chunk of every tensor lies. Megatron adds metadata.json
 (the format's name) and the object `common_state` (arguments, iteration, our own settings); its loader
 (megatron/core/dist_checkpointing/serialization.py, `load`) reshards to any TP/PP/EP layout from the chunks.
-`checkpoint_writer.py` writes them.
-
-Read rows of a tensor that `torch.save` wrote somewhere inside a file, as in a torch_dist checkpoint.
 
 What torch.save writes is a zip archive: the tensor's bytes lie in it uncompressed, in one place, so that rows can be
 read without the rest. On the device `meta` torch.load reads only what describes the tensor, and says where its bytes
-begin.
-
-Write Megatron torch_dist checkpoints (`megatron_checkpoint.py`) piece by piece, in one process without groups.
-
-`torch.distributed.checkpoint.FileSystemWriter` is not used: it keeps every tensor of a file in memory.
+begin. To write, `torch.distributed.checkpoint.FileSystemWriter` is not used: it keeps every tensor of a file in memory.
 """
 
 import argparse

@@ -3,8 +3,6 @@
 A dense model is written in its own family's layout; an L0-MoE in the layout that the wanted engines compute rightly
 (`targets.py`): Ernie4.5-MoE or Qwen2-MoE, with SwiGLU experts, a softmax router, dense layers first, no shared expert,
 no q/k norm. Ernie rotates q and k in neighbour pairs, so their rows are reordered; the scores do not change.
-
-The export stage: what the recipe's method trained, as a Hugging Face checkpoint.
 """
 
 import json

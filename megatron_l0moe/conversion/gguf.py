@@ -1,11 +1,9 @@
-"""Turn a GGUF file into an ordinary Hugging Face checkpoint: every tensor and every key of it is used, or refused.
+"""Turn a GGUF file, or all parts of a split one, into an ordinary Hugging Face checkpoint; what is not used is refused.
 
-Header keys are those of llama.cpp (https://github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py); a key of the
-model's architecture that is not listed here may change what the model computes, and is refused.
-
-Read a GGUF file, or all parts of a split one: the header's keys, and tensors by rows as float32.
-
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the `gguf` package reads and dequantises it.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the `gguf` package reads and dequantises it, and
+tensors are read by rows as float32. Header keys are those of llama.cpp (https://github.com/ggml-org/llama.cpp,
+gguf-py/gguf/constants.py); a key of the model's architecture that is not listed here may change what the model
+computes, and is refused.
 """
 
 import json

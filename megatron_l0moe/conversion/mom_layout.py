@@ -1,18 +1,13 @@
-"""A frozen Mixture-of-Masks as an Ernie4.5-MoE with shared experts: shape, tensors and config.json.
+"""A frozen Mixture-of-Masks as an Ernie4.5-MoE with shared experts: units, tensors and config.json.
 
 Of the layouts that stock engines know, it has both a shared FFN that is added as it is and a softmax after top-k.
 
-The rule that turns a frozen Mixture-of-Masks layer into shared and routed experts of equal width.
-
-H = hidden, F = FFN channels, E = masks, W = channels of an expert.
-
-Mixture-of-Masks after the freeze: the units of a layer as shared, routed and inactive ones, and their widths.
-
 A unit that all masks keep has the factor 1 whatever the router says: it belongs to a shared expert. One that no mask
 keeps does nothing. The others are routed: mask e's become the channels of expert e, and a unit of several masks is
-copied into each of their experts, since its factor is the sum of the weights of those that are chosen.
+copied into each of their experts, since its factor is the sum of the weights of those that are chosen. Shared and
+routed experts are of equal width.
 
-F = FFN channels of a dense layer, E = masks, k = masks of a token.
+H = hidden, F = FFN channels of a dense layer, E = masks, k = masks of a token, W = channels of an expert.
 """
 
 from collections.abc import Iterator, Sequence

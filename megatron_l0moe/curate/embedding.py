@@ -1,9 +1,7 @@
 """Semantic vectors of documents through FlagEmbedding: BGE-M3 (the paper's encoder) or any BERT-like encoder.
 
-Shape letters: N = documents, V = embedding dimension. Nothing here uses the network: a model is a folder, or a
-Hub name that already lies in the local Hugging Face cache.
-
-Embeddings on disk: the rows of several .npy files, read in pieces as if they were one array [N, V].
+Nothing here uses the network: a model is a folder, or a Hub name that already lies in the local Hugging Face cache. The
+vectors lie in several .npy files, whose rows are read in pieces as if they were one array [N, V].
 
 Shape letters: N = documents, V = embedding dimension.
 """

@@ -1,12 +1,9 @@
-"""The three heavy steps of curate as datatrove pipeline steps: scan, embed, tokenise.
+"""The three heavy steps of curate, scan, embed, tokenise: as datatrove pipeline steps, and the driver's side of each.
 
-Shape letters: n = documents of one unit, V = embedding dimension.
+The driver cuts a step into units, has them done, and reads what was made. What is cut where depends on the corpus and
+the settings only, never on tasks, workers or executor.
 
-The driver's side of the heavy steps: cut them into units, have them done, read what was made.
-
-What is cut where depends on the corpus and the settings only, never on tasks, workers or executor.
-
-Shape letters: N = documents, Q = iterations, V = embedding dimension.
+Shape letters: n = documents of one unit, N = documents, Q = iterations, V = embedding dimension.
 """
 
 from collections.abc import Sequence

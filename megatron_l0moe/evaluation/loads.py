@@ -1,14 +1,10 @@
-"""Forward hooks on one module of every layer that has it, and counts of what it does with each source domain.
+"""What routers and gates do with each source domain, counted by forward hooks on one module of every layer.
 
-Router load: which share of the top-k assignments each expert gets, per MoE layer and source domain.
+Of an MoE: the share of the top-k assignments that each expert gets, per MoE layer. transformers'
+Ernie4_5_MoeTopKRouter returns (logits [b*S, K], weights [b*S, k], selected experts [b*S, k]). Of a DSMoE: the share of
+the tokens in which each block is open, per layer.
 
-transformers' Ernie4_5_MoeTopKRouter returns (logits [b*S, K], weights [b*S, k], selected experts [b*S, k]).
-
-Legend: b sequences in a forward pass, S tokens of each, k experts per token, K experts.
-
-Open blocks of a DSMoE: in which share of the tokens each block is open, per layer and source domain.
-
-Legend: b sequences in a forward pass, S tokens of each, n blocks.
+Legend: b sequences in a forward pass, S tokens of each, k experts per token, K experts, n blocks.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Loading Hugging Face checkpoints for evaluation: plain AutoModelForCausalLM, no code that is not ours.
 
-The modelling file of an exported DSMoE, run only where it is, byte for byte, the one that `export` writes.
+The modelling file of an exported DSMoE is run only where it is, byte for byte, the one that `export` writes.
 """
 
 import importlib.util

@@ -1,18 +1,13 @@
-"""Timing of two models in pairs, whatever engine runs them.
-
-Legend: B sequences that run together.
+"""Two models timed in pairs, whatever engine runs them; and where the time of one run goes, by torch's profiler.
 
 Protocol: the two models run in pairs, next to each other in time and on the same text; the order inside a pair
 alternates. A drift of the machine then hits both alike. One pair more than asked for warms up.
 
-The evaluate stage's speed test: a dense model and what was made of it, side by side in one process.
+The evaluate stage's speed test runs them in one process. Text is real held-out text and decoding is fed with it (not
+with the models' own output), so that both models see the same tokens and the router sees what it was trained for.
+Prefill computes the logits of every position, as a plain forward call does, for both models. `bench.py` measures more.
 
-Text is real held-out text and decoding is fed with it (not with the models' own output), so that both models see
-the same tokens and the router sees what it was trained for. Prefill computes the logits of every position, as a
-plain forward call does, for both models. The protocol is that of `timing.py`; `bench.py` measures more.
-
-Where the time of one run goes: own CPU time by operation, from torch's profiler.
-
+Legend: B sequences that run together.
 """
 
 import logging

@@ -1,11 +1,8 @@
 """Experts without a training job: each method chooses the units of a layer from one calibration pass.
 
-F = FFN channels, E = units kept, H = hidden, K = experts. What the methods are, and what they are not:
-docs/experts.md.
+What the methods are, and what they are not: docs/experts.md.
 
-Write the expert file of an expert that was constructed without training.
-
-E = units kept, H = hidden.
+F = FFN channels, E = units kept, H = hidden, K = experts.
 """
 
 from dataclasses import dataclass, field

@@ -7,9 +7,7 @@ expert is then a list of units of the dense model, whose MLPs the metadata name 
 The metadata say format, version, expert_ffn, moe_layers and hidden_size; with weights dtype, else fingerprints.
 Version 1, which always holds weights, is still read.
 
-Cut an expert's units out of a dense MLP, and recognise that MLP again.
-
-F = FFN channels, E = units kept, H = hidden.
+F = FFN channels of the dense MLP, E = units kept, H = hidden.
 """
 
 import hashlib

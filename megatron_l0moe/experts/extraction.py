@@ -1,12 +1,9 @@
 """Cut the expert out of an expert run's checkpoint: exactly E units of every MoE layer, their gates folded in.
 
-Of a run that trained masks only, the units are all there is to keep: their weights are those of the dense model.
+Of a run that trained masks only, the units are all there is to keep: their weights are those of the dense model. How
+much the experts' choices overlap is measured here too.
 
-F = FFN channels, E = units kept, H = hidden.
-
-Which FFN units an expert keeps, and how much the experts' choices overlap.
-
-F = FFN channels of a dense layer, E = units that an expert keeps, K = experts.
+F = FFN channels, E = units kept, H = hidden, K = experts.
 """
 
 import logging

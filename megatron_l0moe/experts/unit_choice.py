@@ -1,34 +1,28 @@
-"""Optimal Brain Surgeon for whole units: which to remove when fc2's other columns may make up for it; fp64.
+"""Four ways to choose the units of an expert from one calibration pass, without training; fp64.
 
-n = units left, H = hidden, W = fc2 [H, n], Q = (G + lambda I)^-1 [n, n], G = sum a a^T of fc2's inputs.
+Least squares: fc2 after units were removed, refitted to the inputs, and what is lost.
 
-Removing unit r costs |W_r|^2 / Q_rr, and the best repair is W -= W_r Q_r: / Q_rr, after which Q -= Q_:r Q_r: / Q_rr
-(Optimal Brain Compression, structured: all rows of fc2 lose the same column, so the costs of the rows add up). One
-unit goes at a time; the rank-one updates of Q and W are collected and applied for BLOCK units together.
+Optimal Brain Surgeon for whole units: which to remove when fc2's other columns may make up for it. Removing unit r
+costs |W_r|^2 / Q_rr, and the best repair is W -= W_r Q_r: / Q_rr, after which Q -= Q_:r Q_r: / Q_rr (Optimal Brain
+Compression, structured: all rows of fc2 lose the same column, so the costs of the rows add up). One unit goes at a
+time; the rank-one updates of Q and W are collected and applied for BLOCK units together.
 
-Units that span what a whitened, truncated SVD of the layer keeps; fp64.
+Truncated SVD: units that span what a whitened, truncated SVD of the layer keeps. A rank-r factorisation of an FFN's
+matrices is no SwiGLU of r units: the nonlinearity acts on units. So the SVD says what to keep, and units are chosen to
+reproduce it. W L = U D V^T is the map of whitened activations to the output; the r directions U_r of largest D hold the
+most of the output's energy. Of the targets U_r^T W a, the unit that explains the most of what is left is taken, again
+and again: QR with column pivoting of the whitened activations, which a pivoted Cholesky factorisation of G does without
+the activations.
 
-F = FFN channels, E = units kept, H = hidden, W = fc2 [H, F], G = sum a a^T = L L^T [F, F], r = min(E, H).
+Coactivation: experts as clusters of units that are active on the same tokens, from the text of all domains (after
+CMoE). An expert is s units that all experts have, those active most often, and one cluster of E - s others. Weights of
+the chosen experts sum to 1, so shared units count once; a cluster's columns of fc2 are multiplied by top_k, so that
+with equal weights the sum over the chosen experts is that of the dense layer's units.
 
-A rank-r factorisation of an FFN's matrices is no SwiGLU of r units: the nonlinearity acts on units. So the SVD says
-what to keep, and units are chosen to reproduce it. W L = U D V^T is the map of whitened activations to the output;
-the r directions U_r of largest D hold the most of the output's energy. Of the targets U_r^T W a, the unit that
-explains the most of what is left is taken, again and again: QR with column pivoting of the whitened activations,
-which a pivoted Cholesky factorisation of G does without the activations.
-
-Least squares for fc2 after units were removed, and what is lost; fp64.
-
-F = FFN channels, E = units kept, H = hidden, W = fc2 [H, F], G = sum a a^T [F, F] over the tokens, a = activations.
-S = the units kept, R = the others.
-
-Experts as clusters of units that are active on the same tokens, from the text of all domains (after CMoE).
-
-F = FFN channels, E = units of an expert, K = experts, N = units that are clustered, C [F, F] = numbers of tokens on
-which two units are both active, n = diag C.
-
-An expert is s units that all experts have, those active most often, and one cluster of E - s others. Weights of the
-chosen experts sum to 1, so shared units count once; a cluster's columns of fc2 are multiplied by top_k, so that with
-equal weights the sum over the chosen experts is that of the dense layer's units.
+F = FFN channels, E = units of an expert, H = hidden, K = experts, W = fc2 [H, F], G = sum a a^T = L L^T [F, F] over the
+tokens, a = activations, r = min(E, H), n = units left, Q = (G + lambda I)^-1 [n, n], S = the units kept, R = the
+others, N = units that are clustered, C [F, F] = numbers of tokens on which two units are both active, whose diagonal is
+the number of tokens on which each is.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,9 @@
 """The dataset that serves a sample index to Megatron's own sampler (dataloader type "single").
 
-S = sequence length. The attention of a sample runs over the documents that are packed in it, as in Megatron's
-GPTDataset without `reset_attention_mask`.
+The attention of a sample runs over the documents that are packed in it, as in Megatron's GPTDataset without
+`reset_attention_mask`. A sample's number alone decides its domain, so ranks that see no batch know the domains too.
 
-The domain of every sample of an index, for ranks that see no batch: a sample's number alone decides it.
-
-Shapes: M = micro-batches of a step on one rank, b = micro-batch.
+Shapes: S = sequence length, M = micro-batches of a step on one rank, b = micro-batch.
 """
 
 from pathlib import Path

@@ -1,9 +1,8 @@
 """Tokens on disk: texts to Megatron's .bin/.idx with Megatron's own builder, one document per text plus EOD.
 
-The two kinds of tokenizer files that base models come with: tokenizer.json and sentencepiece's tokenizer.model.
-
-Both are used for text only: no special token is added, and none is recognised, since a document that quotes
-"<|endoftext|>" must not end there.
+Base models come with one of two kinds of tokenizer files: tokenizer.json, and sentencepiece's tokenizer.model. Both are
+used for text only: no special token is added, and none is recognised, since a document that quotes "<|endoftext|>"
+must not end there.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,18 +1,13 @@
-"""Megatron's gated MLP as DSMoE: a token uses the blocks of FFN channels that its gates open (arXiv 2502.12455).
+"""DSMoE: a token uses the blocks of an FFN's channels that its gates open (Lv et al., 2025, arXiv 2502.12455).
 
-The weights are those of the dense MLP under the dense MLP's names. Channel j belongs to block j // (F / n), whichever
-rank holds it, so that blocks go with the channels in every tensor-parallel layout. In training all blocks are computed
-and closed ones multiplied by 0, since a closed block's gate, too, learns from the block's output.
+The FFN's channels are cut into n contiguous blocks whose outputs sum to the dense FFN's (their eq. 6; equation numbers
+here are that paper's). The weights are those of the dense MLP under the dense MLP's names. Channel j belongs to block
+j // (F / n), whichever rank holds it, so that blocks go with the channels in every tensor-parallel layout. In training
+all blocks are computed and closed ones multiplied by 0, since a closed block's gate, too, learns from the block's
+output. The equations come first, in plain torch; then Megatron's MLP.
 
 Shapes: s = sequence (local under sequence parallelism), b = micro-batch, h = hidden, F = FFN channels, n = blocks,
-p = TP size.
-
-DSMoE's gates: which blocks of an FFN a token uses, and with which weight (Lv et al., 2025, arXiv 2502.12455).
-
-The FFN's channels are cut into n contiguous blocks whose outputs sum to the dense FFN's (their eq. 6). Equation numbers
-here are that paper's. Plain torch.
-
-Shapes: n = blocks; leading dimensions are tokens in any arrangement.
+p = TP size. Leading dimensions of the equations are tokens in any arrangement.
 """
 
 import math

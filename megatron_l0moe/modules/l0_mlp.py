@@ -1,8 +1,4 @@
-"""Megatron's MLP with a hard concrete gate between the activation and fc2 (paper section 3.2).
-
-Shapes: s = sequence (local under sequence parallelism), b = micro-batch, h = hidden, F = FFN channels, p = TP size.
-
-Megatron's gated MLP with a place for factors on its intermediate activation, just before fc2.
+"""Megatron's gated MLP with factors on its intermediate activation, just before fc2; here a hard concrete gate (3.2).
 
 fc2 is linear, so a factor may stand before it, and gate and up share the factor because it acts on their product.
 MLP.forward is monolithic, so the place is a forward pre-hook of `linear_fc2`.

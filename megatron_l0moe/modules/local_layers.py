@@ -1,16 +1,10 @@
-"""Causal attention for Megatron's local spec.
+"""What stands in for Transformer Engine's layers in Megatron's local spec: attention, RMSNorm, experts.
 
-Shapes: s = sequence, b = micro-batch, n = heads of this rank, g = key/value groups of this rank, d = head width.
+Attention is causal, by the kernel that is fastest on the device; the norm accepts sequence parallelism; the experts see
+row counts that a CPU's kernels know already.
 
-RMSNorm for Megatron's local spec that accepts sequence parallelism.
-
-Megatron's local experts with row counts that a CPU's kernels know already.
-
-Shapes: T = routed tokens of the local experts, sorted by expert; h = hidden.
-
-The kernel of causal attention that is fastest on this device.
-
-Shapes: b = micro-batch, n = heads, s = sequence, d = head width.
+Shapes: s = sequence, b = micro-batch, n = heads of this rank, g = key/value groups of this rank, d = head width,
+T = routed tokens of the local experts, sorted by expert, h = hidden.
 """
 
 import math

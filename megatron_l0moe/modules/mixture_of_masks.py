@@ -1,25 +1,17 @@
-"""Megatron's gated MLP as a Mixture-of-Masks: a token's channels are weighted by the masks that its router chooses.
-
-The weights are those of the dense MLP under the dense MLP's names; all masks share them. `mask_gate.py` has the
-equations. In training all channels are computed.
-
-Shapes: s = sequence (local under sequence parallelism), S = the sequence that the tensor-parallel ranks hold together,
-b = micro-batch, h = hidden, F = FFN channels, E = masks, k = masks of a token, p = TP size.
-
-The hard concrete masks of one layer of a Mixture-of-Masks, held to the scheduled activated fraction.
-
-Shapes: E = masks, F = FFN channels of the layer (global), p = tensor-parallel size, C = sets of k masks, k = masks of a
-token. `log_alpha` lives as [E, F/p] on each rank, channel j of rank r being global channel r * F/p + j. All mask
-arithmetic is float32, also in bf16 models.
-
-Mixture-of-Masks: E masks over the channels of one shared FFN, and which of them a token uses.
+"""Mixture-of-Masks: E masks over the channels of one shared FFN, and which of them a token uses.
 
 Our reading of an abstract (Liu et al., ACL 2025 long 768), see docs/methods.md: a token takes the k masks that its
 router scores highest, with weights p_e, and its FFN is y = W_down(sum_e p_e z_e * a), a = silu(W_gate x) * W_up x.
-A unit is active for a token where at least one of the token's masks keeps it. Plain torch.
+A unit is active for a token where at least one of the token's masks keeps it. The weights are those of the dense MLP
+under the dense MLP's names; all masks share them. In training all channels are computed.
 
-Shapes: E = masks, k = masks of a token, F = FFN channels (here also a rank's part of them), C = sets of k masks,
-E choose k. Leading dimensions `...` are tokens in any arrangement.
+The equations come first, in plain torch; then the hard concrete masks of a layer, which are held to the scheduled
+activated fraction; then Megatron's MLP with both. `log_alpha` lives as [E, F/p] on each rank, channel j of rank r being
+global channel r * F/p + j. All mask arithmetic is float32, also in bf16 models.
+
+Shapes: s = sequence (local under sequence parallelism), S = the sequence that the tensor-parallel ranks hold together,
+b = micro-batch, h = hidden, F = FFN channels (in the equations also a rank's part of them), E = masks, k = masks of a
+token, C = sets of k masks, E choose k, p = TP size. Leading dimensions `...` are tokens in any arrangement.
 """
 
 import functools

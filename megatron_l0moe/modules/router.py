@@ -1,10 +1,7 @@
-"""The top-k router with the losses of paper eq. 3.
+"""The top-k router with the losses of paper eq. 3, and counts of which experts take the tokens of which domain.
 
-Shapes: T = tokens of the micro-batch on this rank (s * b), K = experts.
-
-Which experts take the tokens of which domain, counted in those steps in which it is asked for.
-
-Shapes: s = sequence on this rank, b = micro-batch, D = domains, K = experts.
+Shapes: T = tokens of the micro-batch on this rank (s * b), K = experts, s = sequence on this rank, b = micro-batch,
+D = domains.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
-"""Differentiable and plain collectives that the gates use; each is the identity in a group of one.
+"""What the ranks of a tensor-parallel group share: collectives of the gates, and random numbers that follow from a key.
 
-Random numbers that follow from a key: the same on every rank of every layout, without a state to save.
+Each collective is the identity in a group of one. The random numbers are the same on every rank of every layout,
+without a state to save.
 """
 
 import numpy as np

@@ -1,20 +1,16 @@
-"""Memory of one GPU in training, from formulas: weights, gradients, optimizer state and `activations.py`. No torch.
+"""Memory of one GPU in training and bytes on disk, from formulas. No torch.
 
 State follows Megatron's mixed precision (docs/user-guide/features/dist_optimizer.md of Megatron-LM): bf16 weights 2
 bytes, fp32 gradients 4, and fp32 main weights and Adam's two moments 12, which the distributed optimizer divides by the
 data-parallel size; in fp32 4, 4 and 8. Experts have data-parallel groups of their own.
 
-Activations of one GPU in training, from formulas. No torch.
+Activations follow Korthikanti et al. (arXiv:2205.05198): what autograd keeps, module by module, here for RMSNorm,
+grouped queries, fused attention and fused SwiGLU, without dropout. A norm keeps its input; a linear layer keeps its
+input only if its weights are trained; attention and SwiGLU keep theirs always.
 
 Legend, for one rank: T tokens of a micro-batch (divided by context parallelism), H hidden size, q and g channels of all
 query and all key heads, F FFN channels, E expert FFN channels, V vocabulary, K experts, k experts of a token, t
 tensor-parallel size, u = t with sequence parallelism and 1 without, e bytes of an element (bf16 2, fp32 4).
-
-The method is that of Korthikanti et al. (arXiv:2205.05198): what autograd keeps, module by module, here for RMSNorm,
-grouped queries, fused attention and fused SwiGLU, without dropout. A norm keeps its input; a linear layer keeps its
-input only if its weights are trained; attention and SwiGLU keep theirs always.
-
-Bytes on disk: checkpoints of training, expert files, the exported model, token files.
 """
 
 import dataclasses

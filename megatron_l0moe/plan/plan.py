@@ -1,13 +1,11 @@
 """What a recipe will take: the numbers of `l0moe plan`, from formulas and the model's config.json.
 
-Expected speed of a trained L0-MoE against its dense base: prefill, and decode against the batch size.
+The expected speed of a trained L0-MoE against its dense base has two bounds that do not depend on the GPU: the ratio of
+active weights (compute) and of weights read (memory, uniform routing). And a roofline of one GPU: a pass takes as long
+as its products at peak or its bytes at full bandwidth, whichever is longer, the KV cache included. Kernels, launches
+and sampling cost nothing there: real speeds are lower.
 
-Two bounds that do not depend on the GPU, from `parameters.py`: the ratio of active weights (compute) and of weights
-read (memory, uniform routing). And a roofline of one GPU: a pass takes as long as its products at peak or its bytes at
-full bandwidth, whichever is longer, the KV cache included. Kernels, launches and sampling cost nothing there: real
-speeds are lower.
-
-Table 5 of the paper beside counts from the sizes it states, and where the two do not agree.
+Table 5 of the paper stands beside counts from the sizes it states; where the two do not agree, the plan says so.
 """
 
 import dataclasses

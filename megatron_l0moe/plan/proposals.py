@@ -1,12 +1,9 @@
 """Layouts of a number of GPUs: those that fit into memory, fastest first, and why the others do not.
 
 Tried are all even splits with tensor parallelism inside a node, the distributed optimizer, and three kinds of
-recomputation, at the recipe's micro-batch. Rules are those of `layout_rules.py`, memory that of `memory.py`, time that
-of `cost.py`.
-
-A simple model of a training step's time, good for ordering layouts. Nothing in it was measured.
-
-A step of M micro-batches on P pipeline ranks with v chunks each takes
+recomputation, at the recipe's micro-batch. Rules are those of `layout_rules.py`, memory that of `memory.py`. Time is
+that of a simple model, good for ordering layouts, in which nothing was measured. A step of M micro-batches on P
+pipeline ranks with v chunks each takes
 
     (M + (P - 1) / v) * (computation + tensor- and expert-parallel messages of one micro-batch) + gradients
 

@@ -17,12 +17,10 @@
 
 The word `one` is one process. Rules are in `layout_rules.py`.
 
-`layouts` and `gpus` of a recipe: what changes with the number of GPUs, and which number it is.
-
-A block holds only what does not change a stage's result, so a run may go on on another number of GPUs. It is put into
-the training sections when the recipe is loaded; after that a recipe with layouts is like one without.
-
-Megatron's flags of a parallel layout. Pure text.
+A recipe has a layout for each training section, and `layouts` and `gpus`: what changes with the number of GPUs, and
+which number it is. A block of `layouts` holds only what does not change a stage's result, so a run may go on on another
+number of GPUs. It is put into the training sections when the recipe is loaded; after that a recipe with layouts is like
+one without. Megatron's flags of a layout are made here too.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
 """The recipe: one YAML file that describes a whole run, validated strictly, frozen after loading.
 
 Unknown keys, wrong types and sizes that do not fit each other stop here, before anything is computed.
-Relative paths in a recipe are relative to the folder that the command is run in.
-
-`method` of a recipe: the sections of the methods beside L0-MoE, and the keys that mean nothing to them.
+Relative paths in a recipe are relative to the folder that the command is run in. A `method` other than l0moe has a
+section of its own, and keys that mean nothing to it are refused.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""Reading what the stages of a run left behind; nothing is computed here, and no torch is needed.
-
-What `runtime/hardware.py` saw, in a few numbers for each training stage; nothing where no GPU was sampled.
-"""
+"""Read what the stages of a run left behind, without torch; of the samples of GPUs, a few numbers for each stage."""
 
 import itertools
 import statistics

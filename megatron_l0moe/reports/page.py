@@ -1,7 +1,4 @@
-"""The HTML page: one self-contained file, rendered from the summary and from nothing else.
-
-The report stage: summary.json, then report.html from it.
-"""
+"""The report stage: summary.json, then one self-contained HTML page, rendered from it and from nothing else."""
 
 import logging
 import math

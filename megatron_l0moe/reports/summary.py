@@ -2,8 +2,6 @@
 
 Measurements of time lie under `speed` and `seconds`, of power under `gpu_samples`, what names the place and date under
 `provenance`; `deterministic_part` is the rest, which two runs of one recipe must share.
-
-Which experts, or blocks of a DSMoE, the held-out text used, as the summary has it.
 """
 
 import itertools

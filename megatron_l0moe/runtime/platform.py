@@ -1,8 +1,6 @@
-"""Megatron flags that depend on the machine: device, and which optional libraries can be imported.
+"""What depends on the platform: Megatron's flags for device and optional libraries, and how malloc keeps freed memory.
 
 A flag that the user gives wins; these only fill in what is not said.
-
-How the C library keeps memory that was freed.
 """
 
 import ctypes

@@ -1,8 +1,7 @@
 """The shape of a dense model: read from a Hugging Face config, written as Megatron's flags. No torch.
 
-Sizes are global (not those of one tensor-parallel rank).
-
-Sizes of the paper's base models, as in their published config.json: plans need no download.
+Sizes are global (not those of one tensor-parallel rank). Those of the paper's base models stand here as in their
+published config.json, so that plans need no download.
 """
 
 import dataclasses

@@ -1,6 +1,4 @@
-"""The model that a training stage holds: its sizes, its counts, and where its layers lie in a pipeline.
-
-Floating-point operations of a training stage; a multiply-add counts two.
+"""The model that a training stage holds, and the floating-point operations it takes; a multiply-add counts two.
 
 Legend: H hidden size, q = all query heads' channels, s sequence length.
 

@@ -1,4 +1,4 @@
-"""Parameter counts of a dense model and of its L0-MoE, from the fields of config.json alone (no torch).
+"""Parameter counts of dense models, of L0-MoEs, and of other methods' exports, from config.json alone (no torch).
 
 Legend: H hidden size, F FFN channels, E expert FFN channels, V vocabulary, K experts, k experts per token,
 B sequences decoded together.
@@ -7,8 +7,6 @@ What is counted: every trainable weight of the Hugging Face checkpoint; tied emb
 constants of the layout such as Ernie4.5-MoE's `moe_statics.e_score_correction_bias`, Qwen2-MoE's `shared_expert_gate`
 and biases that the dense family lacks (all zero in our export).
 Sizes are taken as if every weight had the same width in bytes (the fp32 routers are too small to matter).
-
-Parameter counts of an exported model, whichever method made it, from its config.json alone (no torch).
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """Our command-line flags, all `--l0-...`, beside Megatron's own; the only file that sees argparse's namespace whole.
 
-The layout of a torchrun command, checked before Megatron's own checks and before any process group is made.
-
-Megatron asserts most of these rules, some of them only while it builds the model. Here they are one sentence each.
+The layout of the command is checked before Megatron's own checks and before any process group is made: Megatron asserts
+most of these rules, some of them only while it builds the model. Here they are one sentence each.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""Which checkpoint of a folder can be used, and whether it is one of this job.
+"""Which checkpoint of a folder can be used, whether it is one of this job, and where the job starts from.
 
-Cheap: names and sizes of files are compared with what `.metadata` says, settings with our own; no tensor is read.
-
-Where a job starts from: its own last good checkpoint, or the stage's initial weights; both are checked first.
+A job starts from its own last good checkpoint, or from the stage's initial weights; both are checked first. The check
+is cheap: names and sizes of files are compared with what `.metadata` says, settings with our own; no tensor is read.
 """
 
 import argparse

@@ -1,12 +1,10 @@
-"""One micro-batch: batch, loss, and the schedule's position of gates and routers.
+"""One micro-batch: its data, batch and loss, and the schedule's position of gates and routers.
+
+The training data of a stage is the sample index, served to Megatron's own sampler. In the steps whose load by domain is
+recorded, the routers are told which domains a micro-batch is from; no rank sends anything for it, since each reads the
+domains of its samples from the index.
 
 Shapes: b = micro-batch, s = sequence.
-
-Tells the routers which domains a micro-batch is from, in the steps whose load by domain is recorded.
-
-Shapes: b = micro-batch. No rank sends anything: each reads the domains of its samples from the index.
-
-The training data of a stage: the sample index, served to Megatron's own sampler.
 """
 
 import argparse

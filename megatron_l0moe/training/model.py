@@ -1,8 +1,7 @@
-"""The GPT model of a stage: Megatron's builder with our layer specs, and what of it is trained.
+"""The GPT model of a stage: Megatron's builder with our layer specs, what of it is trained, and at which rate.
 
-Learning rates and weight decay of our own parameters, through Megatron's parameter-group overrides.
-
-Our settings inside every checkpoint, under the key `l0moe` of its common state.
+Learning rates and weight decay of our own parameters go through Megatron's parameter-group overrides; our settings lie
+inside every checkpoint, under the key `l0moe` of its common state.
 """
 
 import argparse

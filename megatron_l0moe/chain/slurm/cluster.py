@@ -1,8 +1,7 @@
 """The settings file of one Slurm cluster: what its nodes have, what sbatch is told there, how Python starts.
 
-Nothing in it changes a result; recipes stay the same on every cluster. Examples: slurm/clusters/.
-
-How many nodes, GPUs, CPUs and how much memory the job of each stage takes, and whether the cluster has them.
+Nothing in it changes a result; recipes stay the same on every cluster. Examples: slurm/clusters/. How many nodes, GPUs,
+CPUs and how much memory the job of each stage takes, and whether the cluster has them, is computed here too.
 """
 
 import re

@@ -2,9 +2,7 @@
 
 A training job runs one task on each node in three steps: `--phase prepare` on one node, torchrun on all of them,
 `--phase finish` on one node, which leaves its verdict in a file, since exit codes of srun can lie. Every other stage
-is one step. The bash that does not change from run to run is in `sbatch_bash.py`.
-
-The bash of the batch scripts that is the same in every run; `str.format` fills in the rest.
+is one step. The bash that is the same in every run comes first; `str.format` fills in the rest.
 """
 
 import re

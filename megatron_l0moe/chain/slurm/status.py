@@ -1,6 +1,6 @@
-"""Where each stage and each expert of a run is: from its folders, from Slurm where it answers, from the logs.
+"""`l0moe status RUN`: where each stage and each expert of a run is, and why something failed and where its log is.
 
-`l0moe status RUN`: the table, and below it why something failed and where its log is.
+Told from its folders, from Slurm where it answers, and from the logs.
 """
 
 from collections.abc import Mapping, Sequence

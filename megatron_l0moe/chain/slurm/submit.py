@@ -1,8 +1,7 @@
 """`l0moe run RECIPE --launcher slurm`: the whole chain as jobs, each after the one before it has succeeded.
 
-Which jobs a run still needs: what is done stays, what is queued stays, and the rest is to be submitted.
-
-`runs/NAME/slurm/jobs.json`: which jobs were submitted for a run, so that status, cancel and a rerun find them.
+What is done stays, what is queued stays, and the rest is submitted. `runs/NAME/slurm/jobs.json` says which jobs were
+submitted for a run, so that status, cancel and a rerun find them.
 """
 
 import datetime

@@ -1,9 +1,7 @@
 """The catalog: what is where in the corpus, a few bytes a document, so that texts are read only when needed.
 
 A document number (`id`) is a row of the catalog. Texts are read again from the shards by `read_documents`,
-in corpus order.
-
-Which documents are used: the recipe's `data.filters` as a datatrove filter, one reason for each dropped document.
+in corpus order. The recipe's `data.filters` decide which documents are used, with one reason for each dropped one.
 """
 
 import hashlib

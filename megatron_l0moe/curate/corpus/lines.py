@@ -1,14 +1,12 @@
-"""Bytes of a shard, decompressed in bounded pieces and cut into lines; the content says how it is compressed.
+"""Bytes of a shard, decompressed in bounded pieces and cut into lines; bad ones are set aside, counted, written down.
 
-The memory is that of the longest line and less than 64 MB more, however little the compressed file holds, beside what
-a frame itself asks for: up to 2 GiB where zstd was told to look back that far (--long=31).
+The content says how a shard is compressed. The memory is that of the longest line and less than 64 MB more, however
+little the compressed file holds, beside what a frame itself asks for: up to 2 GiB where zstd was told to look back that
+far (--long=31). zstandard's own file object is not used for this, since it ends quietly at a truncated frame, and
+neither are readers of text, which lose the rest of a file at its first bad byte.
 
-zstandard's own file object is not used for this, since it ends quietly at a truncated frame, and neither are readers of
-text, which lose the rest of a file at its first bad byte.
-
-Bad input is set aside, counted by reason and written down; too much of it stops the stage.
-
-One bad line in a million must not cost a night, and a corpus in the wrong form must not pass as an empty one.
+One bad line in a million must not cost a night, and a corpus in the wrong form must not pass as an empty one: too much
+bad input stops the stage.
 """
 
 import bz2

@@ -1,4 +1,4 @@
-"""Readers of single shards as datatrove pipeline steps: JSON lines and plain text.
+"""Readers of single shards as datatrove pipeline steps: JSON lines, plain text, Parquet.
 
 Every reader is a datatrove `BaseDiskReader`, so it runs by itself in a pipeline on any executor, on local paths and
 fsspec URLs. datatrove's own JsonlReader and ParquetReader are not enough here: they pass over a bad line with a line in
@@ -6,13 +6,8 @@ the log, give up the rest of a file at a bad byte, and do not see a truncated zs
 pass over. `read_rows` also reads single documents again, by their place.
 
 A document is a datatrove `Document`: text, id ("shard:line"), and metadata with `shard`, `line` (from 1), `domain`,
-`language` (see `records.py`), and what a format adds.
-
-Reader of Parquet shards, whose rows are records like those of JSON lines, and the choice between the two.
-
-What a record of a corpus says of itself, the same for every format: its text, source domain and language.
-
-Domains are found by the keys that published corpora use:
+`language`, and what a format adds. A record's text, domain and language are found in the same way in every format;
+domains by the keys that published corpora use:
 
     meta.source                  RedPajama v1: C4, GitHub, StackExchange, and what others made in its form
     meta.redpajama_set_name      SlimPajama

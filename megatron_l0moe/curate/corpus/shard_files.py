@@ -1,6 +1,6 @@
-"""A corpus: the shards below a folder or fsspec URL, or a single file, and the reader of their format.
+"""The shards of a corpus: those below a folder or fsspec URL, or a single file, and the reader of their format.
 
-Which files of a folder are shards, and of which form: by name where a name is sure, else by what they hold.
+Which files are shards, and of which form, is told by the name where a name is sure, else by what they hold.
 """
 
 import json

@@ -1,8 +1,7 @@
 """A step from its plan to whole units: only what is missing is done, and what was done is looked at again.
 
-A step on datatrove's executors: this machine, a Slurm array, or Ray; the driver waits until its tasks are done.
-
-A step of curate as a Slurm job array by datatrove's executor, submitted here or found from an earlier driver.
+Tasks run on one of datatrove's executors: this machine, a Slurm job array, submitted here or found from an earlier
+driver, or Ray. The driver waits until they are done.
 """
 
 import contextlib

@@ -1,8 +1,6 @@
 """The base of curate's datatrove steps: a task does its share of the units, and leaves whole units or nothing.
 
-What a driver sees of the tasks of a step while they run elsewhere: how far they are, and whether one was killed.
-
-Progress lines for the long loops of the data side.
+While tasks run elsewhere, their driver sees how far they are, and whether one was killed.
 """
 
 import logging
@@ -160,7 +158,7 @@ REPORT_SECONDS = 2.0
 """Between two reports of a task on how far it is."""
 
 # datatrove writes several lines for each task to stderr. What a person needs of them, how far the tasks are and why one
-# failed, comes from the files that a task leaves; see `watch.py`.
+# failed, comes from the files that a task leaves, which `Watch` reads.
 datatrove_logger.disable("datatrove")
 
 

@@ -3,10 +3,9 @@
 A unit writes its files under hidden names, renames them, and writes `00012.json` last: sizes and checksums of the
 files, and a digest of what the unit was asked to do. A unit counts as done only if all of that still fits, whatever a
 completion marker says. How a step is cut does not depend on the tasks that do it, so neither does a byte of the result.
+In the folder of a stage that is being made, what an interrupted run left is used where it still fits.
 
 Shape letters: U = units, n = items of all units (documents or shards).
-
-The folder of a curate stage while it is being made: what an interrupted run left is used where it still fits.
 """
 
 import contextlib

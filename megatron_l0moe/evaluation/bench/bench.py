@@ -1,14 +1,14 @@
 """`l0moe bench`: a dense model and its L0-MoE timed in pairs, by transformers and by vLLM, beside their bounds.
 
-Legend: B sequences that run together.
-
 | mode | what is timed |
 |---|---|
 | `prefill` | several prompts in one pass, logits of the last positions only |
 | `first_token` | one prompt until its first token |
 | `decode_bB` | steps of B sequences, each after a short prompt |
 
-The result of `l0moe bench` as a table: one row for each engine and mode.
+The result is one JSON object, and a table with one row for each engine and mode.
+
+Legend: B sequences that run together.
 """
 
 import logging

@@ -3,17 +3,17 @@
 Both models get one `HarnessCall`, which differs in the checkpoint folder only; that the prompts and targets were the
 same is checked on the results. A task that is finished for a model is not run again.
 
-Two models' scores on the same documents: difference and ratio, with standard errors that use the pairing.
-
-Legend: d_i, m_i value of document i for the dense model and the L0-MoE; D, M their means; n documents of a task.
-A group is the mean over its tasks weighted by their documents, w_k = n_k / N; a task alone has one weight, 1.
+Scores are compared by difference and ratio, with standard errors that use the pairing: both models answer the same
+documents, so an error of the two scores taken as independent would be too large.
 
     difference  M - D     variance  sum_k w_k^2 S^2_k(m - d) / n_k
     ratio       r = M / D variance  sum_k w_k^2 S^2_k(m - r d) / (n_k D^2)
 
 with S^2_k the sample variance (divisor n_k - 1) in task k. The second is the linearised (delta method) variance of
-a ratio of means of paired values (Cochran, Sampling Techniques, 3rd edition, chapter 6). Both models answer the
-same documents, so an error of the two scores taken as independent would be too large.
+a ratio of means of paired values (Cochran, Sampling Techniques, 3rd edition, chapter 6).
+
+Legend: d_i, m_i value of document i for the dense model and the L0-MoE; D, M their means; n documents of a task.
+A group is the mean over its tasks weighted by their documents, w_k = n_k / N; a task alone has one weight, 1.
 """
 
 import logging
@@ -197,7 +197,7 @@ def compare(records: dict[str, list[Json]]) -> Json:
     """Put both models' scores side by side.
 
     Args:
-        records: by model, what `harness_process.to_record` made of each requested task, in the same order.
+        records: by model, what `lm_eval_call.to_record` made of each requested task, in the same order.
 
     Returns:
         `rows`, and `seconds` by model and requested task.

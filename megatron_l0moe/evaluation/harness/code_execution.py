@@ -1,7 +1,7 @@
 """HumanEval's metric, pass@k (Chen et al. 2021, eq. 1), by running the programs in `code_sandbox.py`.
 
 The harness' own metric is fetched from the hub when its task is loaded and runs the programs with the rights of
-the user. The tasks that `harness_tasks.py` writes name the functions of this module instead, online and offline.
+the user. The tasks that `tasks.py` writes name the functions of this module instead, online and offline.
 """
 
 import functools

@@ -1,13 +1,10 @@
-"""Carries out one `HarnessCall`: `python -m megatron_l0moe.evaluation.harness.lm_eval_call CALL.json`.
+"""One call of the LM evaluation harness: backend, model arguments, tasks. The same for both models but for the folder.
 
-The model is loaded once, and only if a task is left to do. Each task's numbers are written as soon as they are
-there, so a rerun goes on with the next one.
-
-One call of the LM evaluation harness: backend, model arguments, tasks. The same for both models but for the folder.
-
-The call is written to a file and carried out by `harness_process.py` in a process of its own, so that an engine's
-memory is free again when the next model's turn comes, and so that the switches which the libraries read on import
-can be set.
+The call is written to a file and carried out in a process of its own, `python -m
+megatron_l0moe.evaluation.harness.lm_eval_call CALL.json`, so that an engine's memory is free again when the next
+model's turn comes, and so that the switches which the libraries read on import can be set. The model is loaded once,
+and only if a task is left to do. Each task's numbers are written as soon as they are there, so a rerun goes on with the
+next one.
 """
 
 import importlib.util
@@ -33,7 +30,7 @@ PACKAGE = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang"}
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessCall:
-    """What `harness_process.py` is to do with one model."""
+    """What the process is to do with one model."""
 
     backend: str
     model_arguments: dict[str, Any]

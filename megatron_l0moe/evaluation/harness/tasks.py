@@ -1,13 +1,11 @@
-"""Which tasks of the evaluation harness a recipe names, and the task files that we put over the harness' own ones.
+"""Which tasks of the evaluation harness a recipe names, the task files put over the harness' own, and local data.
 
 A file of ours has the name of the harness' task, so that it takes its place, alone and inside its group, and
 `include`s the harness' own file: prompt, few-shot examples, stop sequences, filters and metric stay the harness'
 own. It differs in two points only: where the documents come from (local copies), and for HumanEval which
 functions run the programs (`code_execution.py`).
 
-Local copies of benchmark data: which files, in which form, and each document as the harness' tasks expect it.
-
-A folder may hold any of these (docs/evaluate.md, "Local copies"):
+A folder of local copies may hold any of these (docs/evaluate.md, "Local copies"):
 
     gsm8k/test.jsonl              {"question", "answer"}; train.jsonl, or one train_*.jsonl, for few-shot examples
     bbh/SUBTASK.json              {"examples": [{"input", "target"}]}
