@@ -24,11 +24,11 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
-from megatron_l0moe.modules.layer_specs import LayerPlan, Stage, block_spec
+from megatron_l0moe.modules.layer_specs import LayerPlan, ModelKind, block_spec
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
 from megatron_l0moe.runtime.platform import platform_flags
-from megatron_l0moe.training.arguments import Settings, StageConfig
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import (
     gates,
     group_overrides,
@@ -149,7 +149,7 @@ def comparisons(shape: Shape) -> list[Comparison]:
 def _layer(
     shape: Shape,
     *,
-    stage: Stage,
+    stage: ModelKind,
     control: str = "lagrangian",
     moe: MoE = "ours",
     counts_domains: bool = False,
@@ -177,7 +177,7 @@ def _layer(
 
 
 def _step(
-    shape: Shape, *, stage: Stage, moe: MoE = "ours", train_weights: Literal["on", "off"] = "on"
+    shape: Shape, *, stage: ModelKind, moe: MoE = "ours", train_weights: Literal["on", "off"] = "on"
 ) -> Subject:
     """A whole training step of a model: loss, gradients, clip, Adam. In the expert stage the MLPs are trained."""
     plan = _plan(shape, stage)
@@ -188,7 +188,7 @@ def _step(
         for layer in model.decoder.layers:
             layer.mlp.requires_grad_(True)
     else:
-        prepare_for_training([model], Settings(config, plan))
+        prepare_for_training([model], JobSettings(config, plan))
     bf16 = shape.dtype == "bf16"
     buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=bf16)
     wrapped = DistributedDataParallel(
@@ -252,7 +252,7 @@ def _random(seed: int, size: tuple[int, ...], model: GPTModel) -> torch.Tensor:
     return torch.randn(size, generator=generator).cuda().to(model.config.params_dtype)
 
 
-def _plan(shape: Shape, stage: Stage, control: str = "lagrangian") -> LayerPlan:
+def _plan(shape: Shape, stage: ModelKind, control: str = "lagrangian") -> LayerPlan:
     return LayerPlan(
         stage=stage,
         dense_layers=0,
@@ -304,7 +304,7 @@ def _spread_weights(model: GPTModel) -> None:
 
 
 def _config(
-    shape: Shape, stage: Stage, layers: int, *, stock_losses: bool, has_buffers: bool
+    shape: Shape, stage: ModelKind, layers: int, *, stock_losses: bool, has_buffers: bool
 ) -> TransformerConfig:
     """Return Megatron's config; `stock_losses`: Megatron's own balance loss instead of eq. 3, with the same weight."""
     flags = platform_flags([], moe=stage == "moe")

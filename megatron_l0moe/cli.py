@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from megatron_l0moe.chain.stages import Run
-    from megatron_l0moe.runs.stage_folder import Stage
+    from megatron_l0moe.runs.stage_folder import StageFolder
 
 HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
 
@@ -124,7 +124,7 @@ app.command()(commands.verify)
 def convert(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Turn the dense Hugging Face checkpoint into a Megatron checkpoint."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.conversion.convert import convert_dense, weight_files
         from megatron_l0moe.runs import digests
 
@@ -141,7 +141,7 @@ def convert(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir =
 def curate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Cluster the corpus into K domains and cut it into Q ordered sets."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.curate.curate import curate as curate_corpus
 
         return curate_corpus(this.recipe, stage.folder)
@@ -161,7 +161,7 @@ def experts(
 ) -> None:
     """Make the K experts, one domain each, and cut each to its exact width."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.chain import run_local
 
         if this.recipe.construction is not None:
@@ -184,7 +184,7 @@ def experts(
 def assemble(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Put the K experts and the start of the routers into one MoE checkpoint."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.experts.merging import assemble as assemble_experts
 
         model = this.recipe.model
@@ -204,7 +204,7 @@ def moe(
 ) -> None:
     """Train experts and routers together on the ordered sets; of other methods: blocks and gates."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.chain import run_local
 
         if phase is None:
@@ -218,7 +218,7 @@ def moe(
 def export(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Write the trained model as a Hugging Face checkpoint."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.conversion.export import export_run
 
         return export_run(this.recipe, this.stage_folder("moe") / "checkpoints", stage.folder)
@@ -230,7 +230,7 @@ def export(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = 
 def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Measure perplexity by domain, speed and benchmarks, dense against the model made of it."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.chain import run_local
 
         benchmarks: dict[str, object] = {}
@@ -257,7 +257,7 @@ def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir 
 def report(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
     """Write the HTML report and summary.json."""
 
-    def work(this: "Run", stage: "Stage") -> dict[str, object]:
+    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
         from megatron_l0moe.reports.page import report as write_report
 
         return write_report(this.recipe, this.folder, stage.folder)
@@ -310,7 +310,7 @@ def _stage(
     name: str,
     recipe: Path,
     runs_dir: Path,
-    work: "Callable[[Run, Stage], dict[str, object]]",
+    work: "Callable[[Run, StageFolder], dict[str, object]]",
     *,
     verify: bool,
     only: int | None = None,

@@ -26,7 +26,7 @@ from megatron_l0moe.modules.hard_concrete import HardConcreteConfig  # noqa: E40
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec  # noqa: E402
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig  # noqa: E402
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
-from megatron_l0moe.training.arguments import Settings, StageConfig  # noqa: E402
+from megatron_l0moe.training.arguments import JobSettings, StageConfig  # noqa: E402
 from megatron_l0moe.training.model import gates, group_overrides, megatron_training, prepare_for_training  # noqa: E402  # noqa: E402
 
 
@@ -78,7 +78,7 @@ def build(stage: str, *, tied: bool, bf16: bool, trains: str, recompute: dict[st
     if bf16:
         model.bfloat16()
     stage_config = StageConfig(l0_stage=stage, l0_train_weights=trains)  # type: ignore[arg-type]
-    prepare_for_training([model], Settings(stage_config, plan))
+    prepare_for_training([model], JobSettings(stage_config, plan))
     return model.train()
 
 

@@ -26,7 +26,7 @@ from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.runs.child_process import run_command
 from megatron_l0moe.runs.stage_folder import (
     MARKER,
-    Stage,
+    StageFolder,
     input_digests,
     is_done,
     read_manifest,
@@ -101,7 +101,7 @@ def pretrained_small(place: Place, run: Run) -> Path:
     model = own.model.model_copy(update={"ffn": width})
     asked = section_hash(model, base.decisive)
     inputs = (place.root / "tokenizer", place.root / "tokens")
-    stage = Stage("dense-small", place.root / METHODS / f"dense-small-{width}", asked, inputs)
+    stage = StageFolder("dense-small", place.root / METHODS / f"dense-small-{width}", asked, inputs)
 
     def work(out: Path) -> dict[str, object]:
         untrained = out / "untrained"
@@ -124,7 +124,7 @@ def _further(place: Place, table: RunsTable, case: Case, run: Run, model: Path) 
     # a last batch that would not be full is left out
     training = table.dense.training(case.settings, sequences // table.dense.global_batch_size, case.seed)
     asked = section_hash(case.settings.kind, training.decisive)
-    stage = Stage(case.name, run.folder / "dense", asked, (model, run.stage_folder("curate")))
+    stage = StageFolder(case.name, run.folder / "dense", asked, (model, run.stage_folder("curate")))
 
     def work(out: Path) -> dict[str, object]:
         start = out / "start"
@@ -158,7 +158,7 @@ def share_stage(place: Place, run: Run, name: str) -> None:
             run_command(words, log=run.runs_dir / f"{run.recipe.name}.log")
 
 
-def _link_twin(place: Place, own: Stage) -> None:
+def _link_twin(place: Place, own: StageFolder) -> None:
     relative = own.folder.relative_to(place.root / METHODS).parts[1:]
     for marker in sorted((place.root / METHODS).glob("/".join(("*", *relative, MARKER)))):
         found = dataclasses.replace(own, folder=marker.parent)
@@ -173,7 +173,7 @@ def _link_twin(place: Place, own: Stage) -> None:
         return
 
 
-def _is_from_these(found: Stage) -> bool:
+def _is_from_these(found: StageFolder) -> bool:
     """Say whether a finished stage of another run was made from the inputs that this run has."""
     if not all((folder / MARKER).is_file() for folder in found.inputs):
         return False

@@ -18,7 +18,7 @@ from settings import Place
 from steps import do
 
 from megatron_l0moe.reports.collect import Json
-from megatron_l0moe.runs.stage_folder import Stage, read_manifest, write_json
+from megatron_l0moe.runs.stage_folder import StageFolder, read_manifest, write_json
 
 BASE = "base"
 HELDOUT, TRAINING, SPEED, CONTROL = "result.json", "training.json", "speed.json", "control.json"
@@ -54,7 +54,7 @@ def save(
         return {}
 
     title = name if file == HELDOUT else f"{FOLDERS[file]} of {name}"
-    do(Stage(title, folder(place, name, file), asked, inputs), "clear", write)
+    do(StageFolder(title, folder(place, name, file), asked, inputs), "clear", write)
 
 
 def read_base(place: Place) -> Result | None:

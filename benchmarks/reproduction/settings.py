@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import Flags, RecipePart
 from megatron_l0moe.recipe.recipe import section_hash
-from megatron_l0moe.runs.stage_folder import Stage
+from megatron_l0moe.runs.stage_folder import StageFolder
 
 
 class CorpusSettings(RecipePart):
@@ -145,22 +145,22 @@ class Place:
         """The step that has the tokenizer."""
         return self.root / ("base" if self.is_pretrained else "tokenizer")
 
-    def corpus(self) -> Stage:
+    def corpus(self) -> StageFolder:
         """train/ and heldout/, a shard a domain."""
         files = sorted((file.name, file.stat().st_size) for file in self.source.glob("*.jsonl*"))
         if not files:
             raise L0MoEError(
                 f"{self.source} holds no *.jsonl shards; give --corpus the folder of a corpus, see README.md."
             )
-        return Stage("corpus", self.root / "corpus", section_hash(self.settings.corpus, files))
+        return StageFolder("corpus", self.root / "corpus", section_hash(self.settings.corpus, files))
 
-    def tokenizer(self) -> Stage:
+    def tokenizer(self) -> StageFolder:
         """The untrained model's folder: config.json and the tokenizer."""
         own = self.own_base
         asked = section_hash(own.tokenizer, own.model, self.settings.data.seq_length)
-        return Stage("tokenizer", self.root / "tokenizer", asked, (self.root / "corpus",))
+        return StageFolder("tokenizer", self.root / "tokenizer", asked, (self.root / "corpus",))
 
-    def tokens(self) -> Stage:
+    def tokens(self) -> StageFolder:
         """The held-out sequences on which every model is measured, and the sample index of a base's pretraining."""
         base, data = self.settings.base, self.settings.data
         if isinstance(base, PretrainedSettings):
@@ -169,15 +169,15 @@ class Place:
             training = base.training
             asked = section_hash(data, training.steps * training.global_batch_size, training.seed)
         inputs = (self.root / "corpus", self.tokenizer_folder)
-        return Stage("tokens", self.root / "tokens", asked, inputs)
+        return StageFolder("tokens", self.root / "tokens", asked, inputs)
 
-    def base(self) -> Stage:
+    def base(self) -> StageFolder:
         """The base's training and its export, or the links to a base that was there."""
         base = self.settings.base
         if isinstance(base, PretrainedSettings):
-            return Stage("base", self.root / "base", section_hash(base.path))
+            return StageFolder("base", self.root / "base", section_hash(base.path))
         inputs = (self.root / "tokens", self.root / "tokenizer")
-        return Stage("base", self.root / "base", section_hash(base.training.decisive), inputs)
+        return StageFolder("base", self.root / "base", section_hash(base.training.decisive), inputs)
 
 
 def load_settings(file: Path) -> Settings:

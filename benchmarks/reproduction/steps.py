@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_l0moe.runs.stage_folder import Restart, Stage, begin, finish, is_done
+from megatron_l0moe.runs.stage_folder import Restart, StageFolder, begin, finish, is_done
 
 logger = logging.getLogger(__name__)
 
 
-def do(stage: Stage, restart: Restart, work: Callable[[Path], dict[str, object]]) -> None:
+def do(stage: StageFolder, restart: Restart, work: Callable[[Path], dict[str, object]]) -> None:
     """Do a step if it is not done yet.
 
     Raises:

@@ -29,7 +29,7 @@ from megatron_l0moe.runs.child_process import lost_a_node, reason_in
 from megatron_l0moe.runs.lock import locked
 from megatron_l0moe.runs.stage_folder import (
     STARTED,
-    Stage,
+    StageFolder,
     begin,
     has_marker,
     is_done,
@@ -57,14 +57,14 @@ Numbers = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingStage:
+class TrainingJob:
     """A stage that trains, one folder of it."""
 
     run: Run
-    stage: Stage
+    stage: StageFolder
     index: int | None
     """The expert, counted from 0; None: MoE training."""
-    work: Callable[[Stage], Numbers]
+    work: Callable[[StageFolder], Numbers]
     """What is left to do once the last step is saved; returns numbers for the manifest."""
 
     @property
@@ -86,7 +86,7 @@ class TrainingStage:
         return None if training.flags.get("async-save") else training.save_interval
 
     @property
-    def job(self) -> training_commands.Job:
+    def job(self) -> training_commands.TrainingCommand:
         """The training command."""
         architecture = Architecture.from_hf(Path(self.run.recipe.model.path))
         preflight.check_sizes(self.run.recipe, architecture)
@@ -114,7 +114,7 @@ class TrainingStage:
 
 
 def run_phase(
-    run: Run, name: str, phase: str, work: Callable[[Stage], Numbers], *, index: int | None = None
+    run: Run, name: str, phase: str, work: Callable[[StageFolder], Numbers], *, index: int | None = None
 ) -> int:
     """Do one phase; returns the exit code.
 
@@ -133,7 +133,7 @@ def run_phase(
     wanted = stages(run, name)
     if index is not None and not 0 <= index < len(wanted):
         raise L0MoEError(f"--index {index} must be between 0 and {len(wanted) - 1}.")
-    this = TrainingStage(run=run, stage=wanted[index or 0], index=index, work=work)
+    this = TrainingJob(run=run, stage=wanted[index or 0], index=index, work=work)
     with locked(run.folder, expert=index):
         attempts.check_owner(this.folder)
         (this.folder / VERDICT).unlink(missing_ok=True)
@@ -144,7 +144,7 @@ def run_phase(
             raise
 
 
-def _prepare(this: TrainingStage) -> int:
+def _prepare(this: TrainingJob) -> int:
     if has_marker(this.stage) and is_done(this.stage):
         return _say(this, "done")
     spec = spec_of(this.stage.name, this.run.recipe.method)
@@ -171,7 +171,7 @@ def _prepare(this: TrainingStage) -> int:
     return 0
 
 
-def _finish(this: TrainingStage) -> int:
+def _finish(this: TrainingJob) -> int:
     if has_marker(this.stage) and is_done(this.stage):
         return _say(this, "done")
     past = _close_last(this, seen=True)
@@ -196,7 +196,7 @@ def _finish(this: TrainingStage) -> int:
     return _say(this, "again")
 
 
-def _close_last(this: TrainingStage, *, seen: bool) -> list[attempts.Attempt]:
+def _close_last(this: TrainingJob, *, seen: bool) -> list[attempts.Attempt]:
     """Complete the record of the last attempt if it is open, from its folder and its logs; returns all attempts."""
     past = attempts.read(this.folder)
     if not past or past[-1].how is not None:
@@ -213,7 +213,7 @@ def _close_last(this: TrainingStage, *, seen: bool) -> list[attempts.Attempt]:
     )
 
 
-def _refuse_if_hopeless(this: TrainingStage, past: list[attempts.Attempt]) -> None:
+def _refuse_if_hopeless(this: TrainingJob, past: list[attempts.Attempt]) -> None:
     why = attempts.judge(past)
     if why is None:
         return
@@ -232,7 +232,7 @@ def _refuse_if_hopeless(this: TrainingStage, past: list[attempts.Attempt]) -> No
     raise L0MoEError(sentence)
 
 
-def _say(this: TrainingStage, verdict: Verdict) -> int:
+def _say(this: TrainingJob, verdict: Verdict) -> int:
     """Write the verdict, into the record of the last attempt too, and return its exit code."""
     if (this.folder / STARTED).is_file():  # else the folder is not ours, or nothing was begun
         past = attempts.read(this.folder)

@@ -116,7 +116,7 @@ Row = tuple[str, str]
 NOT_KNOWN = "not known without the model"
 
 
-class Plan:
+class DryRun:
     """A run and what is known of its model before anything was computed."""
 
     def __init__(self, run: Run) -> None:
@@ -219,7 +219,7 @@ def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
         L0MoEError: the recipe does not fit the model.
     """
     run, this_machine = machine.settle(run, keep=False)
-    plan = Plan(run)
+    plan = DryRun(run)
     lines = [f"Run {run.recipe.name} in {run.folder}. This is a plan: nothing is started or written."]
     ahead = forecast(run.recipe, plan.architecture, this_machine) if plan.architecture else None
     lines += outlook(run, selected, this_machine, ahead)
@@ -234,7 +234,7 @@ def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
     return lines
 
 
-def _convert(plan: Plan) -> list[Row]:
+def _convert(plan: DryRun) -> list[Row]:
     return [
         ("in", plan.run.recipe.model.path),
         ("out", str(plan.run.stage_folder("convert") / "megatron")),
@@ -243,7 +243,7 @@ def _convert(plan: Plan) -> list[Row]:
     ]
 
 
-def _curate(plan: Plan) -> list[Row]:
+def _curate(plan: DryRun) -> list[Row]:
     data, k = plan.run.recipe.data, plan.run.recipe.model.num_experts
     out = plan.run.stage_folder("curate")
     passes = f" gone through {data.set_passes} times" if data.set_passes > 1 else ""
@@ -273,11 +273,11 @@ def _curate(plan: Plan) -> list[Row]:
     ]
 
 
-def _experts(plan: Plan) -> list[Row]:
+def _experts(plan: DryRun) -> list[Row]:
     run, recipe = plan.run, plan.run.recipe
     steps, batch = recipe.expert_steps, recipe.expert_training.global_batch_size
     work = ("steps", _steps(steps, batch, recipe.data.seq_length) + " for each expert")
-    make: Callable[[Run, Architecture, int], training_commands.Job] = training_commands.expert_job
+    make: Callable[[Run, Architecture, int], training_commands.TrainingCommand] = training_commands.expert_job
     if recipe.construction is not None:
         sequences = recipe.calibration_sequences
         tokens = f"{sequences} sequences of {recipe.data.seq_length} tokens through the dense model for each expert"
@@ -301,7 +301,7 @@ def _experts(plan: Plan) -> list[Row]:
     return [*rows, ("runs", f"for experts 000 to {last:03d}, here for 000:"), ("", shell_line(job))]
 
 
-def _assemble(plan: Plan) -> list[Row]:
+def _assemble(plan: DryRun) -> list[Row]:
     return [
         (
             "in",
@@ -313,7 +313,7 @@ def _assemble(plan: Plan) -> list[Row]:
     ]
 
 
-def _moe(plan: Plan) -> list[Row]:
+def _moe(plan: DryRun) -> list[Row]:
     run, recipe = plan.run, plan.run.recipe
     start = "assemble" if recipe.method == "l0moe" else "convert"
     rows = [
@@ -329,7 +329,7 @@ def _moe(plan: Plan) -> list[Row]:
     return [*rows, ("runs", ""), ("", shell_line(training_commands.moe_job(run, plan.architecture)))]
 
 
-def _export(plan: Plan) -> list[Row]:
+def _export(plan: DryRun) -> list[Row]:
     files = "config.json, *.safetensors, tokenizer, README.md"
     if plan.run.recipe.method == "dsmoe":
         files += ", modeling_dsmoe.py"
@@ -345,7 +345,7 @@ def _export(plan: Plan) -> list[Row]:
     ]
 
 
-def _evaluate(plan: Plan) -> list[Row]:
+def _evaluate(plan: DryRun) -> list[Row]:
     run, evaluation = plan.run, plan.run.recipe.evaluation
     models = [run.recipe.model.path, str(run.stage_folder("export"))]
     if run.recipe.method == "l0moe":
@@ -361,14 +361,14 @@ def _evaluate(plan: Plan) -> list[Row]:
     ]
 
 
-def _report(plan: Plan) -> list[Row]:
+def _report(plan: DryRun) -> list[Row]:
     return [
         ("in", f"everything in {plan.run.folder}"),
         ("out", f"{plan.run.stage_folder('report')}/report.html, {plan.run.folder}/summary.json"),
     ]
 
 
-_DETAILS: dict[str, Callable[[Plan], list[Row]]] = {
+_DETAILS: dict[str, Callable[[DryRun], list[Row]]] = {
     "convert": _convert,
     "curate": _curate,
     "experts": _experts,
@@ -380,7 +380,7 @@ _DETAILS: dict[str, Callable[[Plan], list[Row]]] = {
 }
 
 
-def shell_line(job: training_commands.Job) -> str:
+def shell_line(job: training_commands.TrainingCommand) -> str:
     """Return a job as one line for a shell, variables first."""
     variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in job.env.items())
     # A word that starts with $ is for the shell of a batch job to fill in.

@@ -67,7 +67,7 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class MachineRecord:
     """What a run was begun with."""
 
     dtype: Dtype
@@ -141,7 +141,7 @@ def settle(
         same = known is not None and known.flops and known.is_like(machine)
         machine = known if same and known else replace(machine, flops=measure(_shapes(run)))
     dtype = _dtype(run, record, machine)
-    now = Record(dtype=dtype, machine=machine)
+    now = MachineRecord(dtype=dtype, machine=machine)
     if keep and now != record:
         write_json(run.folder / RECORD, asdict(now))
     return replace(run, recipe=run.recipe.settled(dtype)), machine
@@ -158,7 +158,7 @@ def begun(run: Run) -> Run:
     return replace(run, recipe=run.recipe.settled(record.dtype)) if record else settle(run)[0]
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path) -> MachineRecord | None:
     """Return what the run in a folder was begun with; None for one that was not begun.
 
     Raises:
@@ -166,10 +166,10 @@ def read_record(folder: Path) -> Record | None:
     """
     file = folder / RECORD
     if not file.is_file():
-        return Record(dtype="float32", machine=None) if _is_older(folder / "recipe.json") else None
+        return MachineRecord(dtype="float32", machine=None) if _is_older(folder / "recipe.json") else None
     raw = read_json(file, DAMAGED)
     try:
-        record = Record(dtype=raw["dtype"], machine=Machine(**raw["machine"]))
+        record = MachineRecord(dtype=raw["dtype"], machine=Machine(**raw["machine"]))
         if record.dtype not in ("float32", "bfloat16") or (record.machine and not _is_sound(record.machine)):
             raise ValueError("other values than a run writes")
     except (ValueError, KeyError, TypeError) as error:
@@ -182,7 +182,7 @@ def _is_sound(machine: Machine) -> bool:
     return machine.kind == "gpu" or (set(machine.flops) == {"float32", "bfloat16"} and min(speeds) > 0)
 
 
-def _dtype(run: Run, record: Record | None, machine: Machine) -> Dtype:
+def _dtype(run: Run, record: MachineRecord | None, machine: Machine) -> Dtype:
     if run.recipe.dtype != "auto":
         return run.recipe.dtype
     if record is None:

@@ -25,7 +25,7 @@ from megatron_l0moe.runs.stage_folder import (
     MANIFEST,
     MARKER,
     Recorded,
-    Stage,
+    StageFolder,
     finish,
     read_manifest,
     recorded_model,
@@ -153,7 +153,7 @@ _TOLD: list[str] = []
 
 
 @contextlib.contextmanager
-def checked(run: Run, stage: Stage) -> Iterator[None]:
+def checked(run: Run, stage: StageFolder) -> Iterator[None]:
     """Compare what a stage reads, before or beside the work of the `with` block; see `check`."""
     if stage.name not in BESIDE:
         check(run, stage)
@@ -178,7 +178,7 @@ def checked(run: Run, stage: Stage) -> Iterator[None]:
     check(run, stage)
 
 
-def check(run: Run, stage: Stage) -> None:
+def check(run: Run, stage: StageFolder) -> None:
     """Compare what a stage reads with what the stages before recorded, unless the run is not to be verified.
 
     Raises:
@@ -203,7 +203,7 @@ def check(run: Run, stage: Stage) -> None:
         _check_last_step(run)
 
 
-def finish_stage(run: Run, stage: Stage, numbers: dict[str, object]) -> None:
+def finish_stage(run: Run, stage: StageFolder, numbers: dict[str, object]) -> None:
     """Write a stage's manifest, with the dense model's files where it records them, and its marker."""
     model = None
     if stage.name in ("convert", "curate"):
@@ -219,7 +219,7 @@ def finish_stage(run: Run, stage: Stage, numbers: dict[str, object]) -> None:
     )
 
 
-def _inputs(run: Run, stage: Stage) -> Iterator[tuple[Recorded, str]]:
+def _inputs(run: Run, stage: StageFolder) -> Iterator[tuple[Recorded, str]]:
     """Yield the recorded files that a stage reads, and what helps where they differ."""
     model = _recorded_model(run, stage)
     if model is not None:
@@ -243,7 +243,7 @@ def _is_of_another_step(name: str, step: int) -> bool:
     return name.startswith("checkpoints/") and not used
 
 
-def _recorded_model(run: Run, stage: Stage) -> Recorded | None:
+def _recorded_model(run: Run, stage: StageFolder) -> Recorded | None:
     """Return the dense model's files that a stage has to find unchanged, in the folder that the recipe names now.
 
     Raises:
@@ -289,7 +289,7 @@ def _is_weights(name: str) -> bool:
     return fnmatch.fnmatch(name, WEIGHTS)
 
 
-def _check_tokenizer(run: Run, stage: Stage) -> None:
+def _check_tokenizer(run: Run, stage: StageFolder) -> None:
     """Compare the tokenizer with the sets', also where no manifest records it."""
     curate, model = run.stage_folder("curate"), Path(run.recipe.model.path)
     if stage.name == "curate" or not (curate / MARKER).is_file() or not (curate / "moe.ccm.json").is_file():

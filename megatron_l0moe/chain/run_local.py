@@ -31,7 +31,7 @@ from megatron_l0moe.runs.child_process import (
 )
 from megatron_l0moe.runs.lock import inherited, locked
 from megatron_l0moe.runs.stage_folder import (
-    Stage,
+    StageFolder,
     begin,
     drop_work,
     has_marker,
@@ -100,7 +100,9 @@ def outlook(
     return lines
 
 
-def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: int | None = None) -> None:
+def carry_out(
+    run: Run, name: str, work: Callable[[StageFolder], Numbers], *, only: int | None = None
+) -> None:
     """Do one stage in this process: what is done stays, what is half-written is cleared or resumed.
 
     Args:
@@ -137,7 +139,7 @@ def carry_out(run: Run, name: str, work: Callable[[Stage], Numbers], *, only: in
                 drop_work(stage)
 
 
-def train_expert(run: Run, stage: Stage) -> None:
+def train_expert(run: Run, stage: StageFolder) -> None:
     """Run the training job of one expert to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "expert_training")
     k = int(stage.folder.name)
@@ -146,7 +148,7 @@ def train_expert(run: Run, stage: Stage) -> None:
     _train(run, job, stage, run.recipe.expert_steps)
 
 
-def construct_expert(run: Run, stage: Stage) -> Numbers:
+def construct_expert(run: Run, stage: StageFolder) -> Numbers:
     """Make one expert from a calibration pass; one that is there already is not made again."""
     preflight.check_machine(run.recipe, "expert_training")
     k = int(stage.folder.name)
@@ -160,7 +162,7 @@ def construct_expert(run: Run, stage: Stage) -> Numbers:
     return read_json(record, f"remove {stage.folder} to make the expert anew")
 
 
-def train_moe(run: Run, stage: Stage) -> None:
+def train_moe(run: Run, stage: StageFolder) -> None:
     """Run MoE training, or that of another method, to its end, from its last checkpoint if it has one."""
     preflight.check_machine(run.recipe, "moe_training")
     what = "MoE" if run.recipe.method == "l0moe" else TITLES[run.recipe.method]
@@ -168,7 +170,7 @@ def train_moe(run: Run, stage: Stage) -> None:
     _train(run, training_commands.moe_job(run, _architecture(run)), stage, run.recipe.moe_steps)
 
 
-def write_logits(run: Run, stage: Stage) -> Path:
+def write_logits(run: Run, stage: StageFolder) -> Path:
     """Let Megatron write its logits on held-out text, to compare with the exported model's; returns the file."""
     _run_job(training_commands.logits_job(run, _architecture(run)), stage.folder / "logits.log")
     return training_commands.logits_file(run)
@@ -211,7 +213,7 @@ def check_inputs(run: Run, spec: StageSpec) -> None:
             is_done(stage)
 
 
-def _train(run: Run, job: training_commands.Job, stage: Stage, steps: int) -> None:
+def _train(run: Run, job: training_commands.TrainingCommand, stage: StageFolder, steps: int) -> None:
     """Run a training job to its last step; a job whose last checkpoint is there already is not started again."""
 
     def is_trained() -> bool:
@@ -240,17 +242,17 @@ def _train(run: Run, job: training_commands.Job, stage: Stage, steps: int) -> No
         )
 
 
-def record_start(run: Run, job: training_commands.Job, stage: Stage) -> None:
+def record_start(run: Run, job: training_commands.TrainingCommand, stage: StageFolder) -> None:
     """Write down what a training job is started from."""
     command = ["env", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
     records.write_records(run, stage.folder, command, attempt=records.next_attempt(stage.folder))
 
 
-def _run_job(job: training_commands.Job, log: Path) -> None:
+def _run_job(job: training_commands.TrainingCommand, log: Path) -> None:
     run_command(job.command, log=log, env=job.env, keep_open=inherited())
 
 
-def _side_by_side(run: Run, wanted: tuple[Stage, ...], lock: tuple[int, ...]) -> None:
+def _side_by_side(run: Run, wanted: tuple[StageFolder, ...], lock: tuple[int, ...]) -> None:
     """Train the experts that are not done yet, several at the same time, each by a command of its own."""
     commands = [
         Command(

@@ -12,7 +12,7 @@ from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe.layout import FREE_FLAGS
 from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe, section_hash
 from megatron_l0moe.recipe.yaml_file import check_text
-from megatron_l0moe.runs.stage_folder import Restart, Stage
+from megatron_l0moe.runs.stage_folder import Restart, StageFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,14 +224,14 @@ def config_hash(name: str, recipe: Recipe) -> str:
     return section_hash(name, own, before)
 
 
-def stages(run: Run, name: str) -> tuple[Stage, ...]:
+def stages(run: Run, name: str) -> tuple[StageFolder, ...]:
     """Return what has to be finished for a stage: one folder, or for `experts` one folder for each expert."""
     spec = spec_of(name, run.recipe.method)
     inputs = tuple(folder for previous in spec.inputs for folder in folders(run, previous))
     digest = config_hash(name, run.recipe)
     beside = (run.folder / "summary.json",) if name == "report" else ()
     return tuple(
-        Stage(name=name, folder=folder, config_hash=digest, inputs=inputs, beside=beside)
+        StageFolder(name=name, folder=folder, config_hash=digest, inputs=inputs, beside=beside)
         for folder in folders(run, name)
     )
 

@@ -151,7 +151,7 @@ class _Extent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainingCommand:
     """A command and the variables that it needs on top of the environment."""
 
     command: list[str]
@@ -165,7 +165,7 @@ class Job:
 
 def expert_job(
     run: Run, architecture: Architecture, k: int, *, python: str = sys.executable, trial: Trial | None = None
-) -> Job:
+) -> TrainingCommand:
     """Return the job that trains the masks and the MLPs of expert k (paper section 3.2), or a trial of it."""
     recipe, training = run.recipe, run.recipe.expert_training
     extent = _extent(training, run.expert_folder(k), recipe.expert_steps, trial)
@@ -188,7 +188,7 @@ def expert_job(
 
 def moe_job(
     run: Run, architecture: Architecture, *, python: str = sys.executable, trial: Trial | None = None
-) -> Job:
+) -> TrainingCommand:
     """Return the job that trains experts and routers together (paper section 3.3), or a trial of it.
 
     Of a method beside L0-MoE: the job that trains the dense model with that method's layers.
@@ -212,7 +212,7 @@ def moe_job(
     return _job(python, training, architecture, flags, "moe_training", trial, recipe)
 
 
-def logits_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> Job:
+def logits_job(run: Run, architecture: Architecture, *, python: str = sys.executable) -> TrainingCommand:
     """Return the job that writes the trained Megatron model's logits, for the parity check of `evaluate`.
 
     It runs in one process whatever the training layout was: a torch_dist checkpoint loads in any layout. It runs on the
@@ -237,7 +237,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
     )
     threads = recipe.moe_training.parallel.threads
     words = [python, "-m", LOGITS, *architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=environment(threads) | {"CUDA_VISIBLE_DEVICES": ""})
+    return TrainingCommand(command=words, env=environment(threads) | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def logits_file(run: Run) -> Path:
@@ -346,7 +346,7 @@ def _job(
     trial: Trial | None,
     recipe: Recipe,
     name: str = "",
-) -> Job:
+) -> TrainingCommand:
     """Sum up a job; `name` tells it from the others that share its section of the recipe."""
     fixed = architecture.megatron_flags()
     for flag in training.flags:
@@ -364,7 +364,7 @@ def _job(
         )
         processes, nodes = trial.layout.processes, 1
     words = [*launcher(python, processes, nodes), "-m", PRETRAIN, *fixed, *render(flags | extra)]
-    return Job(command=words, env=environment(parallel.threads) | (EXACT_FP32 if trial else {}))
+    return TrainingCommand(command=words, env=environment(parallel.threads) | (EXACT_FP32 if trial else {}))
 
 
 def _told_apart(flags: Mapping[str, Flag], name: str) -> Flags:
@@ -419,7 +419,9 @@ class DenseTraining:
     """Further flags, which win."""
 
 
-def dense_job(training: DenseTraining, architecture: Architecture, *, python: str = sys.executable) -> Job:
+def dense_job(
+    training: DenseTraining, architecture: Architecture, *, python: str = sys.executable
+) -> TrainingCommand:
     """Return the job; started again, it goes on from its last checkpoint."""
     own = str(training.folder / "checkpoints")
     flags = (
@@ -439,13 +441,15 @@ def dense_job(training: DenseTraining, architecture: Architecture, *, python: st
     )
     before = launcher(python, training.layout.processes, nodes=1)
     words = [*before, "-m", PRETRAIN, *architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=environment(training.threads))
+    return TrainingCommand(command=words, env=environment(training.threads))
 
 
 PROGRAM = "megatron_l0moe.training.construct"
 
 
-def construct_job(run: Run, architecture: Architecture, k: int, *, python: str = sys.executable) -> Job:
+def construct_job(
+    run: Run, architecture: Architecture, k: int, *, python: str = sys.executable
+) -> TrainingCommand:
     """Return the job that makes expert k from a calibration pass.
 
     The learning rates, batch sizes and flags of `expert_training` are those of training and have no part in it.
@@ -473,4 +477,4 @@ def construct_job(run: Run, architecture: Architecture, k: int, *, python: str =
     parallel = training.parallel
     words = [*launcher(python, parallel.processes, parallel.nodes), "-m", PROGRAM]
     words += [*architecture.megatron_flags(), *render(flags)]
-    return Job(command=words, env=environment(parallel.threads) | EXACT_FP32)
+    return TrainingCommand(command=words, env=environment(parallel.threads) | EXACT_FP32)

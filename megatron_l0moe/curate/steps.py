@@ -29,7 +29,7 @@ from megatron_l0moe.curate.embedding import VectorShards, find_model
 from megatron_l0moe.curate.sampling import WRITTEN, ClusterFiller
 from megatron_l0moe.curate.tasks.run import run_step
 from megatron_l0moe.curate.tasks.step import UnitStep
-from megatron_l0moe.curate.tasks.units import Plan, Record, Workspace, cut_at_shards
+from megatron_l0moe.curate.tasks.units import UnitPlan, UnitRecord, Workspace, cut_at_shards
 from megatron_l0moe.index.index import Shard
 from megatron_l0moe.recipe.sections import DataSection, FilterSection
 
@@ -45,11 +45,11 @@ class ScanStep(UnitStep):
         self.corpus = corpus.record()
         self.filters = filters
 
-    def files_of(self, plan: Plan, unit: int) -> tuple[Path, ...]:
+    def files_of(self, plan: UnitPlan, unit: int) -> tuple[Path, ...]:
         """Return the file of rows."""
         return (self.folder / f"{unit:05d}.npy",)
 
-    def do_unit(self, plan: Plan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
+    def do_unit(self, plan: UnitPlan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
         """Scan the unit's shards."""
         corpus = Corpus.from_record(self.corpus)
         part = scan_shards(corpus, plan.items_of(unit).tolist(), self.filters, self.advance)
@@ -74,11 +74,11 @@ class EmbedStep(UnitStep):
         self.max_tokens = data.embedding_max_tokens
         self.batch_size = data.embedding_batch_size
 
-    def files_of(self, plan: Plan, unit: int) -> tuple[Path, ...]:
+    def files_of(self, plan: UnitPlan, unit: int) -> tuple[Path, ...]:
         """Return the file of vectors and that of their documents' numbers."""
         return self.folder / f"{unit:05d}.npy", self.folder / f"{unit:05d}.ids.npy"
 
-    def do_unit(self, plan: Plan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
+    def do_unit(self, plan: UnitPlan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
         """Embed the unit's documents; memory for a chunk of them, not for the unit."""
         ids = plan.items_of(unit)
         heads = (d.text[: self._encoder.head_chars] for _, d in read_documents(self._catalog, ids))
@@ -120,13 +120,13 @@ class TokeniseStep(UnitStep):
         self.model = str(Path(model).resolve())
         self.eod = eod
 
-    def files_of(self, plan: Plan, unit: int) -> tuple[Path, ...]:
+    def files_of(self, plan: UnitPlan, unit: int) -> tuple[Path, ...]:
         """Return the shard's pair, which lies where it stays, and the file of lengths."""
         iteration, shard = int(plan.units["iteration"][unit]), int(plan.units["shard"][unit])
         prefix = self.workspace.out / shard_path(iteration, shard)
         return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), self.folder / f"{unit:05d}.npy"
 
-    def do_unit(self, plan: Plan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
+    def do_unit(self, plan: UnitPlan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
         """Tokenise the unit's documents, each up to the plan's limit."""
         from megatron_l0moe.index.tokens import write_documents
 
@@ -190,7 +190,7 @@ def scan(workspace: Workspace, corpus: Corpus, data: DataSection, quarantine_fil
     """
     sizes = np.array([int(size) for _, size, _ in corpus.state()], dtype=np.float64)
     shards = np.arange(len(corpus.shards))
-    plan = Plan.of(shards, cut_at_shards(shards, sizes, SCAN_BYTES))
+    plan = UnitPlan.of(shards, cut_at_shards(shards, sizes, SCAN_BYTES))
     step = ScanStep(workspace, corpus, data.filters)
     records = run_step(step, plan, data.executor, what="scanned documents", count_items=False)
     catalog = merge_scans(
@@ -214,7 +214,7 @@ def embed(workspace: Workspace, catalog: Catalog, ids: Ids, data: DataSection) -
     ends = cut_at_shards(catalog.rows["shard"][wanted], np.ones(len(wanted)), EMBED_DOCUMENTS)
     model = find_model(data.embedding_model)
     step = EmbedStep(workspace, workspace.work / "catalog", model, data)
-    plan = Plan.of(wanted, ends)
+    plan = UnitPlan.of(wanted, ends)
     run_step(step, plan, data.executor, what="embedded documents", takes_gpu=True)
     return Embedded(wanted, [step.files_of(plan, unit)[0] for unit in range(len(plan))])
 
@@ -243,7 +243,7 @@ class Tokeniser:
     def write(self, fillers: Sequence[ClusterFiller], chosen: Sequence[Ids]) -> list[npt.NDArray[np.void]]:
         """Tokenise the chosen documents of each iteration; return for each an array of ``WRITTEN``, by id."""
         plans = [self._plan(filler, ids) for filler, ids in zip(fillers, chosen, strict=True)]
-        plan = Plan.joined(plans)
+        plan = UnitPlan.joined(plans)
         catalog = self._workspace.work / "catalog"
         step = TokeniseStep(self._workspace, catalog, self._model, self._data.eod, self._round)
         self._round += 1
@@ -255,10 +255,10 @@ class Tokeniser:
             parts[iteration].append(_written(step, plan, unit))
         return [np.concatenate([np.empty(0, WRITTEN), *parts[f.budget.iteration]]) for f in fillers]
 
-    def _plan(self, filler: ClusterFiller, chosen: Ids) -> Plan:
+    def _plan(self, filler: ClusterFiller, chosen: Ids) -> UnitPlan:
         ids, budget = np.sort(chosen), filler.budget
         weights = np.minimum(self._estimate[ids], budget.tokens)
-        return Plan.of(
+        return UnitPlan.of(
             ids,
             cut_at_shards(self._catalog.rows["shard"][ids], weights, TOKENISE_TOKENS),
             iteration=budget.iteration,
@@ -267,7 +267,7 @@ class Tokeniser:
         )
 
 
-def _shard(step: TokeniseStep, plan: Plan, unit: int, record: Record) -> Shard:
+def _shard(step: TokeniseStep, plan: UnitPlan, unit: int, record: UnitRecord) -> Shard:
     path = shard_path(int(plan.units["iteration"][unit]), int(plan.units["shard"][unit]))
     return Shard(
         path=path,
@@ -278,7 +278,7 @@ def _shard(step: TokeniseStep, plan: Plan, unit: int, record: Record) -> Shard:
     )
 
 
-def _written(step: TokeniseStep, plan: Plan, unit: int) -> npt.NDArray[np.void]:
+def _written(step: TokeniseStep, plan: UnitPlan, unit: int) -> npt.NDArray[np.void]:
     lengths = np.load(step.files_of(plan, unit)[2])
     assert np.array_equal(lengths["id"], plan.items_of(unit)), (
         "other documents than those that were asked for"

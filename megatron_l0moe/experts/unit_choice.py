@@ -37,7 +37,7 @@ ROUNDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class UnitCluster:
     """The units of one expert."""
 
     shared: Tensor
@@ -54,7 +54,9 @@ def number_shared(width: int, experts: int, channels: int, share: float) -> int:
     return min(max(round(share * width), needed, 0), width)
 
 
-def cluster_of(calibration: Calibration, *, expert: int, experts: int, width: int, share: float) -> Cluster:
+def cluster_of(
+    calibration: Calibration, *, expert: int, experts: int, width: int, share: float
+) -> UnitCluster:
     """Return the units of one expert; every expert's job finds the same clusters from the same text."""
     counts, inputs = calibration.pairs, calibration.pattern_inputs
     assert counts is not None
@@ -65,13 +67,13 @@ def cluster_of(calibration: Calibration, *, expert: int, experts: int, width: in
     by_rate = torch.sort(rate, descending=True, stable=True).indices
     shared, rest = by_rate[:shared_count], by_rate[shared_count : shared_count + experts * size]
     if size == 0:
-        return Cluster(shared=shared, own=rest, centre=calibration.input_mean)
+        return UnitCluster(shared=shared, own=rest, centre=calibration.input_mean)
     length = rate[rest].double().sqrt()
     similarity = counts[rest][:, rest].double() / torch.outer(length, length).clamp(min=1.0)
     own = rest[balanced_clusters(similarity, experts) == expert]
     active = float(rate[own].sum())
     centre = inputs[own].double().sum(0) / active if active else calibration.input_mean
-    return Cluster(shared=shared, own=own, centre=centre.float())
+    return UnitCluster(shared=shared, own=own, centre=centre.float())
 
 
 def balanced_clusters(similarity: Tensor, clusters: int) -> Tensor:

@@ -26,7 +26,7 @@ from megatron_l0moe.modules.mixture_of_masks import MaskConfig, MoMMLP
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import L0Router, RouterConfig
 
-Stage = Literal["dense", "expert", "moe", "dsmoe", "mom"]
+ModelKind = Literal["dense", "expert", "moe", "dsmoe", "mom"]
 
 # Checkpoint names of the norms that Transformer Engine fuses into the next linear layer.
 ATTENTION_NORM_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -37,7 +37,7 @@ MLP_NORM_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 class LayerPlan:
     """What the layers of a model are made of."""
 
-    stage: Stage
+    stage: ModelKind
     dense_layers: int
     gate: HardConcreteConfig
     retention: RetentionConfig

@@ -243,7 +243,7 @@ class StagePlan:
     """One training stage."""
 
     section: Section
-    job: proposals.Job
+    job: proposals.PlannedJob
     mine: proposals.Candidate
     """The recipe's own layout."""
     flops: Flops
@@ -266,7 +266,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A whole recipe."""
 
     recipe: Recipe
@@ -301,7 +301,7 @@ class Plan:
         return None
 
 
-def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float | None = None) -> Plan:
+def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float | None = None) -> RunPlan:
     """Compute the plan of a recipe.
 
     Args:
@@ -332,7 +332,7 @@ def make_plan(recipe: Recipe, *, gpu: Gpu, gpus: int | None = None, mfu: float |
     data, k = recipe.data, recipe.model.num_experts
     tokens = data.tokens_per_expert * k + data.tokens_per_set * (data.iterations - 1)
     wide = 2 if bf16 else 4
-    return Plan(
+    return RunPlan(
         recipe=recipe,
         source=source,
         gpu=gpu,
@@ -444,7 +444,7 @@ def _stage(
         overlaps_gradients=flags.get("overlap-grad-reduce") is True,
     )
     steps = recipe.moe_steps if is_moe else recipe.expert_steps
-    job = proposals.Job(
+    job = proposals.PlannedJob(
         model=model,
         workload=workload,
         sizes=dataclasses.replace(sizes, has_gpu=True),

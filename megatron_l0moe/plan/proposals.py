@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from megatron_l0moe.plan.memory import Memory, Workload, peak_memory, rank_parameters
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.layout_rules import JobSizes, Names, problem
-from megatron_l0moe.sizes.flops import Part, Recompute, StageModel, layer_flops, part_flops, parts
+from megatron_l0moe.sizes.flops import PipelinePart, Recompute, StageModel, layer_flops, part_flops, parts
 from megatron_l0moe.sizes.gpu_models import GIB, GPUS_PER_NODE, Gpu
 
 DENSE_EFFICIENCY = 0.55
@@ -93,7 +93,7 @@ def step_time(model: StageModel, layout: Layout, workload: Workload, gpu: Gpu) -
 
 
 def _computation(
-    model: StageModel, layout: Layout, held: Sequence[Part], workload: Workload, gpu: Gpu
+    model: StageModel, layout: Layout, held: Sequence[PipelinePart], workload: Workload, gpu: Gpu
 ) -> float:
     """Return the seconds of a micro-batch on a GPU of a pipeline rank; few rows for an expert wait for its weights."""
     tokens = workload.micro_batch * workload.seq_length / (layout.tensor * layout.context)
@@ -108,7 +108,7 @@ def _computation(
 
 
 def _messages(
-    model: StageModel, layout: Layout, workload: Workload, gpu: Gpu, held: Sequence[Part]
+    model: StageModel, layout: Layout, workload: Workload, gpu: Gpu, held: Sequence[PipelinePart]
 ) -> tuple[float, float]:
     """Return the seconds of tensor-parallel and of expert-parallel messages of one micro-batch."""
     t, recompute = layout.tensor, workload.recompute
@@ -160,7 +160,7 @@ CHUNKS = (1, 2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlannedJob:
     """A training stage: `jobs` independent runs of the same model."""
 
     model: StageModel
@@ -214,7 +214,7 @@ class Proposals:
     """Rules that other layouts break, an example of each, and how many break it."""
 
 
-def propose(job: Job, gpu: Gpu, gpus: int) -> Proposals:
+def propose(job: PlannedJob, gpu: Gpu, gpus: int) -> Proposals:
     """Try the layouts of so many GPUs."""
     broken: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -238,7 +238,7 @@ def propose(job: Job, gpu: Gpu, gpus: int) -> Proposals:
     )
 
 
-def evaluate(job: Job, layout: Layout, recompute: Recompute, gpu: Gpu, gpus: int) -> Candidate:
+def evaluate(job: PlannedJob, layout: Layout, recompute: Recompute, gpu: Gpu, gpus: int) -> Candidate:
     """Return memory and time of a layout of one job, on `gpus` GPUs for all jobs."""
     workload = dataclasses.replace(job.workload, recompute=recompute)
     time = step_time(job.model, layout, workload, gpu)
@@ -289,7 +289,7 @@ def recomputations(model: StageModel) -> tuple[Recompute, ...]:
     )
 
 
-def _layouts(job: Job, gpus: int) -> Iterator[Layout]:
+def _layouts(job: PlannedJob, gpus: int) -> Iterator[Layout]:
     is_moe = job.model.stage == "moe"
     # One of several jobs gets more than a node only where there are more GPUs than jobs.
     largest = max(GPUS_PER_NODE, 2 * gpus // job.jobs)

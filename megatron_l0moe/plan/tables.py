@@ -10,7 +10,7 @@ from rich.text import Text
 from megatron_l0moe.plan import proposals
 from megatron_l0moe.plan.plan import (
     TABLE5,
-    Plan,
+    RunPlan,
     StagePlan,
     Table5Row,
     disagreement,
@@ -31,7 +31,7 @@ GB = 1e9
 TB = 1e12
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: RunPlan, console: Console) -> None:
     """Print a plan."""
     console.width = max(console.width, MIN_WIDTH)
     recipe, model = plan.recipe, plan.recipe.model
@@ -63,7 +63,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_assumptions(plan), soft_wrap=True)
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: RunPlan) -> dict[str, Any]:
     """Return the numbers of a plan."""
     return {
         "recipe": plan.recipe.name,
@@ -130,7 +130,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _parameters(plan: Plan) -> Table:
+def _parameters(plan: RunPlan) -> Table:
     table = _table("Parameters, billions", "", "dense", "L0-MoE", right=(1, 2))
     dense, moe = plan.dense.counts, plan.moe.counts
     row = _paper_row(plan)
@@ -147,7 +147,7 @@ def _parameters(plan: Plan) -> Table:
     return table
 
 
-def _work(plan: Plan) -> Table:
+def _work(plan: RunPlan) -> Table:
     table = _table(
         "Work",
         *("stage", "jobs", "steps", "tokens", "GFLOP / token", "model FLOPs", "MFU", "GPU-hours"),
@@ -167,7 +167,7 @@ def _work(plan: Plan) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: RunPlan) -> Table:
     table = _table(
         f"Memory of the recipe's layouts, GiB a GPU (usable: {plan.gpu.usable / GIB:.1f})",
         *(
@@ -197,7 +197,7 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _show_proposals(plan: Plan, stage: StagePlan, found: Proposals, console: Console) -> None:
+def _show_proposals(plan: RunPlan, stage: StagePlan, found: Proposals, console: Console) -> None:
     title = f"{stage.title} on {plan.gpus} {plan.gpu.name}: {len(found.fitting)} layouts fit, fastest first"
     head = (
         "layout of a job",
@@ -232,7 +232,7 @@ def _show_proposals(plan: Plan, stage: StagePlan, found: Proposals, console: Con
         console.print(f"Cannot work ({count} like it): {example}.", soft_wrap=True)
 
 
-def _storage(plan: Plan) -> Table:
+def _storage(plan: RunPlan) -> Table:
     table = _table("On disk", "", "GB", right=(1,))
     for stage in plan.stages:
         each = "a checkpoint of one expert run" if stage.job.jobs > 1 else "a checkpoint of MoE training"
@@ -243,7 +243,7 @@ def _storage(plan: Plan) -> Table:
     return table
 
 
-def _speed(plan: Plan) -> Table:
+def _speed(plan: RunPlan) -> Table:
     table = _table(
         f"Expected speed against dense (above 1: faster), decode after {plan.context} tokens, one {plan.gpu.name}",
         *("", "by active", "by bytes read", "roofline", "dense tokens/s", "L0-MoE tokens/s"),
@@ -263,7 +263,7 @@ def _speed(plan: Plan) -> Table:
     return table
 
 
-def _assumptions(plan: Plan) -> str:
+def _assumptions(plan: RunPlan) -> str:
     return (
         f"Assumed, not measured: matrix products at {proposals.DENSE_EFFICIENCY:.0%} and experts at "
         f"{proposals.EXPERT_EFFICIENCY:.0%} of {plan.gpu.bf16_flops / TB:,.0f} TFLOP/s, links at "
@@ -273,7 +273,7 @@ def _assumptions(plan: Plan) -> str:
     )
 
 
-def layout_block(plan: Plan) -> list[str]:
+def layout_block(plan: RunPlan) -> list[str]:
     """Return the fastest proposed layouts as a block of a recipe's `layouts`, in YAML; empty: one stage has none."""
     lines = [f"  {plan.gpus}:"]
     for stage in plan.stages:
@@ -296,7 +296,7 @@ def _sizes(candidate: Candidate) -> tuple[str, ...]:
     return tuple(f"{size / GIB:.1f}" for size in sizes)
 
 
-def _paper_row(plan: Plan) -> Table5Row | None:
+def _paper_row(plan: RunPlan) -> Table5Row | None:
     """Return the row of Table 5 that is about this model."""
     a, model = plan.dense.architecture, plan.recipe.model
     for row in TABLE5:

@@ -9,8 +9,8 @@ They take it as it is, with these exceptions:
 | `SLURM_...`, of a job that we run in | left out where a new job is submitted, but for `SLURM_CLIENT` |
 | `SBATCH_...`, which win over a batch script's lines | left out where a job is submitted, but for defaults, see there |
 
-`OMP_NUM_THREADS` and `CUDA_DEVICE_MAX_CONNECTIONS` of training are set by `chain/training_commands.py`. All others are the user's:
-`CUDA_VISIBLE_DEVICES`, `HF_...`, `TRANSFORMERS_OFFLINE`, `NCCL_...`, `KMP_...`, `GOMP_...`, `PYTHONPATH`.
+`OMP_NUM_THREADS` and `CUDA_DEVICE_MAX_CONNECTIONS` of training are set by `chain/training_commands.py`. All others are
+the user's: `CUDA_VISIBLE_DEVICES`, `HF_...`, `TRANSFORMERS_OFFLINE`, `NCCL_...`, `KMP_...`, `GOMP_...`, `PYTHONPATH`.
 """
 
 import re

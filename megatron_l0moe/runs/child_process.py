@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-import psutil
-from megatron_l0moe.runs.caller_environment import for_our_processes
-from megatron_l0moe.errors import DISK_FULL_TEXT, L0MoEError
 
+import psutil
+
+from megatron_l0moe.errors import DISK_FULL_TEXT, L0MoEError
+from megatron_l0moe.runs.caller_environment import for_our_processes
 
 logger = logging.getLogger(__name__)
 

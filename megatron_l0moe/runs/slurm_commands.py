@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_l0moe.runs.caller_environment import for_slurm
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.caller_environment import for_slurm
 
 ANSWER_SECONDS = 60.0
 """For one command; Slurm's own give up on a controller that does not answer after some 10 s."""

@@ -7,28 +7,26 @@ A shared file system may show late what another node wrote a moment ago, so mark
 No torch.
 """
 
-import subprocess
-from pathlib import Path
 import datetime
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import socket
+import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-from megatron_l0moe.runs import digests
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.runtime.json_files import read_json
-from collections.abc import Iterator, Mapping
-from typing import Any
-import logging
 import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs import digests
+from megatron_l0moe.runtime.json_files import read_json
 
 HERE = Path(__file__).resolve()
 
@@ -100,7 +98,7 @@ with other settings is refused; or the stage itself goes on from what it keeps i
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFolder:
     """One stage of one run: where it writes, with which settings, and from which finished stages."""
 
     name: str
@@ -153,7 +151,7 @@ def sha256_file(path: Path) -> str:
     return digests.compute(path)
 
 
-def is_done(stage: Stage) -> bool:
+def is_done(stage: StageFolder) -> bool:
     """Say whether the stage is finished, with these settings and from these inputs.
 
     Raises:
@@ -177,7 +175,7 @@ def is_done(stage: Stage) -> bool:
     return True
 
 
-def has_marker(stage: Stage) -> bool:
+def has_marker(stage: StageFolder) -> bool:
     """Say whether the stage was finished with these settings, whatever became of its inputs since.
 
     Raises:
@@ -196,7 +194,7 @@ def has_marker(stage: Stage) -> bool:
 
 
 def finish(
-    stage: Stage,
+    stage: StageFolder,
     command: list[str],
     extra: dict[str, object],
     *,
@@ -230,7 +228,7 @@ def finish(
     write_text(stage.folder / MARKER, stage.config_hash + "\n")
 
 
-def begin(stage: Stage, restart: Restart) -> None:
+def begin(stage: StageFolder, restart: Restart) -> None:
     """Make the folder ready for a run of the stage: empty it, or keep what the restart rule keeps.
 
     Raises:
@@ -254,7 +252,7 @@ def begin(stage: Stage, restart: Restart) -> None:
         write_text(started, _identity(stage) + "\n")
 
 
-def check_started(stage: Stage) -> None:
+def check_started(stage: StageFolder) -> None:
     """Check that unfinished work of a stage that can be resumed is this recipe's; its inputs must be finished.
 
     Raises:
@@ -268,7 +266,7 @@ def check_started(stage: Stage) -> None:
         )
 
 
-def clear(stage: Stage) -> None:
+def clear(stage: StageFolder) -> None:
     """Empty a half-written stage folder; a finished one is never touched."""
     assert not (stage.folder / MARKER).exists(), f"{stage.folder} is finished"
     if not stage.folder.is_dir():
@@ -280,12 +278,12 @@ def clear(stage: Stage) -> None:
             entry.unlink()
 
 
-def drop_work(stage: Stage) -> None:
+def drop_work(stage: StageFolder) -> None:
     """Remove what a stage keeps for going on after an interruption; called when it is done."""
     shutil.rmtree(stage.folder / WORK, ignore_errors=True)
 
 
-def input_digests(stage: Stage) -> dict[str, str]:
+def input_digests(stage: StageFolder) -> dict[str, str]:
     """Return the sha256 of each input stage's manifest, keyed by the input's path inside the run."""
     digests = {}
     for folder in stage.inputs:
@@ -323,7 +321,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _identity(stage: Stage) -> str:
+def _identity(stage: StageFolder) -> str:
     text = json.dumps([stage.config_hash, input_digests(stage)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -333,7 +331,7 @@ def _recorded_inputs(manifest: dict[str, Any]) -> dict[str, object]:
     return recorded if isinstance(recorded, dict) else {}
 
 
-def _outputs(stage: Stage) -> dict[str, Path]:
+def _outputs(stage: StageFolder) -> dict[str, Path]:
     """Return the files that the stage wrote, by their name relative to its folder."""
     folder, work = stage.folder, stage.folder / WORK
     left_out = (MARKER, MANIFEST, *CHANGES_AFTERWARDS)
@@ -447,7 +445,7 @@ LATE_SECONDS = 90.0
 INTERVAL_SECONDS = 1.0
 
 
-def wait_for_inputs(stage: Stage) -> None:
+def wait_for_inputs(stage: StageFolder) -> None:
     """Wait, for a bounded time, until the markers of the input stages can be seen; whoever needs them says the rest."""
     deadline = time.monotonic() + LATE_SECONDS
     told = False

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.json_files import read_json
 
 STOPPED = 75
@@ -34,7 +34,7 @@ class Failure:
     sentence: str
     step: int | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """The samples of that step, see `data/sample_places.py`."""
+    """The samples of that step, see `index.samples_of_step`."""
 
 
 def write_failure(folder: Path, failure: Failure) -> None:

@@ -76,7 +76,7 @@ class StageModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PipelinePart:
     """What one pipeline rank holds of the model, or one of its chunks."""
 
     dense: int
@@ -136,18 +136,18 @@ def dense_model(architecture: Architecture) -> StageModel:
     )
 
 
-def parts(model: StageModel, layout: Layout, rank: int) -> tuple[Part, ...]:
+def parts(model: StageModel, layout: Layout, rank: int) -> tuple[PipelinePart, ...]:
     """Return the chunks of a pipeline rank; chunk c of rank r is piece c * pipeline + r of the layers."""
     layers = model.architecture.num_layers
     return _cut(layers, model.dense_layers, layout.stages, layout.pipeline_layers)[rank :: layout.pipeline]
 
 
 @functools.cache
-def _cut(layers: int, dense_layers: int, pieces: int, given: tuple[int, ...]) -> tuple[Part, ...]:
+def _cut(layers: int, dense_layers: int, pieces: int, given: tuple[int, ...]) -> tuple[PipelinePart, ...]:
     split = given or (layers // pieces,) * pieces
     starts = itertools.accumulate(split, initial=0)
     return tuple(
-        Part(
+        PipelinePart(
             dense=min(max(dense_layers - start, 0), width),
             upper=width - min(max(dense_layers - start, 0), width),
             has_first_upper=start <= dense_layers < start + width,
@@ -245,7 +245,7 @@ def layer_flops(model: StageModel, seq_length: int, *, upper: bool) -> LayerFlop
 
 
 @functools.lru_cache(maxsize=4096)
-def part_flops(model: StageModel, part: Part, seq_length: int, recompute: Recompute) -> Flops:
+def part_flops(model: StageModel, part: PipelinePart, seq_length: int, recompute: Recompute) -> Flops:
     """Return the FLOPs of one training token in a part of the model."""
     head = 2.0 * model.counts.lm_head if part.last else 0.0
     total = Flops(forward=head, backward=_backward_head(model) * head, recomputed=0.0)
@@ -273,7 +273,7 @@ def part_flops(model: StageModel, part: Part, seq_length: int, recompute: Recomp
 
 def training_flops(model: StageModel, seq_length: int, recompute: Recompute) -> Flops:
     """Return the FLOPs of one training token in the whole model."""
-    whole = Part(
+    whole = PipelinePart(
         dense=model.dense_layers, upper=model.upper_layers, has_first_upper=True, first=True, last=True
     )
     return part_flops(model, whole, seq_length, recompute)

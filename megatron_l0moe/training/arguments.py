@@ -77,7 +77,7 @@ ARGUMENT_GROUPS: tuple[tuple[str, type], ...] = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class JobSettings:
     """All of our settings of one job."""
 
     stage: StageConfig
@@ -91,7 +91,7 @@ def add_l0_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
-def parse_beside_training(config: type, title: str) -> tuple[argparse.Namespace, Any, Settings]:
+def parse_beside_training(config: type, title: str) -> tuple[argparse.Namespace, Any, JobSettings]:
     """Parse the command line of a program that computes with a model and trains nothing.
 
     Args:
@@ -119,7 +119,7 @@ def config_from_args(config: type, args: argparse.Namespace) -> Any:
     return config(**{field.name: getattr(args, field.name) for field in fields(config)})
 
 
-def settings_from_args(args: argparse.Namespace) -> Settings:
+def settings_from_args(args: argparse.Namespace) -> JobSettings:
     """Build and check all of our settings."""
     try:
         stage, gate, retention, router, blocks, masks = (
@@ -141,7 +141,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         _check_blocks(args, stage, blocks)
     if stage.l0_stage == "mom":
         _check_masks(args, stage, plan)
-    return Settings(stage, plan)
+    return JobSettings(stage, plan)
 
 
 def _check(args: argparse.Namespace, stage: StageConfig, retention: RetentionConfig) -> None:
@@ -275,7 +275,7 @@ def install_argv() -> None:
     sys.argv[1:] = with_platform_flags(sys.argv[1:])
 
 
-def settings_as_dict(settings: Settings) -> dict[str, Any]:
+def settings_as_dict(settings: JobSettings) -> dict[str, Any]:
     """Return the settings that shape the model, as they are stored in checkpoints."""
     values: dict[str, Any] = {
         "version": 1,

@@ -22,7 +22,7 @@ from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import GateStep, Phase
 from megatron_l0moe.modules.tensor_parallel import gather_shards
-from megatron_l0moe.training.arguments import Settings
+from megatron_l0moe.training.arguments import JobSettings
 from megatron_l0moe.training.forward_step import ForwardStep
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Collector:
 
 
 @torch.no_grad()
-def run_pass(gpt: Any, settings: Settings, samples: Sequence[Sample], *, chunk: int) -> float:
+def run_pass(gpt: Any, settings: JobSettings, samples: Sequence[Sample], *, chunk: int) -> float:
     """Send all samples through the model, one a micro-batch, shared out over the data-parallel ranks.
 
     Returns:

@@ -26,7 +26,7 @@ from megatron_l0moe.checkpoints.torch_dist import (
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.checkpoint_metadata import read_metadata
-from megatron_l0moe.training.arguments import Settings, settings_as_dict
+from megatron_l0moe.training.arguments import JobSettings, settings_as_dict
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def take_up(folder: Path, found: Found) -> None:
         write_text(tracker, found.iteration)
 
 
-def check_own(reader: CheckpointReader, args: argparse.Namespace, settings: Settings) -> None:
+def check_own(reader: CheckpointReader, args: argparse.Namespace, settings: JobSettings) -> None:
     """Refuse a checkpoint of another stage or recipe.
 
     Raises:
@@ -151,7 +151,9 @@ def check_own(reader: CheckpointReader, args: argparse.Namespace, settings: Sett
     _compare(reader, _stored_arguments(reader), vars(args), names)
 
 
-def check_model(reader: CheckpointReader, args: argparse.Namespace, settings: Settings, stage: str) -> None:
+def check_model(
+    reader: CheckpointReader, args: argparse.Namespace, settings: JobSettings, stage: str
+) -> None:
     """Refuse weights of another model or not of `stage`.
 
     Raises:
@@ -186,7 +188,7 @@ def _free_name(path: Path) -> Path:
     return aside
 
 
-def _stored_settings(reader: CheckpointReader, settings: Settings) -> dict[str, Any]:
+def _stored_settings(reader: CheckpointReader, settings: JobSettings) -> dict[str, Any]:
     stored = reader.common.get(SETTINGS_KEY)
     if not isinstance(stored, dict) or "stage" not in stored:
         raise L0MoEError(
@@ -200,7 +202,7 @@ def _stored_arguments(reader: CheckpointReader) -> dict[str, Any]:
     return dict(vars(reader.common["args"])) if "args" in reader.common else {}
 
 
-def _check_stage(reader: CheckpointReader, stored: dict[str, Any], stage: str, settings: Settings) -> None:
+def _check_stage(reader: CheckpointReader, stored: dict[str, Any], stage: str, settings: JobSettings) -> None:
     if stored["stage"] != stage:
         raise L0MoEError(
             f"The checkpoint {reader.path} is of the stage {stored['stage']!r}, but --l0-stage {settings.plan.stage} "
@@ -229,7 +231,7 @@ Start = Literal["own", "initial", "nothing"]
 ADDED_STATE = re.compile(r"\.mlp\.(gate|block_gate|masks|mask_router)\.|\.router\.expert_load\.|_extra_state")
 
 
-def check(models: list[Any], args: argparse.Namespace, settings: Settings) -> list[Any]:
+def check(models: list[Any], args: argparse.Namespace, settings: JobSettings) -> list[Any]:
     """Find and check the checkpoint that Megatron loads next, and say how strictly it matches keys.
 
     A hook that Megatron calls with the model chunks, when process groups exist and nothing is loaded. Rank 0 looks at
@@ -250,7 +252,7 @@ def check(models: list[Any], args: argparse.Namespace, settings: Settings) -> li
     return models
 
 
-def choose(args: argparse.Namespace, settings: Settings) -> Start:
+def choose(args: argparse.Namespace, settings: JobSettings) -> Start:
     """Look at the files, repair the tracker file of the job's own folder, and return where the job starts.
 
     Raises:
@@ -306,7 +308,7 @@ def model_keys(model: Any) -> set[str]:
     return {key for key in keys if not ADDED_STATE.search(key)}
 
 
-def _on_rank_0(args: argparse.Namespace, settings: Settings) -> Start:
+def _on_rank_0(args: argparse.Namespace, settings: JobSettings) -> Start:
     answer: list[tuple[Start, str]] = [("nothing", "")]
     if torch.distributed.get_rank() == 0:
         try:

@@ -36,7 +36,7 @@ from megatron_l0moe.index.dataset import CurriculumDataset, SampleDomains
 from megatron_l0moe.index.index import check_batching
 from megatron_l0moe.modules.retention import Phase, schedule_step
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.arguments import Settings, StageConfig
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 
@@ -164,7 +164,7 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 class ForwardStep:
     """Megatron's `forward_step_func`; remembers, for each model chunk, the iteration that it has begun."""
 
-    def __init__(self, settings: Settings, on_start: Callable[[], None] | None = None) -> None:
+    def __init__(self, settings: JobSettings, on_start: Callable[[], None] | None = None) -> None:
         """Keep the settings; `on_start` is called once, when the first micro-batch begins."""
         self._settings = settings
         self._on_start = on_start
@@ -200,7 +200,7 @@ class ForwardStep:
         return output, functools.partial(_loss, batch["loss_mask"])
 
 
-def _trains(model: torch.nn.Module, settings: Settings) -> bool:
+def _trains(model: torch.nn.Module, settings: JobSettings) -> bool:
     """Whether this step has a gradient for this model chunk.
 
     Not where all layers are frozen, as on a pipeline rank of dense layers, and with masks alone not in the steps whose
@@ -211,7 +211,7 @@ def _trains(model: torch.nn.Module, settings: Settings) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def begin_iteration(model: torch.nn.Module, settings: Settings, *, iteration: int, total: int) -> None:
+def begin_iteration(model: torch.nn.Module, settings: JobSettings, *, iteration: int, total: int) -> None:
     """Set the schedule's position on every gate and router of a model chunk."""
     for gate in gates(model):
         gate.begin_iteration(

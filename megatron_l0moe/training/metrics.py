@@ -49,7 +49,7 @@ from megatron_l0moe.runtime.hardware import gpu_name
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import Recompute, stage_model, training_flops
 from megatron_l0moe.sizes.gpu_models import gpu_of_device
-from megatron_l0moe.training.arguments import Settings
+from megatron_l0moe.training.arguments import JobSettings
 from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 class Throughput:
     """Speed of the whole job; MFU is null where no peak is known, which is said once."""
 
-    def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
+    def __init__(self, args: argparse.Namespace, settings: JobSettings) -> None:
         self._peak: float | None = None
         name = gpu_name()
         gpu = gpu_of_device(name) if name else None
@@ -80,7 +80,7 @@ class Throughput:
         return {"tokens_per_second": round(rate, 2), "mfu": mfu}
 
 
-def flops_per_token(args: argparse.Namespace, settings: Settings) -> float:
+def flops_per_token(args: argparse.Namespace, settings: JobSettings) -> float:
     """Return the FLOPs that a training token needs, forward and backward; what is recomputed does not count.
 
     `args` are Megatron's, the stage is `expert` or `moe`.
@@ -303,7 +303,7 @@ class MetricsWriter:
     belongs to that stage too and makes the same record, so nothing is sent between the two.
     """
 
-    def __init__(self, path: Path | None, settings: Settings) -> None:
+    def __init__(self, path: Path | None, settings: JobSettings) -> None:
         """Write to `path`, None for Megatron's writers alone."""
         self._path = path
         self._settings = settings

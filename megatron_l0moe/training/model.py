@@ -26,10 +26,10 @@ from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
 from megatron_l0moe.modules.mixture_of_masks import MaskGate, MaskRouter
 from megatron_l0moe.modules.router import L0Router
-from megatron_l0moe.training.arguments import Settings, StageConfig, settings_as_dict
+from megatron_l0moe.training.arguments import JobSettings, StageConfig, settings_as_dict
 
 
-def install_settings(settings: Settings) -> None:
+def install_settings(settings: JobSettings) -> None:
     """Add the settings to what Megatron saves (training/checkpointing.py:752).
 
     `ModelConfig.extra_checkpoint_metadata` promises that, but in 0.19.2 nothing reads it (training/models/base.py:66).
@@ -51,7 +51,7 @@ LAMBDA_GROUP = "l0_lambda"
 ROUTER_GROUP = "l0_router"
 
 
-def model_config(args: argparse.Namespace, settings: Settings) -> GPTModelConfig:
+def model_config(args: argparse.Namespace, settings: JobSettings) -> GPTModelConfig:
     """Return Megatron's model config with our specs and our freezing hook."""
     config: GPTModelConfig = gpt_config_from_args(args)
     # gpt_config_from_args leaves --rope-scaling-factor out (training/argument_utils.py:464); Llama-3.2 has 32, not 8.
@@ -68,7 +68,7 @@ def _layer_spec(config: GPTModelConfig, vp_stage: int | None, *, plan: LayerPlan
     return block_spec(config.transformer, plan, vp_stage=vp_stage)
 
 
-def prepare_for_training(models: list[GPTModel], settings: Settings) -> list[GPTModel]:
+def prepare_for_training(models: list[GPTModel], settings: JobSettings) -> list[GPTModel]:
     """Freeze what the stage does not train and mark our own parameters, before Megatron wraps the model.
 
     The expert stage trains the gates and the MLPs of the gated layers and nothing else, so that all K expert runs

@@ -267,11 +267,11 @@ def test_a_folder_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
 def test_what_another_run_made_is_taken_over_only_if_it_is_the_same(tmp_path: Path) -> None:
     here = place(tmp_path)
 
-    def stage(run: str, name: str, digest: str, *inputs: str) -> stage_folder.Stage:
+    def stage(run: str, name: str, digest: str, *inputs: str) -> stage_folder.StageFolder:
         folder = tmp_path / "methods" / run
-        return stage_folder.Stage(name, folder / name, digest, tuple(folder / one for one in inputs))
+        return stage_folder.StageFolder(name, folder / name, digest, tuple(folder / one for one in inputs))
 
-    def make(one: stage_folder.Stage, text: str) -> None:
+    def make(one: stage_folder.StageFolder, text: str) -> None:
         stage_folder.begin(one, "clear")
         (one.folder / "file").write_text(text)
         stage_folder.finish(one, ["command"], {"text": text})

@@ -20,7 +20,7 @@ from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.recipe.recipe import load_recipe
-from megatron_l0moe.runs.stage_folder import Stage, read_manifest
+from megatron_l0moe.runs.stage_folder import StageFolder, read_manifest
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "survival.md"
@@ -100,10 +100,10 @@ def run(recipe: Path, straight: Path, tmp_path: Path) -> Run:
     return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=tmp_path)
 
 
-def work_of(run: Run, name: str) -> Callable[[Stage], dict[str, object]]:
+def work_of(run: Run, name: str) -> Callable[[StageFolder], dict[str, object]]:
     """Return what a stage does first with its files, then says that it began to compute."""
 
-    def work(stage: Stage) -> dict[str, object]:
+    def work(stage: StageFolder) -> dict[str, object]:
         if name in ("experts", "moe"):
             index = f"expert_{stage.folder.name}" if name == "experts" else "moe"
             CurriculumDataset(run.stage_folder("curate") / index)

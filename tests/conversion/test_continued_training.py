@@ -56,7 +56,7 @@ def imported(folder: Path, family: str) -> tuple[Run, Architecture]:
     return run, Architecture.from_hf(folder / "hf")
 
 
-def do(job: training_commands.Job, log: Path) -> None:
+def do(job: training_commands.TrainingCommand, log: Path) -> None:
     with log.open("w") as output:
         done = subprocess.run(
             job.command, env={**os.environ, **job.env}, stdout=output, stderr=output, check=False, timeout=300
@@ -87,7 +87,10 @@ def test_qwen2_keeps_and_trains_its_biases(tmp_path):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29999",
     }
-    do(training_commands.Job(command=alone.command, env=alone.env | outer), tmp_path / "logits.log")
+    do(
+        training_commands.TrainingCommand(command=alone.command, env=alone.env | outer),
+        tmp_path / "logits.log",
+    )
     export_moe(trained, tmp_path / "hf", tmp_path / "trained", dense_layers=DENSE_LAYERS, top_k=TOP_K)
     assert parity(training_commands.logits_file(run), tmp_path / "trained")["positions"] == POSITIONS
     with pytest.raises(L0MoEError, match="logits differ from Megatron's"):

@@ -13,7 +13,7 @@ from megatron_l0moe import cli
 from megatron_l0moe.curate.curate import curate
 from megatron_l0moe.index.index import index_files
 from megatron_l0moe.recipe.recipe import Recipe
-from megatron_l0moe.runs.stage_folder import Stage, finish, sealed, sha256_file, write_json
+from megatron_l0moe.runs.stage_folder import StageFolder, finish, sealed, sha256_file, write_json
 
 K, Q, S, P = 3, 3, 16, 2
 
@@ -51,7 +51,7 @@ def recipe_of(corpus: Path, tiny_lm: Path, tiny_encoder: Path, **data: Any) -> R
 
 
 def finish_curate(folder: Path, recipe: Recipe) -> Path:
-    stage = Stage("curate", folder / "curate", "0" * 16)
+    stage = StageFolder("curate", folder / "curate", "0" * 16)
     finish(stage, ["test"], curate(recipe, stage.folder))
     return stage.folder
 

@@ -10,7 +10,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs import stage_folder
 from megatron_l0moe.runs.stage_folder import (
     WORK,
-    Stage,
+    StageFolder,
     begin,
     clear,
     drop_work,
@@ -24,18 +24,18 @@ from megatron_l0moe.runtime.json_files import read_json
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage(name="curate", folder=tmp_path / "run" / "curate", config_hash="aaaa")
+def stage(tmp_path: Path) -> StageFolder:
+    return StageFolder(name="curate", folder=tmp_path / "run" / "curate", config_hash="aaaa")
 
 
-def made(stage: Stage) -> Stage:
+def made(stage: StageFolder) -> StageFolder:
     begin(stage, "clear")
     (stage.folder / "out.bin").write_bytes(b"12345")
     finish(stage, ["l0moe", "curate"], {"tokens": 5})
     return stage
 
 
-def test_finish_makes_it_done(stage: Stage) -> None:
+def test_finish_makes_it_done(stage: StageFolder) -> None:
     assert not is_done(stage)
     made(stage)
     assert is_done(stage)
@@ -46,24 +46,26 @@ def test_finish_makes_it_done(stage: Stage) -> None:
     assert record["versions"]["python"].startswith("3.")
 
 
-def test_manifest_without_marker_is_not_done(stage: Stage) -> None:
+def test_manifest_without_marker_is_not_done(stage: StageFolder) -> None:
     made(stage)
     (stage.folder / "DONE").unlink()
     assert not is_done(stage)
 
 
-def test_other_settings_are_refused(stage: Stage) -> None:
+def test_other_settings_are_refused(stage: StageFolder) -> None:
     made(stage)
-    other = Stage(name="curate", folder=stage.folder, config_hash="bbbb")
+    other = StageFolder(name="curate", folder=stage.folder, config_hash="bbbb")
     with pytest.raises(
         L0MoEError, match=r"other settings \(aaaa\).*\(bbbb\); give the recipe another name, or remove"
     ):
         is_done(other)
 
 
-def test_inputs_made_anew_are_noticed(stage: Stage, tmp_path: Path) -> None:
+def test_inputs_made_anew_are_noticed(stage: StageFolder, tmp_path: Path) -> None:
     made(stage)
-    after = Stage(name="moe", folder=tmp_path / "run" / "moe", config_hash="cccc", inputs=(stage.folder,))
+    after = StageFolder(
+        name="moe", folder=tmp_path / "run" / "moe", config_hash="cccc", inputs=(stage.folder,)
+    )
     finish(after, [], {})
     assert is_done(after)
     finish(stage, [], {"tokens": 6})
@@ -71,13 +73,15 @@ def test_inputs_made_anew_are_noticed(stage: Stage, tmp_path: Path) -> None:
         is_done(after)
 
 
-def test_unfinished_input_is_named(stage: Stage, tmp_path: Path) -> None:
-    after = Stage(name="moe", folder=tmp_path / "run" / "moe", config_hash="cccc", inputs=(stage.folder,))
+def test_unfinished_input_is_named(stage: StageFolder, tmp_path: Path) -> None:
+    after = StageFolder(
+        name="moe", folder=tmp_path / "run" / "moe", config_hash="cccc", inputs=(stage.folder,)
+    )
     with pytest.raises(L0MoEError, match=r"The stage moe needs .*curate, which is not finished"):
         finish(after, [], {})
 
 
-def test_half_written_folder_is_cleared(stage: Stage, tmp_path: Path) -> None:
+def test_half_written_folder_is_cleared(stage: StageFolder, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "keep").touch()
@@ -89,14 +93,14 @@ def test_half_written_folder_is_cleared(stage: Stage, tmp_path: Path) -> None:
     assert (elsewhere / "keep").exists()
 
 
-def test_finished_folder_is_never_cleared(stage: Stage) -> None:
+def test_finished_folder_is_never_cleared(stage: StageFolder) -> None:
     made(stage)
     with pytest.raises(AssertionError):
         clear(stage)
     assert (stage.folder / "out.bin").exists()
 
 
-def test_work_of_a_stage_is_kept_until_it_is_done_and_never_listed(stage: Stage) -> None:
+def test_work_of_a_stage_is_kept_until_it_is_done_and_never_listed(stage: StageFolder) -> None:
     begin(stage, "own")
     (stage.folder / WORK / "scan").mkdir(parents=True)
     (stage.folder / WORK / "scan" / "00000.npy").touch()
@@ -110,22 +114,22 @@ def test_work_of_a_stage_is_kept_until_it_is_done_and_never_listed(stage: Stage)
     drop_work(stage)
 
 
-def test_resumable_folder_is_kept(stage: Stage) -> None:
+def test_resumable_folder_is_kept(stage: StageFolder) -> None:
     begin(stage, "resume")
     (stage.folder / "checkpoints").mkdir()
     begin(stage, "resume")
     assert (stage.folder / "checkpoints").is_dir()
 
 
-def test_resumable_folder_of_other_settings_is_refused(stage: Stage) -> None:
+def test_resumable_folder_of_other_settings_is_refused(stage: StageFolder) -> None:
     begin(stage, "resume")
     (stage.folder / "checkpoints").mkdir()
     with pytest.raises(L0MoEError, match="holds unfinished work that was started with other settings"):
-        begin(Stage(name="curate", folder=stage.folder, config_hash="bbbb"), "resume")
+        begin(StageFolder(name="curate", folder=stage.folder, config_hash="bbbb"), "resume")
     assert (stage.folder / "checkpoints").is_dir()
 
 
-def test_resumable_folder_without_its_note_is_refused_and_kept(stage: Stage) -> None:
+def test_resumable_folder_without_its_note_is_refused_and_kept(stage: StageFolder) -> None:
     (stage.folder / "checkpoints").mkdir(parents=True)
     with pytest.raises(L0MoEError, match="did not start, such as a training run by hand"):
         begin(stage, "resume")
@@ -182,7 +186,7 @@ def test_json_that_is_none(tmp_path: Path, text: bytes, reason: str) -> None:
     assert read_json(file, "look again") == {"a": 1500.0}
 
 
-def test_a_manifest_is_part_of_its_own_checksum(stage: Stage) -> None:
+def test_a_manifest_is_part_of_its_own_checksum(stage: StageFolder) -> None:
     made(stage)
     file = stage.folder / "manifest.json"
     written = json.loads(file.read_text())
@@ -196,7 +200,9 @@ def test_a_manifest_is_part_of_its_own_checksum(stage: Stage) -> None:
 
 def test_outputs_beside_the_folder(tmp_path: Path) -> None:
     summary = tmp_path / "run" / "summary.json"
-    stage = Stage(name="report", folder=tmp_path / "run" / "report", config_hash="aaaa", beside=(summary,))
+    stage = StageFolder(
+        name="report", folder=tmp_path / "run" / "report", config_hash="aaaa", beside=(summary,)
+    )
     made(stage)
     assert set(read_manifest(stage.folder)["outputs"]) == {"out.bin"}
     summary.write_text("{}")

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import (
-    Stage,
+    StageFolder,
     begin,
     finish,
     read_manifest,
@@ -17,8 +17,8 @@ from megatron_l0moe.runs.stage_folder import (
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    stage = Stage(name="curate", folder=tmp_path / "run" / "curate", config_hash="aaaa")
+def stage(tmp_path: Path) -> StageFolder:
+    stage = StageFolder(name="curate", folder=tmp_path / "run" / "curate", config_hash="aaaa")
     begin(stage, "clear")
     for name in ("one", "two", "verdict", "big"):
         (stage.folder / name).write_text(name)
@@ -26,11 +26,11 @@ def stage(tmp_path: Path) -> Stage:
     return stage
 
 
-def problems(stage: Stage) -> dict[str, str]:
+def problems(stage: StageFolder) -> dict[str, str]:
     return dict(recorded_outputs(stage.folder).problems())
 
 
-def test_each_way_to_differ(stage: Stage) -> None:
+def test_each_way_to_differ(stage: StageFolder) -> None:
     assert problems(stage) == {}
     manifest = read_manifest(stage.folder)
     assert manifest["outputs"] == {"big": 3, "one": 3, "two": 3}
@@ -47,7 +47,7 @@ def test_each_way_to_differ(stage: Stage) -> None:
     assert problems(stage)["big"] == "has 1 bytes instead of 3"
 
 
-def test_an_older_manifest_is_compared_by_size(stage: Stage) -> None:
+def test_an_older_manifest_is_compared_by_size(stage: StageFolder) -> None:
     file = stage.folder / "manifest.json"
     older = {
         key: value for key, value in json.loads(file.read_text()).items() if key not in ("sha256", "checksum")
@@ -69,7 +69,7 @@ def test_an_older_manifest_is_compared_by_size(stage: Stage) -> None:
         {"sha256": []},
     ],
 )
-def test_a_manifest_that_lists_no_files(stage: Stage, change: dict[str, object]) -> None:
+def test_a_manifest_that_lists_no_files(stage: StageFolder, change: dict[str, object]) -> None:
     file = stage.folder / "manifest.json"
     values = json.loads(file.read_text()) | change
     file.write_text(json.dumps(values))
@@ -81,7 +81,7 @@ def test_a_manifest_that_lists_no_files(stage: Stage, change: dict[str, object])
         recorded_outputs(stage.folder)
 
 
-def test_the_dense_model(stage: Stage, tmp_path: Path) -> None:
+def test_the_dense_model(stage: StageFolder, tmp_path: Path) -> None:
     assert recorded_model(stage.folder) is None
     (tmp_path / "config.json").write_text("{}")
     model: dict[str, object] = {

@@ -21,7 +21,7 @@ from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
 from megatron_l0moe.modules.mixture_of_masks import MaskConfig
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
-from megatron_l0moe.training.arguments import Settings, StageConfig
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import gates, prepare_for_training
 
 LAYERS, DENSE, HIDDEN, FFN, VOCAB, SEQUENCE, EXPERTS = 4, 1, 16, 24, 64, 16, 4
@@ -35,7 +35,7 @@ RECOMPUTE: dict[str | None, dict[str, Any]] = {
 }
 
 
-def settings(case: Case) -> Settings:
+def settings(case: Case) -> JobSettings:
     """Return our settings as a recipe's flags would give them."""
     plan = LayerPlan(
         stage=case.stage,  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def settings(case: Case) -> Settings:
         # choices that a rounding does not change, and a loss as large as the language model's
         masks=MaskConfig(l0_masks=4, l0_masks_init_std=0.5, l0_masks_balance_coeff=0.1),
     )
-    return Settings(StageConfig(l0_stage=case.stage, l0_dense_layers=DENSE), plan)  # type: ignore[arg-type]
+    return JobSettings(StageConfig(l0_stage=case.stage, l0_dense_layers=DENSE), plan)  # type: ignore[arg-type]
 
 
 def arguments(layout: Layout) -> argparse.Namespace:

@@ -13,10 +13,10 @@ from megatron_l0moe.chain.run_local import carry_out
 from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import load_recipe
-from megatron_l0moe.runs.stage_folder import Stage
+from megatron_l0moe.runs.stage_folder import StageFolder
 
 
-def meet(run: Run, stage: Stage) -> None:
+def meet(run: Run, stage: StageFolder) -> None:
     """Wait until two stages have been here, and note how many were at the same time."""
     folder = run.folder / "meeting"
     folder.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def main() -> None:
     with (runs_dir / "calls").open("a") as calls:
         calls.write(f"{name}\n")
 
-    def work(stage: Stage) -> dict[str, object]:
+    def work(stage: StageFolder) -> dict[str, object]:
         (stage.folder / "half").write_text("half")
         if os.environ.get("FAKE_FAIL") == name:
             raise RuntimeError("the disk is on fire")

@@ -24,7 +24,7 @@ def golden_run(tmp_path: Path, **changes: Any) -> Run:
     return Run(recipe=run.recipe, recipe_file=Path("recipe.yaml"), runs_dir=Path("runs"))
 
 
-def one_flag_a_line(job: jobs.Job) -> str:
+def one_flag_a_line(job: jobs.TrainingCommand) -> str:
     lines = [f"{name}={value}" for name, value in job.env.items()]
     for word in job.command:
         if word.startswith("-") or not lines[-1].startswith("-") or " " in lines[-1]:
@@ -62,14 +62,14 @@ def test_logits_job(tmp_path: Path) -> None:
     )
 
 
-def check_golden(name: str, job: jobs.Job) -> None:
+def check_golden(name: str, job: jobs.TrainingCommand) -> None:
     path, text = GOLDEN / name, one_flag_a_line(job)
     if os.environ.get("L0MOE_UPDATE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
 
 
-def value(job: jobs.Job, flag: str) -> str:
+def value(job: jobs.TrainingCommand, flag: str) -> str:
     return job.command[job.command.index(flag) + 1]
 
 

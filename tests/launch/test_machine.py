@@ -36,7 +36,7 @@ def settled(run, place=PLAIN, flops=SLOW_BF16, **options):
 def test_auto_takes_what_the_machine_is_fast_in(tmp_path: Path, flops, dtype) -> None:
     run, found = settled(make_run(tmp_path), flops=flops)
     assert (run.recipe.dtype, run.recipe.evaluation.dtype, found.dtype) == (dtype, dtype, dtype)
-    assert read_record(run.folder) == machine.Record(
+    assert read_record(run.folder) == machine.MachineRecord(
         dtype=dtype, machine=dataclasses.replace(PLAIN, flops=flops)
     )
 

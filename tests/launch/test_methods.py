@@ -13,7 +13,7 @@ from megatron_l0moe.chain.dry_run import describe
 from megatron_l0moe.chain.slurm import sbatch
 from megatron_l0moe.chain.slurm.cluster import load_cluster
 from megatron_l0moe.chain.slurm.status import rows
-from megatron_l0moe.chain.slurm.submit import Record
+from megatron_l0moe.chain.slurm.submit import RunJobs
 from megatron_l0moe.chain.stages import (
     CHAIN,
     STAGE_NAMES,
@@ -194,5 +194,5 @@ def test_batch_jobs(tmp_path, method, caplog):
     assert "It needs the results of convert, curate." in text
     preflight.check_memory(run.recipe, cluster, chain(method))
     assert f"Memory was not checked: there is no formula for method {method}" in caplog.text
-    lines = rows(run, Record(), {})
+    lines = rows(run, RunJobs(), {})
     assert [line.stage for line in lines] == [spec.name for spec in chain(method)]

@@ -18,7 +18,7 @@ from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.runs import stage_folder
-from megatron_l0moe.runs.stage_folder import Stage
+from megatron_l0moe.runs.stage_folder import StageFolder
 from megatron_l0moe.runs.training_end import STOPPED, Failure, read_failure, write_failure
 
 STEPS = 20  # of MoE training in the toy recipe
@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def note_start(run: Run, job: training_commands.Job, stage: Stage) -> None:
+def note_start(run: Run, job: training_commands.TrainingCommand, stage: StageFolder) -> None:
     with (stage.folder / "starts").open("a") as file:
         file.write("x")
 
@@ -57,7 +57,7 @@ def write_moe_index(prefix: Path) -> None:
     )  # fmt: skip
 
 
-def work(stage: Stage) -> dict[str, object]:
+def work(stage: StageFolder) -> dict[str, object]:
     return {"steps": STEPS}
 
 

@@ -16,7 +16,7 @@ from megatron_l0moe.chain.stages import Run, stages
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs import stage_folder
 from megatron_l0moe.runs.child_process import CommandFailedError
-from megatron_l0moe.runs.stage_folder import Stage
+from megatron_l0moe.runs.stage_folder import StageFolder
 
 HIDDEN = "hunter2hunter2"
 
@@ -151,7 +151,7 @@ def test_training_writes_them_before_it_starts(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr(run_local, "run_command", job_that_fails)
     monkeypatch.setattr(run_local, "_architecture", lambda run: toy_architecture())
     monkeypatch.setattr(preflight, "check_machine", lambda *words: None)
-    stage: Stage = stages(run, "moe")[0]
+    stage: StageFolder = stages(run, "moe")[0]
     for attempt in (1, 2):
         with pytest.raises(CommandFailedError):
             run_local.train_moe(run, stage)
@@ -160,7 +160,7 @@ def test_training_writes_them_before_it_starts(run: Run, monkeypatch: pytest.Mon
 
 def test_a_batch_job_writes_them_while_it_prepares(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     job = training_commands.moe_job(run, toy_architecture())
-    monkeypatch.setattr(batch_phases.TrainingStage, "job", job)
+    monkeypatch.setattr(batch_phases.TrainingJob, "job", job)
     for name in ("convert", "curate", "experts", "assemble"):
         run_local.carry_out(run, name, lambda stage: {})
     folder = run.stage_folder("moe")

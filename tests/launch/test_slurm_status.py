@@ -9,7 +9,7 @@ from rich.console import Console
 from toy_recipe import make_run
 
 from megatron_l0moe.chain.slurm.status import Row, rows, show
-from megatron_l0moe.chain.slurm.submit import Record, SubmittedJob, read_record, write_record
+from megatron_l0moe.chain.slurm.submit import RunJobs, SubmittedJob, read_record, write_record
 from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.child_process import TAIL_BYTES, lost_a_node, reason
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
     return made
 
 
-def submitted(run: Run) -> Record:
+def submitted(run: Run) -> RunJobs:
     """Return the record of a whole chain, jobs 101 to 108."""
     jobs = [
         SubmittedJob(
@@ -51,7 +51,7 @@ def submitted(run: Run) -> Record:
         )
         for number, name in enumerate(STAGE_NAMES, 101)
     ]
-    return Record(recipe_file="recipe.yaml", cluster_file="cluster.yaml", jobs=jobs)
+    return RunJobs(recipe_file="recipe.yaml", cluster_file="cluster.yaml", jobs=jobs)
 
 
 def mark_done(folder: Path) -> None:

@@ -86,14 +86,14 @@ def _build(half: bool) -> tuple[Any, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_l0moe.training.arguments import Settings, StageConfig
+    from megatron_l0moe.training.arguments import JobSettings, StageConfig
     from megatron_l0moe.training.model import group_overrides, prepare_for_training
 
     torch.manual_seed(0)
     plan = models.plan("expert")
     model = models.build("expert", layer_plan=plan)
     stage = StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE)
-    prepare_for_training([model], Settings(stage, plan))
+    prepare_for_training([model], JobSettings(stage, plan))
     if half:
         model.config.bf16 = True
         model = Float16Module(model.config, model)

@@ -46,14 +46,14 @@ def _build() -> tuple[Any, Any]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_l0moe.training.arguments import Settings, StageConfig
+    from megatron_l0moe.training.arguments import JobSettings, StageConfig
     from megatron_l0moe.training.model import group_overrides, prepare_for_training
 
     plan = models.plan("expert")
     model = models.build("expert", layer_plan=plan)
     model.config.bf16 = True
     stage = StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE)
-    prepare_for_training([model], Settings(stage, plan))
+    prepare_for_training([model], JobSettings(stage, plan))
     half = Float16Module(model.config, model)
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), half)
     config = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16)

@@ -15,14 +15,14 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import checkpoints
 from megatron_l0moe.training import checkpoints as cc
-from megatron_l0moe.training.arguments import Settings, StageConfig, settings_as_dict
+from megatron_l0moe.training.arguments import JobSettings, StageConfig, settings_as_dict
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def settings_of(stage: str, **retention) -> Settings:
+def settings_of(stage: str, **retention) -> JobSettings:
     plan = models.plan(stage, **retention)
-    return Settings(StageConfig(l0_stage=stage, l0_dense_layers=models.DENSE), plan)
+    return JobSettings(StageConfig(l0_stage=stage, l0_dense_layers=models.DENSE), plan)
 
 
 def arguments_of(folder: Path, **changes) -> argparse.Namespace:
@@ -172,7 +172,7 @@ def test_a_first_save_that_was_cut_short_is_no_checkpoint(job, caplog):
     assert cc.last_good(job / "nowhere") is None
 
 
-def refused(folder: Path, settings: Settings, **changes) -> str:
+def refused(folder: Path, settings: JobSettings, **changes) -> str:
     with pytest.raises(L0MoEError) as caught:
         checkpoints.choose(arguments_of(folder, **changes), settings)
     assert str(caught.value).count("\n") == 0
@@ -204,7 +204,7 @@ def test_other_stages_widths_and_dense_layers_are_refused(job):
     assert "is of the stage 'moe'" in refused(job, settings_of("expert"))
     assert "--l0-expert-ffn 8, but this job has 12" in refused(job, settings_of("moe", l0_expert_ffn=12))
     other = settings_of("moe")
-    other = Settings(other.stage, dataclasses.replace(other.plan, dense_layers=2))
+    other = JobSettings(other.stage, dataclasses.replace(other.plan, dense_layers=2))
     assert "--l0-dense-layers 1, but this job has 2" in refused(job, other)
 
 

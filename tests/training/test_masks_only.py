@@ -10,7 +10,7 @@ from megatron_l0moe.modules.retention import GateStep, Phase
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import forward_step as fs
 from megatron_l0moe.training import model as tm
-from megatron_l0moe.training.arguments import Settings, StageConfig
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import group_overrides
 
 GATED = models.LAYERS - models.DENSE
@@ -27,7 +27,7 @@ def built(train_weights: str, phase: Phase, control: str = "lagrangian"):
     plan = models.plan("expert", l0_retention_control=control)
     model = models.build("expert", layer_plan=plan).train()
     stage = StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE, l0_train_weights=train_weights)  # type: ignore[arg-type]
-    settings = Settings(stage, plan)
+    settings = JobSettings(stage, plan)
     tm.prepare_for_training([model], settings)
     for gate in tm.gates(model):
         gate.begin_iteration(GateStep(5, phase, 0.5, 1.0))

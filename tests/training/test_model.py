@@ -9,7 +9,7 @@ from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import model as tm
-from megatron_l0moe.training.arguments import Settings, StageConfig
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import group_overrides
 
 
@@ -24,7 +24,7 @@ def built(stage: str, **settings):
     plan = models.plan(stage)
     model = models.build(stage, layer_plan=plan)
     config = StageConfig(l0_stage=stage, l0_dense_layers=models.DENSE, **settings)
-    tm.prepare_for_training([model], Settings(config, plan))
+    tm.prepare_for_training([model], JobSettings(config, plan))
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     options = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, clip_grad=1.0)
     return (
@@ -108,7 +108,7 @@ def gradients(*, recompute: bool, hook: bool = True) -> dict[str, torch.Tensor]:
         model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
         model.config.recompute_num_layers = 1
     tm.prepare_for_training(
-        [model], Settings(StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE), plan)
+        [model], JobSettings(StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE), plan)
     )
     if not hook:
         model.embedding._forward_hooks.clear()

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import model as tm
-from megatron_l0moe.training.arguments import Settings, StageConfig
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import group_overrides
 
 LR, MASK_LR, LAMBDA_LR, DECAY, BETA1 = 1e-3, 0.3, 0.2, 0.1, 0.9
@@ -98,7 +98,7 @@ def job(stage: str, half: bool, distributed: bool, *, thaw: str = "", decay: flo
     config = StageConfig(
         l0_stage=stage, l0_dense_layers=models.DENSE, l0_mask_lr=MASK_LR, l0_lambda_lr=LAMBDA_LR
     )
-    tm.prepare_for_training([network], Settings(config, plan))
+    tm.prepare_for_training([network], JobSettings(config, plan))
     if thaw:
         network.get_parameter(thaw).requires_grad_(True)
     network.config.bf16 = half

@@ -327,13 +327,13 @@ def _training(
     )
 
 
-def training_job(run: Run, architecture: Architecture, name: str) -> training_commands.Job:
+def training_job(run: Run, architecture: Architecture, name: str) -> training_commands.TrainingCommand:
     """Return the training job of a stage; for `experts` with `EXPERT` in the place of the number."""
     if name == "moe":
         return training_commands.moe_job(run, architecture)
     first, second = (training_commands.expert_job(run, architecture, k) for k in (0, 1))
     words = [_without_number(run, *pair) for pair in zip(first.command, second.command, strict=True)]
-    return training_commands.Job(command=words, env=first.env)
+    return training_commands.TrainingCommand(command=words, env=first.env)
 
 
 def _without_number(run: Run, zeroth: str, first: str) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_l0moe.chain import progress as estimate
 from megatron_l0moe.chain.progress import last_message
 from megatron_l0moe.chain.slurm.cluster import TRAINING
-from megatron_l0moe.chain.slurm.submit import Record, SubmittedJob, read_record
+from megatron_l0moe.chain.slurm.submit import RunJobs, SubmittedJob, read_record
 from megatron_l0moe.chain.stages import Run, chain, folders
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
@@ -67,7 +67,7 @@ class Row:
         return self.state not in GOOD_ENDS and self.note not in (AFTER_A_FAILURE, FORGOTTEN)
 
 
-def rows(run: Run, record: Record, known: Mapping[str, JobState] | None) -> list[Row]:
+def rows(run: Run, record: RunJobs, known: Mapping[str, JobState] | None) -> list[Row]:
     """Return a line for each stage and each expert.
 
     Args:
@@ -89,7 +89,7 @@ def counts(lines: Sequence[Row]) -> str:
 
 
 def _row(
-    run: Run, name: str, k: int, folder: Path, record: Record, known: Mapping[str, JobState] | None
+    run: Run, name: str, k: int, folder: Path, record: RunJobs, known: Mapping[str, JobState] | None
 ) -> Row:
     found = _latest(record, name, k)
     task, log = (found[1], found[0].log_of(found[1])) if found else ("", None)
@@ -113,7 +113,7 @@ def _row(
     return Row(**{**row.__dict__, "note": _note(row, folder, job)})
 
 
-def _latest(record: Record, name: str, k: int) -> tuple[SubmittedJob, str] | None:
+def _latest(record: RunJobs, name: str, k: int) -> tuple[SubmittedJob, str] | None:
     """Return the job that was last submitted for a folder, and what Slurm calls it."""
     for job in reversed(record.of_stage(name)):
         for task, expert in job.tasks.items():
@@ -122,7 +122,7 @@ def _latest(record: Record, name: str, k: int) -> tuple[SubmittedJob, str] | Non
     return None
 
 
-def _state(folder: Path, task: str, job: JobState | None, record: Record, *, asked: bool) -> str:
+def _state(folder: Path, task: str, job: JobState | None, record: RunJobs, *, asked: bool) -> str:
     if (folder / MARKER).is_file():
         return "done"
     if not task:

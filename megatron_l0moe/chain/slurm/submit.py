@@ -59,7 +59,7 @@ class SubmittedJob:
 
 
 @dataclass
-class Record:
+class RunJobs:
     """All jobs of a run."""
 
     recipe_file: str = ""
@@ -79,7 +79,7 @@ def record_file(run_folder: Path) -> Path:
     return run_folder / "slurm" / "jobs.json"
 
 
-def read_record(run_folder: Path) -> Record:
+def read_record(run_folder: Path) -> RunJobs:
     """Return the jobs of a run; none where nothing was submitted.
 
     Raises:
@@ -87,17 +87,17 @@ def read_record(run_folder: Path) -> Record:
     """
     path = record_file(run_folder)
     if not path.is_file():
-        return Record()
+        return RunJobs()
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        return Record(**{**value, "jobs": [SubmittedJob(**job) for job in value["jobs"]]})
+        return RunJobs(**{**value, "jobs": [SubmittedJob(**job) for job in value["jobs"]]})
     except (ValueError, TypeError, KeyError) as error:
         raise L0MoEError(
             f"{path} cannot be read ({error}); cancel its jobs by hand and remove it."
         ) from error
 
 
-def write_record(run: Run, record: Record) -> None:
+def write_record(run: Run, record: RunJobs) -> None:
     """Write the jobs of a run."""
     write_json(record_file(run.folder), asdict(record))
 
@@ -108,7 +108,7 @@ def now() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PendingStage:
     """What has to be done about one stage."""
 
     spec: StageSpec
@@ -126,8 +126,8 @@ class Part:
 
 
 def missing_parts(
-    run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
-) -> list[Part]:
+    run: Run, selected: Sequence[StageSpec], record: RunJobs, known: Mapping[str, JobState]
+) -> list[PendingStage]:
     """Return what is to be done about each stage, in the chain's order.
 
     Args:
@@ -136,7 +136,7 @@ def missing_parts(
     Raises:
         L0MoEError: a folder holds another recipe's work, or a stage before the first one is neither done nor queued.
     """
-    parts: list[Part] = []
+    parts: list[PendingStage] = []
     anew = False
     for spec in selected:
         part = _part(run, spec, record, known)
@@ -149,7 +149,7 @@ def missing_parts(
 
 
 def earlier_jobs(
-    run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
+    run: Run, selected: Sequence[StageSpec], record: RunJobs, known: Mapping[str, JobState]
 ) -> tuple[str, ...]:
     """Return queued jobs of stages before the first selected one, which it has to wait for."""
     rows = chain(run.recipe.method)
@@ -157,7 +157,7 @@ def earlier_jobs(
     return tuple(task for spec in before for task in _part(run, spec, record, known).queued)
 
 
-def alive_tasks(record: Record, name: str, known: Mapping[str, JobState]) -> dict[int, str]:
+def alive_tasks(record: RunJobs, name: str, known: Mapping[str, JobState]) -> dict[int, str]:
     """Return the jobs of a stage that will still do something, by the number of their folder."""
     return {
         k or 0: task
@@ -167,7 +167,7 @@ def alive_tasks(record: Record, name: str, known: Mapping[str, JobState]) -> dic
     }
 
 
-def _part(run: Run, spec: StageSpec, record: Record, known: Mapping[str, JobState]) -> Part:
+def _part(run: Run, spec: StageSpec, record: RunJobs, known: Mapping[str, JobState]) -> PendingStage:
     wanted = stages(run, spec.name)
     missing = [k for k, stage in enumerate(wanted) if not is_done(stage)]
     if spec.restart == "resume":
@@ -175,14 +175,14 @@ def _part(run: Run, spec: StageSpec, record: Record, known: Mapping[str, JobStat
             if all((folder / MARKER).is_file() for folder in wanted[k].inputs):
                 check_started(wanted[k])
     alive = alive_tasks(record, spec.name, known)
-    return Part(
+    return PendingStage(
         spec=spec,
         submit=tuple(k for k in missing if k not in alive),
         queued=tuple(alive[k] for k in missing if k in alive),
     )
 
 
-def _replace(part: Part, known: Mapping[str, JobState]) -> Part:
+def _replace(part: PendingStage, known: Mapping[str, JobState]) -> PendingStage:
     for task in part.queued:
         if known[task].state != "PENDING":
             raise L0MoEError(
@@ -190,11 +190,11 @@ def _replace(part: Part, known: Mapping[str, JobState]) -> Part:
                 "done again; end the run's jobs with `l0moe cancel` first."
             )
     waiting = {int(task.partition("_")[2] or 0) for task in part.queued}
-    return Part(spec=part.spec, submit=tuple(sorted({*part.submit, *waiting})), replaced=part.queued)
+    return PendingStage(spec=part.spec, submit=tuple(sorted({*part.submit, *waiting})), replaced=part.queued)
 
 
 def _check_inputs(
-    run: Run, selected: Sequence[StageSpec], record: Record, known: Mapping[str, JobState]
+    run: Run, selected: Sequence[StageSpec], record: RunJobs, known: Mapping[str, JobState]
 ) -> None:
     ours = {spec.name for spec in selected}
     for spec in selected:
@@ -288,7 +288,7 @@ def write_scripts(request: Request, architecture: Architecture, place: Place, na
         write_text(place.script(name), text)
 
 
-def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
+def _write_scripts(request: Request, parts: Sequence[PendingStage]) -> None:
     run, place = request.run, place_of(request.run)
     place.logs.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / "recipe.json", run.recipe.model_dump())
@@ -297,7 +297,7 @@ def _write_scripts(request: Request, parts: Sequence[Part]) -> None:
     write_scripts(request, architecture, place, [part.spec.name for part in parts if part.submit])
 
 
-def _say_what_is_left_out(request: Request, parts: Sequence[Part], say: Say) -> None:
+def _say_what_is_left_out(request: Request, parts: Sequence[PendingStage], say: Say) -> None:
     """Name the variables of sbatch that the cluster file goes before."""
     scripts = [place_of(request.run).script(part.spec.name) for part in parts if part.submit]
     kept = [for_slurm(os.environ, script.read_text(encoding="utf-8")) for script in scripts]
@@ -306,7 +306,7 @@ def _say_what_is_left_out(request: Request, parts: Sequence[Part], say: Say) -> 
         say(f"Not handed on to sbatch, since the batch scripts go before them: {', '.join(left_out)}.")
 
 
-def _ask_for_refusals(request: Request, parts: Sequence[Part]) -> None:
+def _ask_for_refusals(request: Request, parts: Sequence[PendingStage]) -> None:
     """Let the cluster look at every script before the first one is queued.
 
     Raises:
@@ -319,7 +319,7 @@ def _ask_for_refusals(request: Request, parts: Sequence[Part]) -> None:
 
 
 def _submit(
-    request: Request, parts: Sequence[Part], before: tuple[str, ...], record: Record, say: Say
+    request: Request, parts: Sequence[PendingStage], before: tuple[str, ...], record: RunJobs, say: Say
 ) -> None:
     run = request.run
     record.recipe_file, record.cluster_file = str(run.recipe_file), str(request.cluster_file)
@@ -346,7 +346,7 @@ def _submit(
     say(f"Look at it with `l0moe status {run.folder}`, end it with `l0moe cancel {run.folder}`.")
 
 
-def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> SubmittedJob:
+def _submit_part(request: Request, part: PendingStage, before: tuple[str, ...]) -> SubmittedJob:
     run, name = request.run, part.spec.name
     place, need = place_of(run), resources(name, run.recipe, request.cluster)
     array = _array(request, part)
@@ -367,7 +367,7 @@ def _submit_part(request: Request, part: Part, before: tuple[str, ...]) -> Submi
     )
 
 
-def _array(request: Request, part: Part) -> str | None:
+def _array(request: Request, part: PendingStage) -> str | None:
     """Return the experts to do, as sbatch's --array takes them; None for a stage of one job."""
     if part.spec.name != "experts":
         return None
@@ -378,7 +378,7 @@ def _array_options(array: str | None) -> list[str]:
     return [f"--array={array}"] if array else []
 
 
-def _take_back(run: Run, record: Record, fresh: Sequence[SubmittedJob], error: BaseException) -> None:
+def _take_back(run: Run, record: RunJobs, fresh: Sequence[SubmittedJob], error: BaseException) -> None:
     """Cancel what this command has queued before it failed, and say so."""
     if not fresh:
         return
@@ -399,7 +399,7 @@ def _take_back(run: Run, record: Record, fresh: Sequence[SubmittedJob], error: B
     logger.warning("The jobs queued before (%s) were cancelled.", names)
 
 
-def _nothing_to_do(run: Run, parts: Sequence[Part]) -> str:
+def _nothing_to_do(run: Run, parts: Sequence[PendingStage]) -> str:
     waiting = [task for part in parts for task in part.queued]
     if not waiting:
         return f"All of {run.folder} is done; nothing was submitted."

@@ -18,7 +18,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from megatron_l0moe.curate.tasks.step import UnitStep, Watch, completion_file, raise_task_error, task_states
-from megatron_l0moe.curate.tasks.units import Plan, Record, read_records
+from megatron_l0moe.curate.tasks.units import UnitPlan, UnitRecord, read_records
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.recipe.sections import ExecutorSection
 from megatron_l0moe.runs.caller_environment import for_slurm, replace
@@ -257,13 +257,13 @@ def _logs(step: UnitStep) -> str:
 
 def run_step(
     step: UnitStep,
-    plan: Plan,
+    plan: UnitPlan,
     section: ExecutorSection,
     *,
     what: str,
     count_items: bool = True,
     takes_gpu: bool = False,
-) -> list[Record]:
+) -> list[UnitRecord]:
     """Do all units of a plan that are not whole yet, and return the records of all, in their order.
 
     Args:

@@ -19,7 +19,7 @@ import multiprocess
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
 
-from megatron_l0moe.curate.tasks.units import Plan, Workspace, published, read_record, write_record
+from megatron_l0moe.curate.tasks.units import UnitPlan, Workspace, published, read_record, write_record
 from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.hardware import gpu_share, visible_gpus
@@ -28,7 +28,7 @@ from megatron_l0moe.runtime.json_files import read_json
 INTERVAL_SECONDS = 5.0
 
 
-class Progress:
+class ProgressLog:
     """Logs done/total, rate and time left at most every ``INTERVAL_SECONDS``."""
 
     def __init__(self, logger: logging.Logger, what: str, total: int | None = None) -> None:
@@ -70,7 +70,7 @@ class Watch:
     def __init__(self, folder: Path, what: str, total: int | None, *, workers_here: bool) -> None:
         """Watch the step that writes to ``folder``; ``total`` counts what is left to do, if that is known."""
         self._folder = folder
-        self._progress = Progress(logger, what, total)
+        self._progress = ProgressLog(logger, what, total)
         self._workers_here = workers_here
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -194,7 +194,7 @@ class UnitStep(PipelineStep):
         try:
             self._report()
             self._take_place()
-            plan = Plan.load(self.folder)
+            plan = UnitPlan.load(self.folder)
             for unit in range(rank, len(plan), world_size):
                 if read_record(self.workspace.out, self.folder, unit, plan.digest(unit)) is None:
                     self._do(plan, unit)
@@ -205,11 +205,11 @@ class UnitStep(PipelineStep):
             write_json(self.folder / "errors" / f"{rank:05d}.json", report)
             raise
 
-    def do_unit(self, plan: Plan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
+    def do_unit(self, plan: UnitPlan, unit: int, files: tuple[Path, ...]) -> dict[str, Any]:
         """Do one unit: write ``files``, which are the hidden names of `files_of`; returns what the record tells."""
         raise NotImplementedError
 
-    def files_of(self, plan: Plan, unit: int) -> tuple[Path, ...]:
+    def files_of(self, plan: UnitPlan, unit: int) -> tuple[Path, ...]:
         """Return the files that a unit makes."""
         raise NotImplementedError
 
@@ -219,7 +219,7 @@ class UnitStep(PipelineStep):
         if time.monotonic() - self._reported >= REPORT_SECONDS:
             self._report()
 
-    def _do(self, plan: Plan, unit: int) -> None:
+    def _do(self, plan: UnitPlan, unit: int) -> None:
         files = self.files_of(plan, unit)
         with published(*files, folder=self.folder) as hidden:
             content = self.do_unit(plan, unit, hidden)

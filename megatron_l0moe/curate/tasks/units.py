@@ -111,7 +111,7 @@ Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Plan:
+class UnitPlan:
     """What the units of a step have to do."""
 
     items: Ids
@@ -120,7 +120,9 @@ class Plan:
     """[U] of ``UNIT``."""
 
     @classmethod
-    def of(cls, items: Ids, ends: Ids, *, iteration: int = 0, first_shard: int = 0, limit: int = 0) -> "Plan":
+    def of(
+        cls, items: Ids, ends: Ids, *, iteration: int = 0, first_shard: int = 0, limit: int = 0
+    ) -> "UnitPlan":
         """Return a plan whose unit u does the items between ends[u - 1] and ends[u]."""
         units = np.zeros(len(ends), dtype=UNIT)
         units["start"], units["stop"] = np.concatenate([[0], ends[:-1]]) if len(ends) else [], ends
@@ -129,7 +131,7 @@ class Plan:
         return cls(np.asarray(items, dtype=np.int64), units)
 
     @classmethod
-    def joined(cls, plans: "Sequence[Plan]") -> "Plan":
+    def joined(cls, plans: "Sequence[UnitPlan]") -> "UnitPlan":
         """Return the units of several plans as one."""
         units = np.concatenate([plan.units for plan in plans])
         offsets = np.cumsum([0, *(len(plan.items) for plan in plans[:-1])])
@@ -156,13 +158,13 @@ class Plan:
         write_array(folder / "units.npy", self.units)
 
     @classmethod
-    def load(cls, folder: Path) -> "Plan":
+    def load(cls, folder: Path) -> "UnitPlan":
         """Return what `save` wrote; the items stay on disk."""
         return cls(np.load(folder / "items.npy", mmap_mode="r"), np.load(folder / "units.npy"))
 
 
 @dataclass(frozen=True)
-class Record:
+class UnitRecord:
     """What a finished unit says of itself."""
 
     plan: str
@@ -214,11 +216,11 @@ def write_record(
     write_json(record_file(folder, unit), {"plan": plan, "files": described, "content": content})
 
 
-def read_record(root: Path, folder: Path, unit: int, plan: str) -> Record | None:
+def read_record(root: Path, folder: Path, unit: int, plan: str) -> UnitRecord | None:
     """Return the record of a unit, or None where it is missing, for another plan, or does not fit its files."""
     try:
         raw = json.loads(record_file(folder, unit).read_text(encoding="utf-8"))
-        record = Record(
+        record = UnitRecord(
             raw["plan"], {name: tuple(file) for name, file in raw["files"].items()}, raw["content"]
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -230,10 +232,10 @@ def read_record(root: Path, folder: Path, unit: int, plan: str) -> Record | None
     return record if whole else None
 
 
-def read_records(root: Path, folder: Path, plan: Plan, units: Sequence[int]) -> list[Record | None]:
+def read_records(root: Path, folder: Path, plan: UnitPlan, units: Sequence[int]) -> list[UnitRecord | None]:
     """Read several records, some at a time."""
 
-    def read(unit: int) -> Record | None:
+    def read(unit: int) -> UnitRecord | None:
         return read_record(root, folder, unit, plan.digest(unit))
 
     with ThreadPoolExecutor(CHECKING_THREADS) as threads:

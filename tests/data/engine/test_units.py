@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_l0moe.curate.tasks.units import (
-    Plan,
+    UnitPlan,
     cut_at_shards,
     published,
     read_record,
@@ -32,11 +32,11 @@ def test_cut_by_weight_and_nothing() -> None:
 
 
 def test_plans_join_and_are_read_back(tmp_path: Path) -> None:
-    first = Plan.of(np.array([4, 5, 6]), np.array([2, 3]), iteration=0, limit=7)
-    second = Plan.of(np.array([1]), np.array([1]), iteration=1, first_shard=3, limit=8)
-    nothing = Plan.of(np.empty(0, int), np.empty(0, int), iteration=2)
-    Plan.joined([first, nothing, second]).save(tmp_path)
-    plan = Plan.load(tmp_path)
+    first = UnitPlan.of(np.array([4, 5, 6]), np.array([2, 3]), iteration=0, limit=7)
+    second = UnitPlan.of(np.array([1]), np.array([1]), iteration=1, first_shard=3, limit=8)
+    nothing = UnitPlan.of(np.empty(0, int), np.empty(0, int), iteration=2)
+    UnitPlan.joined([first, nothing, second]).save(tmp_path)
+    plan = UnitPlan.load(tmp_path)
     assert [plan.items_of(unit).tolist() for unit in range(3)] == [[4, 5], [6], [1]]
     assert [plan.units[name].tolist() for name in ("iteration", "shard", "limit")] == [
         [0, 0, 1], [0, 1, 3], [7, 7, 8],
@@ -47,7 +47,7 @@ def test_plans_join_and_are_read_back(tmp_path: Path) -> None:
 def test_the_digest_is_of_everything_that_a_unit_does() -> None:
     def digest(items=(1, 2), iteration=0, first_shard=0, limit=5) -> str:
         ends = np.array([len(items)])
-        return Plan.of(
+        return UnitPlan.of(
             np.array(items), ends, iteration=iteration, first_shard=first_shard, limit=limit
         ).digest(0)
 
@@ -68,7 +68,7 @@ def test_a_whole_unit(unit: Path) -> None:
     assert record
     assert record.content == {"documents": 4}
     assert list(record.files) == ["a.npy"]
-    plan = Plan.of(np.array([1]), np.array([1]))
+    plan = UnitPlan.of(np.array([1]), np.array([1]))
     assert read_records(unit, unit, plan, [0]) == [None]  # another plan
 
 
