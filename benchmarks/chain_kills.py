@@ -2,9 +2,9 @@
 
     python benchmarks/chain_kills.py FOLDER [--kills 20] [--seed 1]
 
-The chain of the tests (tests/chain/toy_world.py) runs once undisturbed. Then `l0moe run` is killed with SIGKILL after a
-random time and started again, until it ends; what its summary holds beside times must be what the undisturbed run's
-holds. A chain that ends before there were enough kills is begun anew. Exit code 1 if one differs or fails.
+The chain of the tests (tests/whole_chain/toy_world.py) runs once undisturbed. Then `l0moe run` is killed with SIGKILL
+after a random time and started again, until it ends; what its summary holds beside times must be what the undisturbed
+run's holds. A chain that ends before there were enough kills is begun anew. Exit code 1 if one differs or fails.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from chain import toy_world as toy
+from whole_chain import toy_world as toy
 
 from megatron_l0moe.reports.summary import deterministic_part
 

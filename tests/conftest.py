@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytest_plugins = ["small_corpora"]
+
 # A measurement takes seconds and differs every time.
 os.environ.setdefault("L0MOE_CPU_FLOPS", '{"float32": 1e11, "bfloat16": 1e10}')
 

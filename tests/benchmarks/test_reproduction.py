@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from chain import toy_world as toy
 from distributed import resume_world
+from whole_chain import toy_world as toy
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = ROOT / "benchmarks" / "reproduction"

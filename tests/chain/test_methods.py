@@ -1,155 +1,198 @@
-"""`method:` of a recipe: the whole chains of DSMoE and Mixture-of-Masks, cut small, with every real part."""
+"""The chains of the methods beside L0-MoE: stages, jobs, dry run, batch scripts, and what is refused."""
 
+import itertools
 import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
-from chain import toy_world as toy
+from toy_recipe import CONFIG, make_run, of_method, toy_architecture, write_model
 
-from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
+from megatron_l0moe.chain import preflight, training_commands
+from megatron_l0moe.chain.dry_run import describe
+from megatron_l0moe.chain.slurm import sbatch
+from megatron_l0moe.chain.slurm.cluster import load_cluster
+from megatron_l0moe.chain.slurm.status import rows
+from megatron_l0moe.chain.slurm.submit import RunJobs
+from megatron_l0moe.chain.stages import (
+    CHAIN,
+    STAGE_NAMES,
+    Run,
+    chain,
+    config_hash,
+    place_of,
+    selection,
+    spec_of,
+)
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.plan import plan
+from megatron_l0moe.sizes.gpu_models import find_gpu
 
-PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
-pytestmark = pytest.mark.slow
-DEADLINE_SECONDS = 600
-
-
-def recipe_of(world: Path, method: str, **section: object) -> Path:
-    """Write the recipe of docs/methods.md with the toy world's sizes and some keys of its method; returns the file."""
-    toy_recipe = yaml.safe_load(world.read_text(encoding="utf-8"))
-    blocks = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    raw, other = map(yaml.safe_load, blocks)
-    assert raw["method"] == "dsmoe"
-    if method == "mom":
-        del raw["dsmoe"]
-        raw |= {"name": "mom", "method": "mom", **other}
-    raw["model"] |= {key: toy_recipe["model"][key] for key in ("path", "dense_layers", "num_experts")}
-    raw["data"] = toy_recipe["data"]
-    raw["expert_training"] = {"global_batch_size": 2}
-    raw["moe_training"] |= {"micro_batch_size": 2, "learning_rate": 1e-3, "save_interval": 3}
-    raw["evaluation"] = toy_recipe["evaluation"]
-    raw[method] |= section
-    file = world.with_name(f"{method}.yaml")
-    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return file
-
-
-def changed(file: Path, **flags: object) -> Path:
-    """Add flags to the training of a recipe; returns its file."""
-    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    raw["moe_training"]["flags"] |= flags
-    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
-    return file
-
-
-@pytest.fixture(scope="module")
-def recipes(recipe: Path) -> dict[str, Path]:
-    schedule = {"l0-open-steps": 2, "l0-freeze-fraction": 0.3}
-    return {
-        "dsmoe": recipe_of(recipe, "dsmoe", blocks=4, threshold=0.49),
-        "mom": changed(recipe_of(recipe, "mom", masks=4, target=0.6), **schedule),
-    }
+METHODS = ["dsmoe", "mom"]
+CLUSTERS = Path(__file__).parents[2] / "slurm" / "clusters"
+# of the toy recipe, before there was a key `method`
+OLD_HASHES = {
+    "convert": "fb2dd16fb24342b4",
+    "curate": "432db078fdb5dde5",
+    "experts": "7275bf481a2620e6",
+    "assemble": "d0d1c2b2c4d257ad",
+    "moe": "73699a9c89dfcfd0",
+    "export": "56eb655ef2b4b6d6",
+    "evaluate": "7930ed1d13435428",
+    "report": "9df4d2de704e3ca2",
+}
 
 
-@pytest.fixture(scope="module")
-def runs(straight: Path, recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both runs, side by side, from the data of the L0-MoE run: `convert` and `curate` do not depend on the method."""
-    folder = tmp_path_factory.mktemp("runs")
-    processes = []
-    for method, file in recipes.items():
-        for stage in ("convert", "curate"):
-            shutil.copytree(straight / stage, folder / method / stage)
-        with (folder / f"{method}.log").open("w") as log:
-            words = toy.command(file, folder)
-            processes.append(subprocess.Popen(words, stdout=log, stderr=log, env=toy.environment()))
-    for method, process in zip(recipes, processes, strict=True):
-        code = process.wait(timeout=DEADLINE_SECONDS)
-        said = (folder / f"{method}.log").read_text(encoding="utf-8")
-        assert code == 0, said[-3000:]
-        assert said.count("done before") == 2
-    return folder
+def run_with_model(folder: Path, method: str, **changes: Any) -> Run:
+    write_model(folder / "model")
+    (folder / "corpus").mkdir(exist_ok=True)
+    paths = {"model__path": str(folder / "model"), "data__corpus": str(folder / "corpus")}
+    return make_run(folder, **of_method(method, **paths, **changes))
 
 
-def summary(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+def test_hashes_of_l0moe_are_those_from_before(tmp_path):
+    recipe = make_run(tmp_path).recipe
+    assert {name: config_hash(name, recipe) for name in STAGE_NAMES} == OLD_HASHES
+    assert recipe.method == "l0moe"
+    assert chain("l0moe") == CHAIN
 
 
-def test_dsmoe(runs):
-    run = runs / "dsmoe"
-    stages = sorted(file.parent.name for file in run.rglob("DONE"))
-    assert stages == sorted(["convert", "curate", "moe", "export", "evaluate", "report"])
-    settings = CheckpointReader(run / "moe" / "checkpoints").settings
-    assert (settings["stage"], settings["l0_blocks"], settings["l0_block_threshold"]) == ("dsmoe", 4, 0.49)
-    assert settings["l0_block_sparsity_coeff"] == 1.0
-    config = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
-    assert (config["num_blocks"], config["num_dense_layers"]) == (4, toy.DENSE)
-    numbers = summary(run)
-    assert "experts" not in numbers
-    assert "router" not in numbers
-    assert set(numbers["perplexity"]) == {"dense", "dsmoe", "ratio"}
-    assert set(numbers["perplexity"]["dsmoe"]["per_domain"]) == set(toy.TOPICS)
-    assert numbers["perplexity"]["ratio"]["dsmoe"]["overall"] > 0
-    assert numbers["parity"]["megatron_vs_hf_max_abs"] < 1e-4
-    assert numbers["tokens"] == numbers["tokens"] | {"expert": 0, "moe": 2 * 256, "total": 2 * 256}
-    blocks = numbers["blocks"]
-    assert 1 <= blocks["mean_open"] <= 4
-    gates = (toy.LAYERS - toy.DENSE) * 4 * toy.HIDDEN
-    assert numbers["parameters"]["total"] == numbers["parameters"]["dense"] + gates
-    one_block = (toy.LAYERS - toy.DENSE) * 3 * toy.HIDDEN * toy.FFN // 4
-    active = numbers["parameters"]["dense_active"] + gates - (4 - blocks["mean_open"]) * one_block
-    assert numbers["parameters"]["active"] == pytest.approx(active, abs=1)
-    rows = [json.loads(row) for row in (run / "moe" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 8
-    assert {"active_fraction", "sparsity_loss"} <= set(rows[-1])
-    page = (run / "report" / "report.html").read_text(encoding="utf-8")
-    assert "DSMoE run" in page
-    assert "Share of the tokens that open a block" in page
-    assert "L0-MoE" not in page
-    assert 'id="experts"' not in page
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [({"data__set_passes": 2}, "curate"), ({"moe_training__router_init": "normal"}, "assemble")],
+)
+def test_where_a_later_key_changes_the_chain(tmp_path, changes, first):
+    recipe = make_run(tmp_path, **changes).recipe
+    changed = {name for name in STAGE_NAMES if config_hash(name, recipe) != OLD_HASHES[name]}
+    assert changed == set(STAGE_NAMES[STAGE_NAMES.index(first) :])
 
 
-def test_mom(runs):
-    run = runs / "mom"
-    settings = CheckpointReader(run / "moe" / "checkpoints").settings
-    assert (settings["stage"], settings["l0_masks"], settings["l0_masks_target"]) == ("mom", 4, 0.6)
-    rows = [json.loads(row) for row in (run / "moe" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 8
-    assert rows[-1]["frozen"] is True
-    config = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
-    assert config["architectures"] == ["Ernie4_5_MoeForCausalLM"]
-    numbers = summary(run)
-    assert "experts" not in numbers
-    assert set(numbers["perplexity"]) == {"dense", "mom", "ratio"}
-    assert numbers["parity"]["megatron_vs_hf_max_abs"] < 1e-4
-    assert numbers["tokens"] == numbers["tokens"] | {"expert": 0, "moe": 2 * 256}
-    masks = numbers["masks"]
-    width, shared = config["moe_intermediate_size"], config["moe_num_shared_experts"]
-    assert masks["computed"] == (2 + shared) * width
-    for units in masks["units"].values():
-        assert units["shared"] + units["inactive"] <= toy.FFN
-        assert len(units["routed"]) == 4
-    assert set(masks["run"]["retention"]["layers"]) == {str(i) for i in range(toy.DENSE, toy.LAYERS)}
-    upper = toy.LAYERS - toy.DENSE
-    ffn = 3 * toy.HIDDEN * (toy.FFN - (2 + shared) * width)
-    routers = 4 * toy.HIDDEN
-    dense = numbers["parameters"]["dense_active"]
-    assert numbers["parameters"]["active"] == dense + upper * (routers - ffn)
-    assert len(numbers["router"]["mean_load"]["physics"]) == 4
-    page = (run / "report" / "report.html").read_text(encoding="utf-8")
-    assert "Mixture-of-Masks run" in page
-    assert 'id="masks"' in page
-    assert 'id="experts"' not in page
-    assert "L0-MoE" not in page
+@pytest.mark.parametrize("method", METHODS)
+def test_stages(tmp_path, method):
+    recipe = make_run(tmp_path, **of_method(method)).recipe
+    rows = chain(recipe.method)
+    names = [spec.name for spec in rows]
+    assert names == ["convert", "curate", "moe", "export", "evaluate", "report"]
+    assert spec_of("moe", method).inputs == ("convert", "curate")
+    for position, spec in enumerate(rows):
+        assert set(spec.inputs) <= set(names[:position])
+    assert [spec.name for spec in selection(method, "curate", "export")] == ["curate", "moe", "export"]
+    with pytest.raises(
+        L0MoEError, match=rf"no stage 'experts' of method {method}.* convert, curate, moe, exp"
+    ):
+        selection(method, "experts", None)
+    # the data serve runs of all methods; what is trained on them is each method's own
+    for name in ("convert", "curate"):
+        assert config_hash(name, recipe) == OLD_HASHES[name]
+    assert config_hash("moe", recipe) != OLD_HASHES["moe"]
 
 
-@pytest.mark.parametrize("method", ["dsmoe", "mom"])
-def test_a_second_command_does_nothing(runs, recipes, method):
-    before = {file: file.stat().st_mtime_ns for file in (runs / method).rglob("DONE")}
-    assert len(before) == 6
-    done = toy.run(recipes[method], runs)
-    assert done.returncode == 0, done.stderr
-    assert {file: file.stat().st_mtime_ns for file in (runs / method).rglob("DONE")} == before
-    assert done.stdout.count("done before") == 6
+@pytest.mark.parametrize(
+    ("method", "changes", "after"),
+    [
+        ("dsmoe", {"dsmoe__blocks": 4}, {"moe", "export", "evaluate", "report"}),
+        ("dsmoe", {"moe_training__learning_rate": 0.5}, {"moe", "export", "evaluate", "report"}),
+        ("dsmoe", {"evaluation__repeats": 9}, {"evaluate", "report"}),
+        ("mom", {"mom__target": 0.4}, {"moe", "export", "evaluate", "report"}),
+    ],
+)
+def test_what_a_change_invalidates(tmp_path, method, changes, after):
+    before = make_run(tmp_path, **of_method(method)).recipe
+    changed = make_run(tmp_path, **of_method(method, **changes)).recipe
+    names = [spec.name for spec in chain(method)]
+    assert {name for name in names if config_hash(name, before) != config_hash(name, changed)} == after
+
+
+def test_blocks_have_to_divide_the_ffn(tmp_path):
+    run = run_with_model(tmp_path, "dsmoe", dsmoe__blocks=7)
+    with pytest.raises(
+        L0MoEError, match=r"dsmoe\.blocks \(7\) must divide .* 64, .* nearest that does is 8\.$"
+    ):
+        preflight.check(run.recipe)
+    preflight.check(run_with_model(tmp_path, "dsmoe").recipe)
+
+
+def test_dsmoe_jobs(tmp_path):
+    run = make_run(tmp_path, **of_method("dsmoe", dsmoe={"blocks": 4, "threshold": 0.25}, seed=7))
+    words = training_commands.moe_job(run, toy_architecture()).command
+    flags = dict(itertools.pairwise(words))
+    assert flags["--l0-stage"] == "dsmoe"
+    assert flags["--pretrained-checkpoint"] == str(run.stage_folder("convert") / "megatron")
+    assert flags["--l0-data-index"] == str(run.stage_folder("curate") / "moe")
+    assert (flags["--l0-blocks"], flags["--l0-block-threshold"], flags["--l0-block-seed"]) == (
+        "4",
+        "0.25",
+        "7",
+    )
+    assert flags["--l0-block-sparsity-coeff"] == "1.0"
+    assert not {"--num-experts", "--moe-router-topk", "--l0-expert-ffn", "--moe-layer-freq"} & set(words)
+    logits = training_commands.logits_job(run, toy_architecture()).command
+    assert logits[logits.index("--l0-blocks") + 1] == "4"
+    assert "--num-experts" not in logits
+    owned = make_run(tmp_path, **of_method("dsmoe", moe_training={"flags": {"l0-blocks": 2}}))
+    with pytest.raises(L0MoEError, match=r"moe_training\.flags may not set 'l0-blocks'"):
+        training_commands.moe_job(owned, toy_architecture())
+
+
+def test_mom_jobs(tmp_path):
+    run = make_run(tmp_path, **of_method("mom", mom={"masks": 6, "target": 0.4}, seed=7))
+    words = training_commands.moe_job(run, toy_architecture()).command
+    flags = dict(itertools.pairwise(words))
+    assert flags["--l0-stage"] == "mom"
+    assert flags["--pretrained-checkpoint"] == str(run.stage_folder("convert") / "megatron")
+    assert (flags["--l0-masks"], flags["--l0-masks-top-k"], flags["--l0-masks-target"]) == ("6", "2", "0.4")
+    assert (flags["--l0-masks-seed"], flags["--l0-noise-seed"], flags["--l0-mask-lr"]) == ("7", "7", "0.3")
+    assert not {"--num-experts", "--l0-expert-ffn", "--l0-blocks"} & set(words)
+    owned = make_run(tmp_path, **of_method("mom", moe_training={"flags": {"l0-masks": 2}}))
+    with pytest.raises(L0MoEError, match=r"moe_training\.flags may not set 'l0-masks'"):
+        training_commands.moe_job(owned, toy_architecture())
+
+
+def test_mom_needs_a_base_without_biases(tmp_path):
+    run = run_with_model(tmp_path, "mom")
+    preflight.check(run.recipe)
+    config = CONFIG | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(L0MoEError, match=r"method mom exports as Ernie4\.5-MoE, which has no biases"):
+        preflight.check(run.recipe)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("dsmoe", ["1 dense + 3 layers of 8 blocks of width 8 ", "768 of them gates"]),
+        ("mom", ["1 dense + 3 layers of 8 masks over the FFN of 64, 2 for each token", "keep 50% of it"]),
+    ],
+)
+def test_dry_run(tmp_path, method, words):
+    run = run_with_model(tmp_path, method)
+    text = "\n".join(describe(run, chain(method)))
+    assert all(part in text for part in words)
+    assert "experts" not in text
+    assert "assemble" not in text
+    assert [line[0] for line in text.splitlines() if line[1:3] == ". "] == list("123456")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plan_counts_l0moe_only(tmp_path, method):
+    with pytest.raises(
+        L0MoEError, match=rf"l0moe plan counts recipes of method l0moe only, and method is {method}"
+    ):
+        plan.make_plan(run_with_model(tmp_path, method).recipe, gpu=find_gpu("h100"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_jobs(tmp_path, method, caplog):
+    run, cluster = run_with_model(tmp_path, method), load_cluster(CLUSTERS / "plain.yaml")
+    preflight.check_cluster(run.recipe, cluster, chain(method))
+    for spec in chain(method):
+        text = sbatch.render(run, toy_architecture(), cluster, spec.name, place_of(run))
+        assert "assemble" not in text
+        assert "experts" not in text
+    text = sbatch.render(run, toy_architecture(), cluster, "moe", place_of(run))
+    assert f"--l0-stage {method}" in text
+    assert "It needs the results of convert, curate." in text
+    preflight.check_memory(run.recipe, cluster, chain(method))
+    assert f"Memory was not checked: there is no formula for method {method}" in caplog.text
+    lines = rows(run, RunJobs(), {})
+    assert [line.stage for line in lines] == [spec.name for spec in chain(method)]

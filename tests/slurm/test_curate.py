@@ -6,9 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chain import toy_world
-from data.engine.worlds import checksums
+from curate.tasks.worlds import checksums
 from slurm.cluster import Cluster
+from whole_chain import toy_world
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import torch
 import yaml
-from chain import toy_world
 from slurm.cluster import Cluster
+from whole_chain import toy_world
 
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 

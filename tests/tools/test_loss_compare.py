@@ -11,7 +11,7 @@ from pathlib import Path
 import loss_compare as tool
 import pytest
 import yaml
-from chain import toy_world as toy
+from whole_chain import toy_world as toy
 
 from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.layout import Layout

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from megatron.training.arguments import add_megatron_arguments
 from toy_recipe import make_run, toy_architecture
-from training.test_scalars import EXPERT, MOE
+from training.test_metrics import EXPERT, MOE
 
 import megatron_l0moe
 from megatron_l0moe.chain import records, training_commands
