@@ -1,4 +1,4 @@
-"""The `l0moe` command: one function a stage. Everything heavy is imported inside the command that needs it."""
+"""The `l0moe` command. Everything heavy is imported inside the command that needs it."""
 
 import functools
 import logging
@@ -13,24 +13,22 @@ from megatron_l0moe import commands
 from megatron_l0moe.commands import RunsDir, one_sentence
 from megatron_l0moe.runs import caller_environment
 from megatron_l0moe.runs.caller_environment import VERBOSE
+from megatron_l0moe.runs.stages import CHAIN, STAGE_NAMES, StageSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from megatron_l0moe.chain.stages import Run
-    from megatron_l0moe.runs.stage_folder import StageFolder
+    from megatron_l0moe.runs.stages import Run
 
 HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
 
 One recipe file describes a whole run. Start with `l0moe run examples/quickstart.yaml`: it does every stage that
 is not done yet, so the same command goes on after an interruption. `--dry-run` shows what would happen.
 
-The stages, in order: convert, curate, experts, assemble, moe, export, evaluate, report; a recipe with another
+The stages, in order: {stages}; a recipe with another
 method has no experts and no assemble. Results lie in runs/NAME/STAGE/; remove such a folder to do the stage again.
 """
 
 app = typer.Typer(
-    help=HELP,
+    help=HELP.format(stages=", ".join(STAGE_NAMES)),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,6 +44,9 @@ Phase = Annotated[
     typer.Option(
         "--phase", metavar="PHASE", help="prepare or finish: what a batch job does around the training."
     ),
+]
+Index = Annotated[
+    int | None, typer.Option("--index", metavar="K", help="Train this expert only, counted from 0.")
 ]
 NoVerify = Annotated[
     bool,
@@ -101,7 +102,8 @@ def run(
     """Do a whole run: every stage that is not done yet, in order."""
     with one_sentence(runs_dir):
         from megatron_l0moe.chain import dry_run as dryrun
-        from megatron_l0moe.chain import run_local, stages
+        from megatron_l0moe.chain import run_local
+        from megatron_l0moe.runs import stages
 
         this = _load(recipe, runs_dir, verify=not no_verify)
         selected = stages.selection(this.recipe.method, first, last)
@@ -120,149 +122,32 @@ app.command()(commands.cancel)
 app.command()(commands.verify)
 
 
-@app.command(rich_help_panel=ONE_STAGE)
-def convert(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
-    """Turn the dense Hugging Face checkpoint into a Megatron checkpoint."""
+def _add_stage(spec: StageSpec) -> None:
+    """Add `l0moe STAGE RECIPE`; a stage that trains has the options that a batch job gives it."""
 
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.conversion.convert import convert_dense, weight_files
-        from megatron_l0moe.runs import digests
+    def stage(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
+        _stage(spec.name, recipe, runs_dir, verify=not no_verify)
 
-        dense = Path(this.recipe.model.path)
-        weights = weight_files(dense)
-        for file in weights:
-            digests.begin(file)  # beside the conversion, which reads them too
-        return {**convert_dense(dense, stage.folder), "weights": [file.name for file in weights]}
+    def training(
+        recipe: RecipePath, phase: Phase = None, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")
+    ) -> None:
+        _stage(spec.name, recipe, runs_dir, verify=not no_verify, phase=phase)
 
-    _stage("convert", recipe, runs_dir, work, verify=not no_verify)
+    def experts(
+        recipe: RecipePath,
+        index: Index = None,
+        phase: Phase = None,
+        no_verify: NoVerify = False,
+        runs_dir: RunsDir = Path("runs"),
+    ) -> None:
+        _stage(spec.name, recipe, runs_dir, verify=not no_verify, only=index, phase=phase)
 
-
-@app.command(rich_help_panel=ONE_STAGE)
-def curate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
-    """Cluster the corpus into K domains and cut it into Q ordered sets."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.curate.curate import curate as curate_corpus
-
-        return curate_corpus(this.recipe, stage.folder)
-
-    _stage("curate", recipe, runs_dir, work, verify=not no_verify)
+    command = experts if spec.by_expert else training if spec.trains else stage
+    app.command(spec.name, rich_help_panel=ONE_STAGE, help=spec.help)(command)
 
 
-@app.command(rich_help_panel=ONE_STAGE)
-def experts(
-    recipe: RecipePath,
-    index: Annotated[
-        int | None, typer.Option("--index", metavar="K", help="Train this expert only, counted from 0.")
-    ] = None,
-    phase: Phase = None,
-    no_verify: NoVerify = False,
-    runs_dir: RunsDir = Path("runs"),
-) -> None:
-    """Make the K experts, one domain each, and cut each to its exact width."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.chain import run_local
-
-        if this.recipe.construction is not None:
-            return run_local.construct_expert(this, stage)
-        if phase is None and not run_local.is_extracted(stage.folder):
-            run_local.train_expert(this, stage)
-
-        def extract() -> dict[str, object]:
-            from megatron_l0moe.experts.extraction import extract_expert
-
-            out = stage.folder / "expert.safetensors"
-            return extract_expert(stage.folder / "checkpoints", out, width=this.recipe.model.expert_ffn)
-
-        return run_local.extract_once(stage.folder, extract)
-
-    _stage("experts", recipe, runs_dir, work, verify=not no_verify, only=index, phase=phase)
-
-
-@app.command(rich_help_panel=ONE_STAGE)
-def assemble(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
-    """Put the K experts and the start of the routers into one MoE checkpoint."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.experts.merging import assemble as assemble_experts
-
-        model = this.recipe.model
-        files = [this.expert_folder(k) / "expert.safetensors" for k in range(model.num_experts)]
-        dense = this.stage_folder("convert") / "megatron"
-        router_init = this.recipe.moe_training.router_init
-        return assemble_experts(
-            dense, files, stage.folder, top_k=model.top_k, router_init=router_init, seed=this.recipe.seed
-        )
-
-    _stage("assemble", recipe, runs_dir, work, verify=not no_verify)
-
-
-@app.command(rich_help_panel=ONE_STAGE)
-def moe(
-    recipe: RecipePath, phase: Phase = None, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")
-) -> None:
-    """Train experts and routers together on the ordered sets; of other methods: blocks and gates."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.chain import run_local
-
-        if phase is None:
-            run_local.train_moe(this, stage)
-        return {"steps": this.recipe.moe_steps}
-
-    _stage("moe", recipe, runs_dir, work, verify=not no_verify, phase=phase)
-
-
-@app.command(rich_help_panel=ONE_STAGE)
-def export(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
-    """Write the trained model as a Hugging Face checkpoint."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.conversion.export import export_run
-
-        return export_run(this.recipe, this.stage_folder("moe") / "checkpoints", stage.folder)
-
-    _stage("export", recipe, runs_dir, work, verify=not no_verify)
-
-
-@app.command(rich_help_panel=ONE_STAGE)
-def evaluate(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
-    """Measure perplexity by domain, speed and benchmarks, dense against the model made of it."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.chain import run_local
-
-        benchmarks: dict[str, object] = {}
-        if (section := this.recipe.evaluation.benchmarks) is not None:
-            # Before this process takes memory; and a rerun goes on with the next task.
-            from megatron_l0moe.evaluation.harness.benchmarks import run_in_chain
-
-            benchmarks = run_in_chain(this.recipe, section, this.folder, stage.folder)
-        logits = run_local.write_logits(this, stage)  # in a process of its own, which frees its memory
-        from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
-        from megatron_l0moe.evaluation.parity import parity
-        from megatron_l0moe.runs.stage_folder import write_json
-
-        agreement = parity(logits, this.stage_folder("export"))
-        write_json(stage.folder / "parity.json", agreement)
-        logits.unlink()
-        numbers = evaluate_models(this.recipe, this.folder, stage.folder)
-        return {**benchmarks, **numbers, "parity": agreement}
-
-    _stage("evaluate", recipe, runs_dir, work, verify=not no_verify)
-
-
-@app.command(rich_help_panel=ONE_STAGE)
-def report(recipe: RecipePath, no_verify: NoVerify = False, runs_dir: RunsDir = Path("runs")) -> None:
-    """Write the HTML report and summary.json."""
-
-    def work(this: "Run", stage: "StageFolder") -> dict[str, object]:
-        from megatron_l0moe.reports.page import report as write_report
-
-        return write_report(this.recipe, this.folder, stage.folder)
-
-    _stage("report", recipe, runs_dir, work, verify=not no_verify)
+for _spec in CHAIN:
+    _add_stage(_spec)
 
 
 @app.command()
@@ -310,7 +195,6 @@ def _stage(
     name: str,
     recipe: Path,
     runs_dir: Path,
-    work: "Callable[[Run, StageFolder], dict[str, object]]",
     *,
     verify: bool,
     only: int | None = None,
@@ -319,6 +203,7 @@ def _stage(
     with one_sentence(runs_dir):
         from megatron_l0moe.chain.machine import begun
         from megatron_l0moe.chain.run_local import carry_out
+        from megatron_l0moe.chain.stage_work import after_training, work_of
 
         this = _load(recipe, runs_dir, verify=verify)
         _log_to_stderr(this.log_file(name))
@@ -326,13 +211,14 @@ def _stage(
         if phase is not None:
             from megatron_l0moe.chain.batch_phases import run_phase
 
-            raise typer.Exit(run_phase(this, name, phase, lambda stage: work(this, stage), index=only))
-        carry_out(this, name, lambda stage: work(this, stage), only=only)
+            left = functools.partial(after_training, this)
+            raise typer.Exit(run_phase(this, name, phase, left, index=only))
+        carry_out(this, name, functools.partial(work_of(name), this), only=only)
 
 
 def _load(recipe: Path, runs_dir: Path, *, verify: bool) -> "Run":
-    from megatron_l0moe.chain.stages import Run
     from megatron_l0moe.recipe.recipe import load_recipe
+    from megatron_l0moe.runs.stages import Run
 
     return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir, verify=verify)
 

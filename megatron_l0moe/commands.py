@@ -17,7 +17,7 @@ import typer
 from megatron_l0moe.errors import L0MoEError, nearest, sentence_of
 
 if TYPE_CHECKING:
-    from megatron_l0moe.chain.stages import Run, StageSpec
+    from megatron_l0moe.runs.stages import Run, StageSpec
 
 
 RunName = Annotated[

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import megatron_l0moe
 from megatron_l0moe import cli, commands, errors
 from megatron_l0moe.chain import run_local
-from megatron_l0moe.chain.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import MOST_PROCESSES
 from megatron_l0moe.runs.child_process import CommandFailedError
+from megatron_l0moe.runs.stages import CHAIN, STAGE_NAMES
 
 HELP_SECONDS = 1.5
 """What a person accepts; the best of three runs counts, because the test machine may be busy."""

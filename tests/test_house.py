@@ -34,6 +34,8 @@ def test_nothing_is_bent_but_what_is_listed() -> None:
         ({"runs__a": "class Plan: ...", "plan__b": "class Plan: ..."}, "classes called Plan"),
         ({"runs__a": "", "plan__a": ""}, "files called a.py"),
         ({"runs__a": "x = ['moe', 'export', 'report']"}, "files that list stages beside the table"),
+        ({"runs__a": "x = {'moe': 1, 'export': 2, 'report': 3}"}, "files that list stages beside the table"),
+        ({"runs__a": "def _moe(): 1\ndef export(): 1\ndef _report(): 1"}, "files that list stages beside the table"),
         ({"runs__a": "if x.method == 'dsmoe': ..."}, "files that name dsmoe outside its own"),
         ({"runs__a": "from megatron_l0moe.runtime import mom_layout"}, "files that name mom outside its own"),
         ({f"runs__a{i}": "" for i in range(13)}, "runs: files, at most 12"),
@@ -51,7 +53,7 @@ def test_each_rule_can_fail(sources: dict[str, str], bent: str) -> None:
         {"launch__a": "from megatron_l0moe.errors import L0MoEError"},
         {"modules__dsmoe": "def dsmoe(): ..."},
         {"runs__a": "moment = 'a sentence about mom, whose words are no code'"},
-        {"runs__a": "x = ['moe', 'export']", "chain__stages": "x = ['moe', 'export', 'report']"},
+        {"runs__a": "x = ['moe', 'export']", "runs__stages": "x = ['moe', 'export', 'report']"},
     ],
 )
 def test_what_is_straight_is_no_finding(sources: dict[str, str]) -> None:

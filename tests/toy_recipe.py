@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.architecture import Architecture
 
 MINIMAL: dict[str, Any] = {

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from megatron_l0moe.chain import preflight, training_commands
 from megatron_l0moe.chain.machine import begun
-from megatron_l0moe.chain.stages import Run, stages
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import SIZES, Flag, Layout, parse_layouts
 from megatron_l0moe.recipe.recipe import Section, layout_names, load_recipe
 from megatron_l0moe.runs.child_process import run_command
 from megatron_l0moe.runs.stage_folder import is_done, write_json, write_text
+from megatron_l0moe.runs.stages import Run, stages
 from megatron_l0moe.runtime.hardware import describe_machine, visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 

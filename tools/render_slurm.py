@@ -4,9 +4,9 @@ from pathlib import Path
 
 from megatron_l0moe.chain.slurm import sbatch
 from megatron_l0moe.chain.slurm.cluster import load_cluster
-from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stages import STAGE_NAMES, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Path("examples/llama3_8b.yaml")

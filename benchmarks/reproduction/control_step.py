@@ -14,11 +14,11 @@ from runs_table import ControlSettings, RunsTable, chain_run
 from settings import Place
 
 from megatron_l0moe.chain import training_commands
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.layout import Flags, Layout
 from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json, read_metrics
 from megatron_l0moe.runs.child_process import run_command
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.architecture import Architecture
 
 

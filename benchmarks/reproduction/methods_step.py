@@ -17,7 +17,6 @@ from steps import alone, do
 from tokenizer_step import llama_config
 from training_record import record_chain, record_dense
 
-from megatron_l0moe.chain.stages import Run, selection, stages
 from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.errors import L0MoEError
@@ -33,6 +32,7 @@ from megatron_l0moe.runs.stage_folder import (
     write_json,
     write_text,
 )
+from megatron_l0moe.runs.stages import Run, selection, stages
 from megatron_l0moe.sizes.parameters import exported_counts
 
 logger = logging.getLogger(__name__)

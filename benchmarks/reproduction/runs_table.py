@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from settings import Place, TrainingSettings, parse
 
 from megatron_l0moe.chain.machine import begun
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import Flags, RecipePart
 from megatron_l0moe.recipe.recipe import ModelMethod, load_recipe, only_l0moe
 from megatron_l0moe.runs.stage_folder import write_text
+from megatron_l0moe.runs.stages import Run
 
 Kind = Literal["l0moe", "dense-further", "dense-small"]
 TableName = Literal["comparison", "ablations", "changes", "sweeps"]

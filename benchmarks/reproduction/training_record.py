@@ -12,10 +12,10 @@ from pathlib import Path
 from results import BASE, TRAINING, save
 from settings import Place
 
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import ExpertFiles, Json, read_metrics, read_units
 from megatron_l0moe.reports.summary import expert_training, experts_overlap
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import (
     Recompute,

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_l0moe.chain import attempts, preflight, provenance, run_local, training_commands
-from megatron_l0moe.chain.stages import Run, place_of, spec_of, stages
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import describe_places, samples_of_step
 from megatron_l0moe.runs.child_process import lost_a_node, reason_in
@@ -36,6 +35,7 @@ from megatron_l0moe.runs.stage_folder import (
     wait_for_inputs,
     write_text,
 )
+from megatron_l0moe.runs.stages import Run, place_of, spec_of, stages
 from megatron_l0moe.runs.training_end import (
     STOPPED,
     Failure,

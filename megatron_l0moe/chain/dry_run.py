@@ -13,15 +13,24 @@ from megatron_l0moe.chain.forecast import forecast
 from megatron_l0moe.chain.preflight import check_cluster, check_memory, check_sizes
 from megatron_l0moe.chain.run_local import outlook
 from megatron_l0moe.chain.slurm import sbatch
-from megatron_l0moe.chain.slurm.cluster import TRAINING, Resources, experts_at_once, resources
+from megatron_l0moe.chain.slurm.cluster import Resources, experts_at_once, resources
 from megatron_l0moe.chain.slurm.submit import Request
-from megatron_l0moe.chain.stages import Run, StageSpec, chain, folders, place_of, stage_command, stages
 from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.layout import ParallelSection
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import MARKER, is_done
+from megatron_l0moe.runs.stages import (
+    TRAINING,
+    Run,
+    StageSpec,
+    chain,
+    folders,
+    place_of,
+    stage_command,
+    stages,
+)
 from megatron_l0moe.sizes.architecture import Architecture, read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, dsmoe_counts, l0moe_counts
 
@@ -229,7 +238,8 @@ def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
     for spec in selected:
         done = all((folder / MARKER).is_file() for folder in folders(run, spec.name))
         lines += ["", f"{order.index(spec) + 1}. {spec.name}: {spec.does}{' (done)' if done else ''}"]
-        rows = [*_DETAILS[spec.name](plan), ("command", shlex.join(stage_command(run, spec.name)))]
+        details: Callable[[DryRun], list[Row]] = globals()[f"_{spec.name}"]
+        rows = [*details(plan), ("command", shlex.join(stage_command(run, spec.name)))]
         lines += [f"   {name:<11}{text}" for name, text in rows]
     return lines
 
@@ -366,18 +376,6 @@ def _report(plan: DryRun) -> list[Row]:
         ("in", f"everything in {plan.run.folder}"),
         ("out", f"{plan.run.stage_folder('report')}/report.html, {plan.run.folder}/summary.json"),
     ]
-
-
-_DETAILS: dict[str, Callable[[DryRun], list[Row]]] = {
-    "convert": _convert,
-    "curate": _curate,
-    "experts": _experts,
-    "assemble": _assemble,
-    "moe": _moe,
-    "export": _export,
-    "evaluate": _evaluate,
-    "report": _report,
-}
 
 
 def shell_line(job: training_commands.TrainingCommand) -> str:

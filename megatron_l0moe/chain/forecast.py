@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_l0moe.chain.machine import Machine
 from megatron_l0moe.plan.plan import stage_models
 from megatron_l0moe.recipe.recipe import Recipe, Section
+from megatron_l0moe.runs.stages import STAGE_NAMES
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import Recompute, StageModel, dense_model, forward_flops, training_flops
 
@@ -66,7 +67,8 @@ def forecast(recipe: Recipe, architecture: Architecture, machine: Machine) -> Fo
         "experts": work.experts.model / work.speed("expert_training"),
         "moe": work.moe.model / work.speed("moe_training"),
     }
-    return Forecast(stages={name: parts(work) for name, parts in _STAGES.items()}, per_token=per_token)
+    stages: dict[str, Parts] = {name: globals()[f"_{name}"](work) for name in STAGE_NAMES}
+    return Forecast(stages=stages, per_token=per_token)
 
 
 class _Work:
@@ -184,18 +186,6 @@ def _decode_step(work: _Work, model: StageModel, batch: int) -> float:
 
 def _report(work: _Work) -> Parts:
     return {"start": COMMAND_SECONDS}
-
-
-_STAGES = {
-    "convert": _convert,
-    "curate": _curate,
-    "experts": _experts,
-    "assemble": _assemble,
-    "moe": _moe,
-    "export": _export,
-    "evaluate": _evaluate,
-    "report": _report,
-}
 
 
 def _encoder_flops(folder: str) -> float:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.sections import Dtype
 from megatron_l0moe.runs.stage_folder import write_json
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.runtime.hardware import cpu_model, gpu_name, usable_cores, visible_gpus
 from megatron_l0moe.runtime.json_files import read_json
 from megatron_l0moe.sizes.architecture import Architecture

@@ -6,8 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_l0moe.chain.slurm.cluster import TRAINING, Cluster, resources
-from megatron_l0moe.chain.stages import StageSpec
+from megatron_l0moe.chain.slurm.cluster import Cluster, resources
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.harness import benchmarks
@@ -15,6 +14,7 @@ from megatron_l0moe.plan.plan import make_plan
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.layout_rules import JobSizes, Names, check_layout
 from megatron_l0moe.recipe.recipe import SECTIONS, Recipe, Section, layout_names
+from megatron_l0moe.runs.stages import TRAINING, StageSpec
 from megatron_l0moe.runtime.hardware import visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 from megatron_l0moe.sizes.gpu_models import find_gpu

@@ -18,8 +18,8 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_l0moe.chain.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast, Parts
-from megatron_l0moe.chain.stages import Run, StageSpec, folders
 from megatron_l0moe.runs.stage_folder import MARKER, read_manifest
+from megatron_l0moe.runs.stages import Run, StageSpec, folders
 
 RECENT_STEPS = 20
 LEAST_SHARE = 0.1

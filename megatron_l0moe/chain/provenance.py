@@ -1,22 +1,22 @@
 """What a stage reads is what the stage before wrote: its inputs are compared with the manifests of those who made them.
 
-The sizes of all files of `READS` are compared, and their sha256. The token files and arrays of `curate` are not among
-them: their sha256 lie in the headers of the indexes, and the training jobs compare them. So it is with the files of the
-dense model, whose sha256 `convert` and `curate` record; weights are read for it by `evaluate` only, which computes with
-them. `l0moe verify` compares a whole run: every output, the manifests of the inputs, the dense model. No torch.
+The sizes of all files that the chain's table names are compared, and their sha256. The token files and arrays of
+`curate` are not among them: their sha256 lie in the headers of the indexes, and the training jobs compare them. So it
+is with the files of the dense model, whose sha256 `convert` and `curate` record; weights are read for it by `evaluate`
+only, which computes with them. `l0moe verify` compares a whole run: every output, the manifests of the inputs, the
+dense model. No torch.
 """
 
 import contextlib
 import fnmatch
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
 from megatron_l0moe.chain.attempts import saved_step
-from megatron_l0moe.chain.stages import STAGE_NAMES, Run, folders, spec_of, stage_command
 from megatron_l0moe.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import load_header
@@ -32,6 +32,7 @@ from megatron_l0moe.runs.stage_folder import (
     recorded_outputs,
     sha256_file,
 )
+from megatron_l0moe.runs.stages import STAGE_NAMES, Run, folders, spec_of, stage_command
 
 
 @dataclass
@@ -119,30 +120,6 @@ def _compare(checked: Checked, recorded: Recorded) -> Checked:
 logger = logging.getLogger(__name__)
 
 TRACKER = "checkpoints/latest_checkpointed_iteration.txt"
-EXPORTED = ("*.safetensors", "*.json", "*.py", "*.model*", "*.txt", "*.jinja")
-"""What a model is loaded from; the rest is for people."""
-READS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "experts": {"convert": ("*",), "curate": ("expert_*.ccm.json",)},
-    "assemble": {"convert": ("*",), "experts": ("expert.safetensors",)},
-    "moe": {"convert": ("*",), "curate": ("moe.ccm.json",), "assemble": ("*",)},
-    "export": {"moe": ("checkpoints/*",)},
-    "evaluate": {
-        "curate": ("heldout.jsonl",),
-        "assemble": ("*",),
-        "moe": ("checkpoints/*",),
-        "export": EXPORTED,
-    },
-    "report": {
-        "curate": ("ccm.json", "summary.json"),
-        "experts": ("expert.safetensors", "metrics.jsonl", "gpu/*"),
-        "moe": ("metrics.jsonl", "gpu/*"),
-        "export": ("config.json",),
-        "evaluate": ("*.json",),
-    },
-}
-"""Names in the folders of the stages before that a stage reads."""
-BESIDE = ("convert", "assemble", "export")
-"""Stages that read their inputs within minutes: these are compared meanwhile. Others compare before they begin."""
 WEIGHTS = "*.safetensors"
 MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES, "*.safetensors.index.json", WEIGHTS)
 """Of the dense model's folder."""
@@ -155,7 +132,7 @@ _TOLD: list[str] = []
 @contextlib.contextmanager
 def checked(run: Run, stage: StageFolder) -> Iterator[None]:
     """Compare what a stage reads, before or beside the work of the `with` block; see `check`."""
-    if stage.name not in BESIDE:
+    if not spec_of(stage.name, run.recipe.method).reads_quickly:
         check(run, stage)
         yield
         return
@@ -199,7 +176,7 @@ def check(run: Run, stage: StageFolder) -> None:
             ", ".join(older),
         )
     _check_tokenizer(run, stage)
-    if "checkpoints/*" in READS.get(stage.name, {}).get("moe", ()):
+    if "checkpoints/*" in spec_of(stage.name, run.recipe.method).reads.get("moe", ()):
         _check_last_step(run)
 
 
@@ -224,11 +201,11 @@ def _inputs(run: Run, stage: StageFolder) -> Iterator[tuple[Recorded, str]]:
     model = _recorded_model(run, stage)
     if model is not None:
         yield model, "put the file back, or give the recipe another name to use another model"
-    reads = READS.get(stage.name, {})
-    for name in spec_of(stage.name, run.recipe.method).inputs:
+    spec = spec_of(stage.name, run.recipe.method)
+    for name in spec.inputs:
         for folder in folders(run, name):
             files = recorded_outputs(folder)
-            patterns = reads.get(name, ())
+            patterns = spec.reads.get(name, ())
             read = files.only(
                 file for file in files.sizes if any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
             )

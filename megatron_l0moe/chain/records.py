@@ -32,9 +32,9 @@ from pathlib import Path
 import yaml
 
 from megatron_l0moe.chain.slurm.sbatch import SETUP_BEGINS, SETUP_ENDS
-from megatron_l0moe.chain.stages import Run, config_hash
 from megatron_l0moe.runs import stage_folder as source_tree
 from megatron_l0moe.runs.stage_folder import versions, write_json, write_text
+from megatron_l0moe.runs.stages import Run, config_hash
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from megatron_l0moe.chain import attempts, machine, preflight, provenance, records, training_commands
 from megatron_l0moe.chain.forecast import Forecast, forecast
 from megatron_l0moe.chain.progress import Progress, seconds_left, words
-from megatron_l0moe.chain.stages import Run, StageSpec, selection, spec_of, stage_command, stages
 from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import TITLES
@@ -40,6 +39,7 @@ from megatron_l0moe.runs.stage_folder import (
     wait_for_inputs,
     write_json,
 )
+from megatron_l0moe.runs.stages import Run, StageSpec, selection, spec_of, stage_command, stages
 from megatron_l0moe.runs.training_end import forget_stop, read_failure, refuse_failure, stopped_at
 from megatron_l0moe.runtime.hardware import gpu_share
 from megatron_l0moe.runtime.json_files import read_json

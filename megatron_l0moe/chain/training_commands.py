@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import Flag, Flags, Layout, layout_flags
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.recipe.sections import ExpertTrainingSection, MoETrainingSection
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.runs.training_end import STOP_FILE
 from megatron_l0moe.sizes.architecture import Architecture
 

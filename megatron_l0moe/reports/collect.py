@@ -15,6 +15,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.reports import forms
 from megatron_l0moe.runs.stage_folder import unsealed
+from megatron_l0moe.runs.stages import spec_of
 from megatron_l0moe.runtime.json_files import parse_json, read_json
 from megatron_l0moe.sizes.parameters import count_parameters, exported_counts
 
@@ -79,8 +80,6 @@ def _joules(samples: list[Json]) -> float:
     return total
 
 
-STAGES = ("convert", "curate", "experts", "assemble", "moe", "export", "evaluate")
-ONLY_L0MOE = ("experts", "assemble")
 BY_LAYER = ("retention", "active_fraction", "sparsity_loss")
 """What metrics.jsonl holds of each layer."""
 
@@ -132,7 +131,7 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
     is_l0moe = recipe.method == "l0moe"
     expert_folders = [f"experts/{k:03d}" for k in range(recipe.model.num_experts)] if is_l0moe else []
     manifests = {}
-    for stage in STAGES if is_l0moe else [stage for stage in STAGES if stage not in ONLY_L0MOE]:
+    for stage in spec_of("report", recipe.method).inputs:
         for folder in expert_folders if stage == "experts" else [stage]:
             file = run / folder / "manifest.json"
             form: type[forms.Manifest] = forms.Manifest

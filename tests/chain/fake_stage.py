@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from megatron_l0moe.chain.run_local import carry_out
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs.stage_folder import StageFolder
+from megatron_l0moe.runs.stages import Run
 
 
 def meet(run: Run, stage: StageFolder) -> None:

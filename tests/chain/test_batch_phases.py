@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from megatron_l0moe import cli
 from megatron_l0moe.chain import attempts, batch_phases, run_local, training_commands
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import DOC, ClusterBlock, IterationBlock, Shard, write_index
 from megatron_l0moe.runs import stage_folder
 from megatron_l0moe.runs.stage_folder import StageFolder
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.runs.training_end import STOPPED, Failure, read_failure, write_failure
 
 STEPS = 20  # of MoE training in the toy recipe

@@ -8,7 +8,7 @@ from toy_recipe import CONFIG, make_run, write_model
 
 from megatron_l0moe.chain import training_commands
 from megatron_l0moe.chain.dry_run import describe, shell_line
-from megatron_l0moe.chain.stages import CHAIN, Run
+from megatron_l0moe.runs.stages import CHAIN, Run
 from megatron_l0moe.sizes.architecture import Architecture
 
 

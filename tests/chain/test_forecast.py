@@ -13,8 +13,8 @@ from megatron_l0moe.chain.forecast import COMMAND_SECONDS, JOB_SECONDS, Forecast
 from megatron_l0moe.chain.machine import Machine
 from megatron_l0moe.chain.progress import Progress
 from megatron_l0moe.chain.run_local import outlook
-from megatron_l0moe.chain.stages import CHAIN, STAGE_NAMES
 from megatron_l0moe.evaluation import timing
+from megatron_l0moe.runs.stages import CHAIN, STAGE_NAMES
 
 CPU = Machine(kind="cpu", name="CPU", cores=2, flops={"float32": 2e6, "bfloat16": 1e6})
 # A token of the toy model's expert run: 4 layers (1 dense), H = 32, q = 32, k = v = 16, F = 64, S = 32, V = 128.

@@ -11,8 +11,8 @@ from toy_recipe import make_run, write_model
 
 from megatron_l0moe.chain import machine
 from megatron_l0moe.chain.machine import Machine, begun, read_record, settle
-from megatron_l0moe.chain.stages import config_hash
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stages import config_hash
 
 PLAIN = Machine(kind="cpu", name="AMD EPYC", cores=2, flops={})
 AMX = dataclasses.replace(PLAIN, name="Xeon with AMX")

@@ -14,7 +14,9 @@ from megatron_l0moe.chain.slurm import sbatch
 from megatron_l0moe.chain.slurm.cluster import load_cluster
 from megatron_l0moe.chain.slurm.status import rows
 from megatron_l0moe.chain.slurm.submit import RunJobs
-from megatron_l0moe.chain.stages import (
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.plan import plan
+from megatron_l0moe.runs.stages import (
     CHAIN,
     STAGE_NAMES,
     Run,
@@ -24,8 +26,6 @@ from megatron_l0moe.chain.stages import (
     selection,
     spec_of,
 )
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.plan import plan
 from megatron_l0moe.sizes.gpu_models import find_gpu
 
 METHODS = ["dsmoe", "mom"]

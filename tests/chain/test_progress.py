@@ -9,7 +9,7 @@ from toy_recipe import make_run
 
 from megatron_l0moe.chain import progress as estimate
 from megatron_l0moe.chain.progress import Progress, last_message
-from megatron_l0moe.chain.stages import CHAIN, STAGE_NAMES, Run
+from megatron_l0moe.runs.stages import CHAIN, STAGE_NAMES, Run
 
 
 def write_steps(folder: Path, count: int, seconds: float, *, done: bool = False) -> None:

@@ -12,11 +12,11 @@ from toy_recipe import make_run, toy_architecture
 
 from megatron_l0moe.chain import batch_phases, preflight, records, run_local, training_commands
 from megatron_l0moe.chain.slurm.sbatch import SETUP_BEGINS, SETUP_ENDS
-from megatron_l0moe.chain.stages import Run, stages
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs import stage_folder
 from megatron_l0moe.runs.child_process import CommandFailedError
 from megatron_l0moe.runs.stage_folder import StageFolder
+from megatron_l0moe.runs.stages import Run, stages
 
 HIDDEN = "hunter2hunter2"
 

@@ -15,9 +15,9 @@ from toy_recipe import make_run, write_model
 
 import megatron_l0moe
 from megatron_l0moe.chain import run_local
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stages import Run
 
 PACKAGE_ROOT = Path(megatron_l0moe.__file__).parent.parent
 FAKE = Path(__file__).parent / "fake_stage.py"
@@ -191,7 +191,7 @@ import sys
 from pathlib import Path
 from test_run_local import fake_command
 from megatron_l0moe.chain import run_local
-from megatron_l0moe.chain.stages import Run
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.recipe.recipe import load_recipe
 file = Path(sys.argv[1])
 run_local.stage_command = fake_command

@@ -17,10 +17,10 @@ from toy_recipe import make_run, toy_architecture, write_model
 
 from megatron_l0moe.chain import dry_run, training_commands
 from megatron_l0moe.chain import training_commands as jobs
-from megatron_l0moe.chain.stages import Run, config_hash, selection
 from megatron_l0moe.chain.training_commands import DenseTraining, construct_job, dense_job
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import parse_layout
+from megatron_l0moe.runs.stages import Run, config_hash, selection
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LAYOUT = {"processes": 8, "nodes": 2, "tensor": 2, "pipeline": 2, "expert": 2, "threads": 3}

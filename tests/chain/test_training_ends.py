@@ -7,9 +7,9 @@ import pytest
 from toy_recipe import make_run
 
 from megatron_l0moe.chain import run_local, training_commands
-from megatron_l0moe.chain.stages import stages
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import StageFolder
+from megatron_l0moe.runs.stages import stages
 
 PROGRAM = """
 import sys

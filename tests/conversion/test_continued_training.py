@@ -14,12 +14,12 @@ from distributed.resume_world import SEQUENCE, STEPS, write_indexes
 from toy_recipe import make_run
 
 from megatron_l0moe.chain import training_commands
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.parity import parity
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.architecture import Architecture
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

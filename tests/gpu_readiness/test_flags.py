@@ -14,10 +14,10 @@ import pytest
 from gpu_readiness.models_7b import CONFIGS, EXAMPLES, GPUS, architecture, recipe_on
 
 from megatron_l0moe.chain import training_commands
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stages import Run
 
 HERE = Path(__file__).parent
 

@@ -12,10 +12,10 @@ from gpu_readiness.models_7b import GPUS as SIZES
 from gpu_readiness.test_flags import differences, resolve
 
 from megatron_l0moe.chain import training_commands
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.plan.plan import make_plan, recipe_keys
 from megatron_l0moe.plan.proposals import Candidate
 from megatron_l0moe.recipe.recipe import Recipe, Section, load_recipe
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.gpu_models import GPUS
 
 

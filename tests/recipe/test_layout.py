@@ -10,10 +10,10 @@ import pytest
 import yaml
 from toy_recipe import write_recipe
 
-from megatron_l0moe.chain.stages import STAGE_NAMES, config_hash
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.layout import Layout, parse_layout, parse_layouts
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
+from megatron_l0moe.runs.stages import STAGE_NAMES, config_hash
 
 EXAMPLES = {
     "one": Layout(),

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from whole_chain import toy_world as toy
 
-from megatron_l0moe.chain.stages import Run
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.recipe import load_recipe
+from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.runtime.hardware import visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture
 

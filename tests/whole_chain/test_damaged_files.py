@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from megatron_l0moe import cli
 from megatron_l0moe.chain import provenance
 from megatron_l0moe.chain.run_local import carry_out
-from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs.stage_folder import StageFolder, read_manifest
+from megatron_l0moe.runs.stages import STAGE_NAMES, Run
 
 pytestmark = pytest.mark.slow
 PAGE = Path(__file__).parents[2] / "docs" / "survival.md"

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe.recipe import Recipe, Section
+from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.recipe.yaml_file import Settings, check_option_name, load_settings
+from megatron_l0moe.runs.stages import CHAIN, TRAINING, spec_of
 
 OptionValue = bool | int | str
 OWN_OPTIONS = {
@@ -43,6 +44,8 @@ WHOLE_OPTIONS = frozenset({"gpus"})
 """Options that begin like one of these and are others."""
 MOST_OF_A_NODE = 2**16
 """CPUs or GPUs."""
+RESTARTED = tuple(spec.name for spec in CHAIN if spec.restart != "clear")
+"""Stages that go on from what an interrupted job left, which the signal before the time limit makes room for."""
 _TIME = re.compile(r"[0-9]{1,6}-[0-9]{1,2}(?::[0-9]{2}){0,2}|[0-9]{1,8}(?::[0-9]{2}){0,2}")
 _MEMORY = re.compile(r"[0-9]{1,12}[KMGT]?")
 
@@ -205,14 +208,14 @@ class Cluster(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "Cluster":
-        for name in ("curate", "experts", "moe"):
+        for name in RESTARTED:
             limit = time_seconds(getattr(self.stages, name).time)
             if limit < self.signal_lead_seconds + 60:
                 raise ValueError(
                     f"stages.{name}.time must be at least a minute longer than signal_lead_seconds "
                     f"({self.signal_lead_seconds}); raise the one or lower the other"
                 )
-        for name in ("experts", "moe"):
+        for name in TRAINING:
             for key in ("gpus", "cpus"):
                 if getattr(getattr(self.stages, name), key) is not None:
                     raise ValueError(
@@ -242,7 +245,6 @@ def load_cluster(path: str | Path) -> Cluster:
     return load_settings(path, Cluster, what="Cluster file", examples="slurm/clusters/")
 
 
-TRAINING: dict[str, Section] = {"experts": "expert_training", "moe": "moe_training"}
 """Stages that train, and where the recipe has their layout."""
 DEFAULT_CPUS = 8
 """Of a stage without GPUs."""
@@ -325,14 +327,14 @@ def _of_training(name: str, recipe: Recipe, cluster: Cluster) -> Resources:
 
 
 def _of_other(name: str, recipe: Recipe, cluster: Cluster) -> Resources:
-    stage = cluster.stage(name)
+    stage, wants_gpu = cluster.stage(name), spec_of(name, recipe.method).wants_gpu
     gpus, cpus = stage.gpus, stage.cpus
     if (
         name == "curate" and recipe.data.executor.kind == "slurm"
     ):  # a driver, which only waits for its own arrays
         gpus, cpus = gpus or 0, cpus or 1
     if gpus is None:
-        gpus = min(1, cluster.gpus_per_node) if name in ("curate", "evaluate") else 0
+        gpus = min(1, cluster.gpus_per_node) if wants_gpu else 0
     if cpus is None:
         cpus = _share_of_cpus(gpus, cluster) if gpus else min(DEFAULT_CPUS, cluster.cpus_per_node)
     return Resources(

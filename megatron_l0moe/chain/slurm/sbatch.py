@@ -12,15 +12,14 @@ from collections.abc import Iterator
 
 from megatron_l0moe.chain import training_commands
 from megatron_l0moe.chain.slurm.cluster import (
-    TRAINING,
     Cluster,
     OptionValue,
     Resources,
     experts_at_once,
     resources,
 )
-from megatron_l0moe.chain.stages import Place, Run, spec_of, stage_command
 from megatron_l0moe.runs.stage_folder import MARKER
+from megatron_l0moe.runs.stages import TRAINING, Place, Run, spec_of, stage_command
 from megatron_l0moe.sizes.architecture import Architecture
 
 SETUP_BEGINS = "# The cluster's own lines come before `set -u`, which many set-up scripts do not survive."

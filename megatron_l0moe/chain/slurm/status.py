@@ -13,15 +13,14 @@ from rich.table import Table
 
 from megatron_l0moe.chain import progress as estimate
 from megatron_l0moe.chain.progress import last_message
-from megatron_l0moe.chain.slurm.cluster import TRAINING
 from megatron_l0moe.chain.slurm.submit import RunJobs, SubmittedJob, read_record
-from megatron_l0moe.chain.stages import Run, chain, folders
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs import slurm_commands
 from megatron_l0moe.runs.child_process import reason
 from megatron_l0moe.runs.slurm_commands import JobState, SlurmUnreachableError
 from megatron_l0moe.runs.stage_folder import MARKER
+from megatron_l0moe.runs.stages import TRAINING, Run, chain, folders
 from megatron_l0moe.runs.training_end import read_failure
 from megatron_l0moe.runtime.json_files import read_json
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from megatron_l0moe.chain.preflight import check_cluster, check_files, check_memory
 from megatron_l0moe.chain.slurm import sbatch
 from megatron_l0moe.chain.slurm.cluster import Cluster, experts_at_once, resources
-from megatron_l0moe.chain.stages import Place, Run, StageSpec, chain, place_of, spec_of, stages
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs import slurm_commands
 from megatron_l0moe.runs.caller_environment import for_slurm
 from megatron_l0moe.runs.lock import locked
 from megatron_l0moe.runs.slurm_commands import JobState, parse_array
 from megatron_l0moe.runs.stage_folder import MARKER, check_started, is_done, write_json, write_text
+from megatron_l0moe.runs.stages import Place, Run, StageSpec, chain, place_of, spec_of, stages
 from megatron_l0moe.sizes.architecture import Architecture
 
 

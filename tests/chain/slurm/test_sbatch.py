@@ -23,10 +23,10 @@ from megatron_l0moe.chain.slurm import sbatch
 from megatron_l0moe.chain.slurm.cluster import Cluster, experts_at_once, load_cluster
 from megatron_l0moe.chain.slurm.sbatch import FUNCTIONS, array_text, render
 from megatron_l0moe.chain.slurm.submit import Request
-from megatron_l0moe.chain.stages import STAGE_NAMES, Run, place_of, selection
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.recipe import Recipe, load_recipe
+from megatron_l0moe.runs.stages import STAGE_NAMES, Run, place_of, selection
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "slurm"

@@ -10,11 +10,11 @@ from toy_recipe import make_run
 
 from megatron_l0moe.chain.slurm.status import Row, rows, show
 from megatron_l0moe.chain.slurm.submit import RunJobs, SubmittedJob, read_record, write_record
-from megatron_l0moe.chain.stages import STAGE_NAMES, Run
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.child_process import TAIL_BYTES, lost_a_node, reason
 from megatron_l0moe.runs.slurm_commands import JobState, parse_array, parse_job
 from megatron_l0moe.runs.stage_folder import MARKER, write_json
+from megatron_l0moe.runs.stages import STAGE_NAMES, Run
 
 LOG = """\
 10:00:00 | moe: job 105 on n[1-2], start 1

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from megatron_l0moe import cli
 from megatron_l0moe.chain.slurm.cluster import Cluster
 from megatron_l0moe.chain.slurm.submit import Request, cancel_run, submit_chain
-from megatron_l0moe.chain.stages import STAGE_NAMES, Run, selection, spec_of, stages
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import begin, finish
+from megatron_l0moe.runs.stages import STAGE_NAMES, Run, selection, spec_of, stages
 
 CLUSTER = Cluster(partition="batch", gpus_per_node=0, cpus_per_node=16, experts_at_once=2)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 from toy_recipe import make_run
 
 import megatron_l0moe
-from megatron_l0moe.chain.provenance import READS
-from megatron_l0moe.chain.stages import (
+from megatron_l0moe.chain import dry_run, forecast, stage_work
+from megatron_l0moe.chain.slurm.cluster import StageJobs
+from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.recipe.recipe import section_hash
+from megatron_l0moe.runs.stages import (
     CHAIN,
     STAGE_NAMES,
     chain,
@@ -20,8 +24,6 @@ from megatron_l0moe.chain.stages import (
     stage_command,
     stages,
 )
-from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe.recipe import section_hash
 
 PACKAGE = Path(megatron_l0moe.__file__).parent
 
@@ -149,5 +151,16 @@ def test_no_verify_goes_into_every_command(tmp_path: Path) -> None:
 def test_reads_are_of_stages_that_are_inputs() -> None:
     """What a stage reads comes from the inputs that its rows of the chain name, whatever the method."""
     rows = [spec for method in ("l0moe", "dsmoe", "mom") for spec in chain(method)]
-    for name, reads in READS.items():
-        assert set(reads) <= {previous for spec in rows if spec.name == name for previous in spec.inputs}
+    for row in CHAIN:
+        assert set(row.reads) <= {
+            previous for spec in rows if spec.name == row.name for previous in spec.inputs
+        }
+
+
+def test_each_stage_has_what_bears_its_name() -> None:
+    """The functions that the table's head names, and a section in the cluster file."""
+    for name in STAGE_NAMES:
+        assert inspect.isfunction(getattr(stage_work, name))
+        assert inspect.isfunction(getattr(dry_run, f"_{name}"))
+        assert inspect.isfunction(getattr(forecast, f"_{name}"))
+    assert set(StageJobs.model_fields) == set(STAGE_NAMES)

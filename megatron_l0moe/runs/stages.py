@@ -1,8 +1,13 @@
-"""The chain as a table: what each stage reads, where it writes, and which settings its result depends on."""
+"""The chain as a table: what each stage does and reads, where it writes, and which settings its result depends on.
+
+Functions of a stage's name do it (`chain/stage_work.py`), show it (`chain/dry_run.py`) and say how long it takes
+(`chain/forecast.py`). No other file lists the stages.
+"""
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ from pydantic import BaseModel
 
 from megatron_l0moe.errors import L0MoEError, nearest
 from megatron_l0moe.recipe.layout import FREE_FLAGS
-from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe, section_hash
+from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe, Section, section_hash
 from megatron_l0moe.recipe.yaml_file import check_text
 from megatron_l0moe.runs.stage_folder import Restart, StageFolder
 
@@ -21,6 +26,8 @@ class StageSpec:
 
     name: str
     does: str
+    help: str
+    """Of the command `l0moe NAME`."""
     inputs: tuple[str, ...]
     """Stages whose files are read."""
     settings: tuple[str, ...]
@@ -33,18 +40,33 @@ class StageSpec:
     """Keys that came later: where one is None, the hash is what it was before there was such a key."""
     restart: Restart = "clear"
     """What an interrupted run of the stage goes on from."""
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names in the folders of stages before, of any method, which are compared with what those stages recorded."""
+    reads_quickly: bool = False
+    """Whether its inputs are read within minutes, so they are compared meanwhile; others compare before they begin."""
+    trains: Section | None = None
+    """The section of the recipe that its training job follows."""
+    by_expert: bool = False
+    """Whether it has one folder, and one training job, for each expert."""
+    wants_gpu: bool = False
+    """Whether a stage that does not train is faster on a GPU."""
 
 
+EXPORTED = ("*.safetensors", "*.json", "*.py", "*.model*", "*.txt", "*.jinja")
+"""What a model is loaded from; the rest of an export is for people."""
 CHAIN: tuple[StageSpec, ...] = (
     StageSpec(
         name="convert",
         does="turn the dense Hugging Face checkpoint into a Megatron checkpoint",
+        help="Turn the dense Hugging Face checkpoint into a Megatron checkpoint.",
         inputs=(),
         settings=("model.path",),
+        reads_quickly=True,
     ),
     StageSpec(
         name="curate",
         does="cluster the corpus into K domains and cut it into Q ordered sets of token files",
+        help="Cluster the corpus into K domains and cut it into Q ordered sets.",
         inputs=(),
         settings=(
             "seed",
@@ -56,10 +78,12 @@ CHAIN: tuple[StageSpec, ...] = (
         ),
         added=("set_passes", "data.domain_key"),
         restart="own",
+        wants_gpu=True,
     ),
     StageSpec(
         name="experts",
         does="make one expert a domain: the dense FFN, by a learned L0 mask or another method, cut to the wanted width",
+        help="Make the K experts, one domain each, and cut each to its exact width.",
         inputs=("convert", "curate"),
         settings=(
             "seed",
@@ -74,17 +98,24 @@ CHAIN: tuple[StageSpec, ...] = (
         ),
         added=("construction", "expert_dtype"),
         restart="resume",
+        reads={"convert": ("*",), "curate": ("expert_*.ccm.json",)},
+        trains="expert_training",
+        by_expert=True,
     ),
     StageSpec(
         name="assemble",
         does="put the K experts and a start for the routers into one Megatron MoE checkpoint",
+        help="Put the K experts and the start of the routers into one MoE checkpoint.",
         inputs=("convert", "experts"),
         settings=("model.dense_layers", "model.num_experts", "model.expert_ffn", "model.top_k"),
         added=("router_init",),
+        reads={"convert": ("*",), "experts": ("expert.safetensors",)},
+        reads_quickly=True,
     ),
     StageSpec(
         name="moe",
         does="train experts and routers together on the ordered sets",
+        help="Train experts and routers together on the ordered sets; of other methods: blocks and gates.",
         inputs=("curate", "assemble"),
         settings=(
             "seed",
@@ -97,30 +128,53 @@ CHAIN: tuple[StageSpec, ...] = (
         ),
         added=("method_settings", "moe_dtype"),
         restart="resume",
+        reads={"convert": ("*",), "curate": ("moe.ccm.json",), "assemble": ("*",)},
+        trains="moe_training",
     ),
     StageSpec(
         name="export",
         does="write the L0-MoE as an ordinary Hugging Face checkpoint",
+        help="Write the trained model as a Hugging Face checkpoint.",
         inputs=("moe",),
         settings=("model.path", "model.dense_layers", "model.top_k", "export"),
+        reads={"moe": ("checkpoints/*",)},
+        reads_quickly=True,
     ),
     StageSpec(
         name="evaluate",
         does="measure perplexity by domain, speed and benchmarks, dense against L0-MoE",
+        help="Measure perplexity by domain, speed and benchmarks, dense against the model made of it.",
         inputs=("curate", "assemble", "moe", "export"),
         settings=("seed", "model", "evaluation"),
+        reads={
+            "curate": ("heldout.jsonl",),
+            "assemble": ("*",),
+            "moe": ("checkpoints/*",),
+            "export": EXPORTED,
+        },
+        wants_gpu=True,
     ),
     StageSpec(
         name="report",
         does="write one HTML page and summary.json from everything that was measured",
+        help="Write the HTML report and summary.json.",
         inputs=("convert", "curate", "experts", "assemble", "moe", "export", "evaluate"),
         settings=("name",),
+        reads={
+            "curate": ("ccm.json", "summary.json"),
+            "experts": ("expert.safetensors", "metrics.jsonl", "gpu/*"),
+            "moe": ("metrics.jsonl", "gpu/*"),
+            "export": ("config.json",),
+            "evaluate": ("*.json",),
+        },
     ),
 )
 """The chain of method l0moe, which has all stages there are."""
 HASHED_APART = {"executor", "set_passes", "domain_key"}
 """Keys that a section's hash leaves out: the executor changes no result, the others stand in `added`."""
 STAGE_NAMES: tuple[str, ...] = tuple(spec.name for spec in CHAIN)
+TRAINING: Mapping[str, Section] = {spec.name: spec.trains for spec in CHAIN if spec.trains}
+"""Stages with a training job, and the section of the recipe that it follows."""
 ONLY_L0MOE = ("experts", "assemble")
 """Stages that other methods lack: their training starts from the dense checkpoint."""
 
