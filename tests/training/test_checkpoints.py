@@ -24,6 +24,12 @@ from megatron_l0moe.training.arguments import JobSettings, StageConfig, settings
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
+@pytest.fixture(autouse=True)
+def process_group():
+    with cpu.one_process_group():
+        yield
+
+
 def settings_of(stage: str, **retention) -> JobSettings:
     plan = models.plan(stage, **retention)
     return JobSettings(StageConfig(l0_stage=stage, l0_dense_layers=models.DENSE), plan)
@@ -255,14 +261,8 @@ def test_no_checkpoint_at_all(tmp_path):
 
 def test_the_refusal_reaches_every_rank_as_a_sentence(tmp_path):
     write(tmp_path, "iter_0000004", None)
-    with cpu.one_process_group(), pytest.raises(L0MoEError, match="holds no L0 settings"):
+    with pytest.raises(L0MoEError, match="holds no L0 settings"):
         checkpoints.check([], arguments_of(tmp_path), settings_of("moe"))
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    with cpu.one_process_group():
-        yield
 
 
 def write_keys(folder: Path, keys: set[str]) -> argparse.Namespace:
