@@ -23,18 +23,17 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcreteGate
 from megatron_l0moe.modules.layer_specs import LayerPlan, ModelKind, block_spec
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig
-from megatron_l0moe.modules.router import RouterConfig
+from megatron_l0moe.modules.router import L0Router, RouterConfig
+from megatron_l0moe.modules.trained_part import parts
 from megatron_l0moe.runtime.platform import platform_flags
 from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import (
-    gates,
     group_overrides,
     megatron_training,
     prepare_for_training,
-    routers,
 )
 
 L0_MLP_GOAL, MOE_GOAL = 1.05, 1.02
@@ -234,15 +233,15 @@ def _step(
 
 
 def _begin(model: GPTModel, step: int) -> None:
-    for gate in gates(model):
+    for gate in parts(model, HardConcreteGate):
         gate.begin_iteration(GateStep(step, Phase.LEARN, RETENTION, 1.0))
-    for router in routers(model):
+    for router in parts(model, L0Router):
         router.begin_iteration()
 
 
 def _count_domains(model: GPTModel, domains: int) -> None:
     """As in the steps in which training records the load by domain."""
-    for router in routers(model):
+    for router in parts(model, L0Router):
         router.domain_load.begin_iteration(domains, router.num_experts, router.weight.device)
         router.domain_load.domains = torch.zeros(1, dtype=torch.int64, device=router.weight.device)
 

@@ -22,12 +22,13 @@ from megatron_models import transformer_config  # noqa: E402
 from planning_cases import CASES, SIZES  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from megatron_l0moe.modules.hard_concrete import HardConcreteConfig  # noqa: E402
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcreteGate  # noqa: E402
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec  # noqa: E402
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig  # noqa: E402
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
+from megatron_l0moe.modules.trained_part import parts  # noqa: E402
 from megatron_l0moe.training.arguments import JobSettings, StageConfig  # noqa: E402
-from megatron_l0moe.training.model import gates, group_overrides, megatron_training, prepare_for_training  # noqa: E402  # noqa: E402
+from megatron_l0moe.training.model import group_overrides, megatron_training, prepare_for_training  # noqa: E402  # noqa: E402
 
 
 def build(stage: str, *, tied: bool, bf16: bool, trains: str, recompute: dict[str, Any]) -> GPTModel:
@@ -102,7 +103,7 @@ def measure(
     z = SIZES
     tokens = torch.arange(z["batch"] * z["sequence"]).reshape(z["batch"], -1) * 7 % z["vocab"]
     positions = torch.arange(z["sequence"]).expand_as(tokens)
-    for gate in gates(model):
+    for gate in parts(model, HardConcreteGate):
         gate.begin_iteration(GateStep(iteration=5, phase=Phase.LEARN, retention=0.7, penalty_scale=1.0))
 
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -125,9 +126,9 @@ def measure(
     with counter:
         wrapped(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().backward()
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    state = [t for part in parts for s in part.optimizer.state.values() for t in s.values()]
-    held = [p for part in parts for group in part.optimizer.param_groups for p in group["params"]]
+    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    state = [t for one in optimizers for s in one.optimizer.state.values() for t in s.values()]
+    held = [p for one in optimizers for group in one.optimizer.param_groups for p in group["params"]]
     mains = [p for p in held if p.untyped_storage().data_ptr() not in own]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -11,8 +11,9 @@ p = TP size. Leading dimensions of the equations are tokens in any arrangement.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from megatron_l0moe.modules.l0_mlp import ScaledMLP
 from megatron_l0moe.modules.token_gate import TokenGate
+from megatron_l0moe.modules.trained_part import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,14 @@ def sparsity_loss(scores: Tensor, is_open: Tensor) -> Tensor:
     return torch.where(is_open, scores, 0.0).mean()
 
 
+def block_margins(scores: Tensor, threshold: float) -> Tensor:
+    """Return how far each token is from opening another set of blocks, [N]; scores [N, n] of one layer."""
+    margins = (scores - threshold).abs().amin(dim=-1)
+    highest = scores.topk(2, dim=-1).values
+    none_is_open = highest[:, 0] <= threshold
+    return torch.where(none_is_open, torch.minimum(margins, highest[:, 0] - highest[:, 1]), margins)
+
+
 class BlockGate(TokenGate):
     """The gates of one layer: weight [n, h]; its sums are active blocks, L1 loss, and tokens.
 
@@ -153,6 +163,20 @@ class BlockGate(TokenGate):
             total_loss = loss.detach().double() * tokens
             self.count(torch.stack([active, total_loss, active.new_tensor(float(tokens))]))
         return self.hand_out(weights, loss * (self.block_config.l0_block_sparsity_coeff / self.gated_layers))
+
+    @classmethod
+    def metrics(cls, parts: Sequence[Self]) -> Metrics:
+        """Return the fraction of open blocks and the sparsity loss by layer, means over the global batch."""
+        metrics: Metrics = {"active_fraction": {}, "sparsity_loss": {}}
+        for gate, (active, loss, tokens) in zip(parts, cls.summed_counts(parts), strict=True):
+            metrics["active_fraction"][str(gate.layer)] = active / max(tokens, 1.0)
+            metrics["sparsity_loss"][str(gate.layer)] = loss / max(tokens, 1.0)
+        return metrics
+
+    def margins(self, hidden_states: Tensor) -> Tensor | None:
+        """Return how far each token is from opening another set of blocks, [s * b]."""
+        scores = self.scores(hidden_states).float().flatten(0, -2)
+        return block_margins(scores, self.block_config.l0_block_threshold)
 
 
 class DSMoEMLP(ScaledMLP):

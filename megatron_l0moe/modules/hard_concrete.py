@@ -5,8 +5,9 @@ channel j of rank r being global channel r * F/p + j. All gate arithmetic is flo
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig, RetentionController
 from megatron_l0moe.modules.tensor_parallel import gather_shards, keyed_generator
+from megatron_l0moe.modules.trained_part import LAMBDA_GROUP, MASK_GROUP, Metrics, Schedule, TrainedPart
 
 UNIFORM_EPSILON = 1e-6  # keeps log(u) and log(1 - u) finite in float32
 
@@ -116,7 +118,7 @@ class Float32State(MegatronModule):
         return self
 
 
-class HardConcreteGate(Float32State):
+class HardConcreteGate(Float32State, TrainedPart):
     """Gate, retention controller and router-input mean of one layer; everything that the expert stage adds.
 
     Args:
@@ -172,6 +174,19 @@ class HardConcreteGate(Float32State):
             full = gather_shards(self.effective_log_alpha(), self.tp_group)
             self.hard_mask.copy_(self._shard(top_k_mask(full, self.kept)))
             self.frozen.fill_(1)
+
+    def begin_step(self, schedule: Schedule) -> None:
+        """Take the place in the schedule that the layer's own final retention gives it."""
+        self.begin_iteration(schedule(self.controller.target))
+
+    def parameter_groups(self) -> Iterator[tuple[torch.nn.Parameter, str]]:
+        """Yield log_alpha, and the Lagrangian's lambdas where it has them."""
+        return gate_parameter_groups(self)
+
+    @classmethod
+    def metrics(cls, parts: Sequence[Self]) -> Metrics:
+        """Return r, r-hat and the lambdas by layer."""
+        return gate_metrics(parts)
 
     @property
     def is_frozen(self) -> bool:
@@ -255,3 +270,41 @@ class HardConcreteGate(Float32State):
 
     def _open_probability(self, log_alpha: Tensor) -> Tensor:
         return open_probability(log_alpha, self.gate_config)
+
+
+class ScheduledGate(Protocol):
+    """What the gates that follow the schedule of r have in common."""
+
+    layer: int
+    step: GateStep
+    controller: RetentionController
+    log_alpha: torch.nn.Parameter
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the hard mask is in force."""
+
+    def expected_retention(self) -> float:
+        """Return r-hat."""
+
+
+def gate_parameter_groups(gate: ScheduledGate) -> Iterator[tuple[torch.nn.Parameter, str]]:
+    """Yield log_alpha, and the Lagrangian's lambdas where there are any."""
+    yield gate.log_alpha, MASK_GROUP
+    if not gate.controller.uses_budget:
+        yield gate.controller.lambdas, LAMBDA_GROUP
+
+
+def gate_metrics(gates: Sequence[ScheduledGate]) -> Metrics:
+    """Return r, r-hat and the lambdas of the gates of a model chunk."""
+    metrics: Metrics = {}
+    for gate in gates:
+        layer = str(gate.layer)
+        metrics["retention_target"] = gate.step.retention
+        metrics["frozen"] = gate.is_frozen
+        metrics.setdefault("retention", {})[layer] = gate.expected_retention()
+        if not gate.controller.uses_budget:
+            lambda_1, lambda_2 = gate.controller.lambdas.tolist()
+            metrics.setdefault("lambda1", {})[layer] = lambda_1
+            metrics.setdefault("lambda2", {})[layer] = lambda_2
+    return metrics

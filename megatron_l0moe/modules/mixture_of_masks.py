@@ -18,8 +18,9 @@ import functools
 import itertools
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -34,12 +35,18 @@ from torch import Tensor
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.modules import hard_concrete
-from megatron_l0moe.modules.hard_concrete import Float32State, HardConcreteConfig
+from megatron_l0moe.modules.hard_concrete import (
+    Float32State,
+    HardConcreteConfig,
+    gate_metrics,
+    gate_parameter_groups,
+)
 from megatron_l0moe.modules.l0_mlp import AttachPenalty, ScaledMLP
 from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig, RetentionController
 from megatron_l0moe.modules.router import ExpertLoad, balance_loss
 from megatron_l0moe.modules.tensor_parallel import gather_shards, mean_over_shards
 from megatron_l0moe.modules.token_gate import TokenGate
+from megatron_l0moe.modules.trained_part import Metrics, Schedule, TrainedPart, choice_margins
 
 MOST_SETS = 512  # [C, k, F] is held for a layer: 32 masks by two are 496 sets
 
@@ -186,7 +193,7 @@ def hard_masks(log_alpha: Tensor, sets: Tensor, load: Tensor, target: float) -> 
 logger = logging.getLogger(__name__)
 
 
-class MaskGate(Float32State):
+class MaskGate(Float32State, TrainedPart):
     """E masks, their Lagrangian, and how many tokens choose which set of masks.
 
     The counterpart of `HardConcreteGate`, with the same schedule: open, sampled, frozen to 0 and 1. Its r-hat is the
@@ -239,6 +246,20 @@ class MaskGate(Float32State):
         self.register_buffer("hard_mask", torch.ones(masks, local_width, device=device))
         self.register_buffer("frozen", torch.zeros(1, dtype=torch.int64, device=device))
         self.step = GateStep(iteration=0, phase=Phase.LEARN, retention=1.0, penalty_scale=1.0)
+
+    def begin_step(self, schedule: Schedule) -> None:
+        """Take the place in the schedule that the final activated fraction gives it."""
+        self.begin_iteration(schedule(self.controller.target))
+
+    def parameter_groups(self) -> Iterator[tuple[torch.nn.Parameter, str]]:
+        """Yield log_alpha, and the Lagrangian's lambdas."""
+        return gate_parameter_groups(self)
+
+    @classmethod
+    def metrics(cls, parts: Sequence[Self]) -> Metrics:
+        """Return r, the activated fraction and the lambdas by layer, and the load of each mask."""
+        load = {str(gate.layer): gate.mask_load.tolist() for gate in parts}
+        return {**gate_metrics(parts), "load": load}
 
     @torch.no_grad()
     def begin_iteration(self, step: GateStep) -> None:
@@ -393,6 +414,17 @@ class MaskRouter(TokenGate):
             self.count(torch.stack([seen, torch.ones_like(seen)]))
         weights, loss = self.hand_out(weights, loss * self.mask_config.l0_masks_balance_coeff)
         return weights, chosen, loss
+
+    @classmethod
+    def metrics(cls, parts: Sequence[Self]) -> Metrics:
+        """Return the balance loss by layer, the mean over the global batch."""
+        means = [loss / max(micro_batches, 1.0) for loss, micro_batches in cls.summed_counts(parts)]
+        return {"balance_loss": dict(zip([str(router.layer) for router in parts], means, strict=True))}
+
+    def margins(self, hidden_states: Tensor) -> Tensor | None:
+        """Return how far each token is from choosing other masks, [s * b], relative."""
+        logits = torch.nn.functional.linear(hidden_states.float(), self.weight.float()).flatten(0, -2)
+        return choice_margins(logits, self.mask_config.l0_masks_top_k)
 
 
 class MoMMLP(ScaledMLP):

@@ -4,10 +4,12 @@ Shapes: T = tokens of the micro-batch on this rank (s * b), K = experts, s = seq
 D = domains.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -16,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_l0moe.modules.hard_concrete import Float32State
+from megatron_l0moe.modules.tensor_parallel import summed
+from megatron_l0moe.modules.trained_part import ROUTER_GROUP, Metrics, Schedule, TrainedPart, choice_margins
 
 
 class DomainLoad:
@@ -113,7 +117,7 @@ class ExpertLoad(Float32State):
             self.counts.zero_()
 
 
-class L0Router(TopKRouter):
+class L0Router(TopKRouter, TrainedPart):
     """Megatron's top-k router (softmax after top-k unless --moe-router-pre-softmax) with eq. 3's losses."""
 
     def __init__(
@@ -136,6 +140,40 @@ class L0Router(TopKRouter):
         self.expert_load.begin_iteration()
         self.domain_load.counts = None
         self.loss_sums = {}
+
+    def begin_step(self, schedule: Schedule) -> None:
+        """Begin a step; routers follow no schedule."""
+        self.begin_iteration()
+
+    def parameter_groups(self) -> Iterator[tuple[torch.nn.Parameter, str]]:
+        """Yield the weight."""
+        yield self.weight, ROUTER_GROUP
+
+    @classmethod
+    def metrics(cls, parts: Sequence[Self]) -> Metrics:
+        """Return load and losses by layer, and in the steps that count it the load by domain."""
+        layers = [str(router.layer_number - 1) for router in parts]
+        counts = torch.stack([router.expert_load.counts for router in parts])
+        load = counts / counts.sum(dim=-1, keepdim=True).clamp_min(1)
+        metrics: Metrics = {"load": dict(zip(layers, load.tolist(), strict=True))}
+        for name, means in _mean_losses(parts).items():
+            metrics[name] = dict(zip(layers, means, strict=True))
+        by_domain = _load_by_domain(parts)
+        if by_domain is not None:
+            metrics["domain_load"] = {
+                layers[0]: by_domain.sum(dim=0).tolist()
+            }  # of this chunk's layers together
+            if by_domain.shape[1] == by_domain.shape[2]:
+                own = by_domain.diagonal(dim1=1, dim2=2).mean(dim=1)
+                metrics["own_expert"] = dict(zip(layers, own.tolist(), strict=True))
+        return metrics
+
+    def margins(self, hidden_states: Tensor) -> Tensor | None:
+        """Return how far each token is from choosing other experts, [s * b], relative; None where all are chosen."""
+        if self.topk >= self.num_experts:
+            return None
+        logits = self.gating(hidden_states).float().reshape(-1, self.num_experts)
+        return choice_margins(logits, self.topk)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route logits [s, b, K]; returns the gate weights and the map, both [T, K]."""
@@ -180,3 +218,24 @@ class L0Router(TopKRouter):
             get_moe_metrics_tracker().record(
                 name, loss.detach(), self.layer_number, self.config.num_layers, avg_group=self.tp_dp_cp_group
             )
+
+
+def _mean_losses(routers: Sequence[L0Router]) -> dict[str, list[float]]:
+    """Return each loss by layer, the mean over all tokens of the global batch."""
+    names = sorted(routers[0].loss_sums)
+    if not names:
+        return {}
+    sums = torch.stack([torch.stack([router.loss_sums[name] for router in routers]) for name in names])
+    means = summed(sums, routers[0].expert_load.group) / (
+        routers[0].expert_load.group.size() * get_num_microbatches()
+    )
+    return dict(zip(names, means.tolist(), strict=True))
+
+
+def _load_by_domain(routers: Sequence[L0Router]) -> Tensor | None:
+    """Return the fraction of a domain's routed tokens that each expert took, [L, D, K]; None if not counted."""
+    counts = [router.domain_load.counts for router in routers if router.domain_load.counts is not None]
+    if not counts:
+        return None
+    total = summed(torch.stack(counts), routers[0].expert_load.group)
+    return total / total.sum(dim=-1, keepdim=True).clamp_min(1)

@@ -45,3 +45,10 @@ def mean_over_shards(shard: Tensor, group: torch.distributed.ProcessGroup) -> Te
     if group.size() > 1:
         total = reduce_from_tensor_model_parallel_region(total, group=group)
     return total / (shard.numel() * group.size())
+
+
+def summed(values: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Sum in place over a group, and return it; no gradient."""
+    if group.size() > 1:
+        torch.distributed.all_reduce(values, group=group)
+    return values

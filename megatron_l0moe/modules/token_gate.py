@@ -4,17 +4,22 @@ Shapes: s = sequence (local under sequence parallelism), S = the sequence that t
 b = micro-batch, h = hidden, n = parts to choose from.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_l0moe.modules.tensor_parallel import copy_to_shards, keyed_generator
+from megatron_l0moe.modules.tensor_parallel import copy_to_shards, keyed_generator, summed
+from megatron_l0moe.modules.trained_part import ROUTER_GROUP, Schedule, TrainedPart
 
 
-class TokenGate(MegatronModule):
+class TokenGate(MegatronModule, TrainedPart):
     """The gate of one layer: weight [n, h].
 
     Args:
@@ -53,6 +58,28 @@ class TokenGate(MegatronModule):
     def begin_iteration(self) -> None:
         """Start this rank's sums of a global batch: float64 [counts]."""
         self.sums = torch.zeros(self._counts, dtype=torch.float64)
+
+    def begin_step(self, schedule: Schedule) -> None:
+        """Start the sums, and let the gate's loss weigh in a micro-batch what the language model's loss weighs.
+
+        Megatron's schedule does that for models with experts alone (core/pipeline_parallel/schedules.py:352).
+        """
+        self.begin_iteration()
+        one = torch.ones(1, device=torch.cuda.current_device())
+        loss_scale = one if self.config.grad_scale_func is None else self.config.grad_scale_func(one)
+        MoEAuxLossAutoScaler.set_loss_scale(loss_scale / get_num_microbatches())
+
+    def parameter_groups(self) -> Iterator[tuple[torch.nn.Parameter, str]]:
+        """Yield the weight."""
+        yield self.weight, ROUTER_GROUP
+
+    @classmethod
+    def summed_counts(cls, parts: Sequence["TokenGate"]) -> list[list[float]]:
+        """Return the sums of the gates of a chunk over all ranks that hold tokens, which TP ranks may hold alike."""
+        sums = torch.stack([part.sums for part in parts]).to(device=torch.cuda.current_device())
+        group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        by_part: list[list[float]] = summed(sums, group).tolist()
+        return by_part
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return h Y, [s, b, h] -> [s, b, n], float32."""

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -34,10 +32,11 @@ from torch import Tensor
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.dataset import CurriculumDataset, SampleDomains
 from megatron_l0moe.index.index import check_batching
-from megatron_l0moe.modules.retention import Phase, schedule_step
+from megatron_l0moe.modules.hard_concrete import HardConcreteGate
+from megatron_l0moe.modules.retention import GateStep, Phase, schedule_step
 from megatron_l0moe.modules.router import L0Router
+from megatron_l0moe.modules.trained_part import TrainedPart, parts
 from megatron_l0moe.training.arguments import JobSettings, StageConfig
-from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 
 def datasets_provider(
@@ -108,7 +107,7 @@ class DomainCounter:
     def begin_iteration(self, model: torch.nn.Module, iteration: int) -> None:
         """Prepare a step of a model chunk; `iteration` counts from 0. After the routers' own `begin_iteration`."""
         self._steps.pop(id(model), None)
-        own = list(routers(model))
+        own = list(parts(model, L0Router))
         if not own or not self._is_due(iteration + 1):
             return
         if self._index is None:
@@ -207,40 +206,24 @@ def _trains(model: torch.nn.Module, settings: JobSettings) -> bool:
     gates are constants, open or frozen: those run forward only.
     """
     if settings.plan.stage == "expert" and settings.stage.l0_train_weights == "off":
-        return any(gate.step.phase is Phase.LEARN for gate in gates(model))
+        return any(gate.step.phase is Phase.LEARN for gate in parts(model, HardConcreteGate))
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def begin_iteration(model: torch.nn.Module, settings: JobSettings, *, iteration: int, total: int) -> None:
-    """Set the schedule's position on every gate and router of a model chunk."""
-    for gate in gates(model):
-        gate.begin_iteration(
-            schedule_step(
-                settings.plan.retention,
-                iteration=iteration,
-                total=total,
-                target=gate.controller.target,
-                penalty_scale=1.0 / get_num_microbatches(),
-            )
+    """Begin an iteration in every gate and router of a model chunk."""
+
+    def schedule(target: float) -> GateStep:
+        return schedule_step(
+            settings.plan.retention,
+            iteration=iteration,
+            total=total,
+            target=target,
+            penalty_scale=1.0 / get_num_microbatches(),
         )
-    for router in routers(model):
-        router.begin_iteration()
-    for block_gate in block_gates(model):
-        block_gate.begin_iteration()
-        _scale_losses(block_gate.config)
-    for mask_router in mask_routers(model):
-        mask_router.begin_iteration()
-        _scale_losses(mask_router.config)
 
-
-def _scale_losses(config: TransformerConfig) -> None:
-    """Let DSMoE's sparsity loss and MoM's balance loss weigh in a micro-batch what the language model's loss weighs.
-
-    Megatron's schedule does that for models with experts alone (core/pipeline_parallel/schedules.py:352).
-    """
-    one = torch.ones(1, device=torch.cuda.current_device())
-    loss_scale = one if config.grad_scale_func is None else config.grad_scale_func(one)
-    MoEAuxLossAutoScaler.set_loss_scale(loss_scale / get_num_microbatches())
+    for part in parts(model, TrainedPart):
+        part.begin_step(schedule)
 
 
 def _get_batch(

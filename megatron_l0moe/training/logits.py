@@ -47,6 +47,7 @@ def main() -> None:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
+    from megatron_l0moe.modules.trained_part import TrainedPart, parts
     from megatron_l0moe.training import arguments, checkpoints, model
 
     args, config, settings = arguments.parse_beside_training(LogitsConfig, "L0 logits")
@@ -57,52 +58,27 @@ def main() -> None:
     builder = GPTModelBuilder(model.model_config(args, settings))
     gpt = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
     load_checkpoint([gpt], None, None)
-    logits, margins = _forward(gpt.to(cpu.device()).eval(), tokens.to(cpu.device()), model)
+    gpt = gpt.to(cpu.device()).eval()
+    logits, margins = _forward(gpt, tokens.to(cpu.device()), list(parts(gpt, TrainedPart)))
     _write(Path(config.l0_logits_file), {"tokens": tokens, "logits": logits.cpu(), "margins": margins.cpu()})
     torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()
-def _forward(gpt: Any, tokens: Tensor, model: Any) -> tuple[Tensor, Tensor]:
+def _forward(gpt: Any, tokens: Tensor, parts: list[Any]) -> tuple[Tensor, Tensor]:
     margins = torch.full((tokens.shape[0],), float("inf"), device=tokens.device)
 
-    def observe(router: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        logits = router.gating(inputs[0]).float().reshape(-1, router.num_experts)
-        margins.copy_(torch.minimum(margins, router_margins(logits, router.topk)))
+    def observe(part: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+        found = part.margins(inputs[0]) if inputs else None
+        if found is not None:
+            margins.copy_(torch.minimum(margins, found))
 
-    def observe_gate(gate: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        threshold = gate.block_config.l0_block_threshold
-        scores = gate.scores(inputs[0]).float().flatten(0, -2)
-        margins.copy_(torch.minimum(margins, block_margins(scores, threshold)))
-
-    def observe_masks(router: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-        logits = torch.nn.functional.linear(inputs[0].float(), router.weight.float()).flatten(0, -2)
-        margins.copy_(torch.minimum(margins, router_margins(logits, router.mask_config.l0_masks_top_k)))
-
-    # with top_k == K there is no expert left to flip to
-    hooks = [r.register_forward_hook(observe) for r in model.routers(gpt) if r.topk < r.num_experts]
-    hooks += [gate.register_forward_hook(observe_gate) for gate in model.block_gates(gpt)]
-    hooks += [router.register_forward_hook(observe_masks) for router in model.mask_routers(gpt)]
+    hooks = [part.register_forward_hook(observe) for part in parts]
     positions = torch.arange(tokens.shape[0], device=tokens.device)
     logits = gpt(tokens[None], positions[None], None)[0].float()
     for hook in hooks:
         hook.remove()
     return logits, margins
-
-
-def router_margins(logits: Tensor, topk: int) -> Tensor:
-    """Return how far each token is from another choice, [N], relative; logits [N, K] of one layer."""
-    ranked = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True).values
-    chosen, left = ranked[:, topk - 1], ranked[:, topk]
-    return (chosen - left) / chosen
-
-
-def block_margins(scores: Tensor, threshold: float) -> Tensor:
-    """Return how far each token is from opening another set of blocks, [N]; scores [N, n] of one layer."""
-    margins = (scores - threshold).abs().amin(dim=-1)
-    highest = scores.topk(2, dim=-1).values
-    none_is_open = highest[:, 0] <= threshold
-    return torch.where(none_is_open, torch.minimum(margins, highest[:, 0] - highest[:, 1]), margins)
 
 
 def _first_tokens(heldout: Path, positions: int) -> Tensor:

@@ -6,7 +6,7 @@ inside every checkpoint, under the key `l0moe` of its common state.
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +20,9 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_l0moe.checkpoints.torch_dist import SETTINGS_KEY
-from megatron_l0moe.modules.dsmoe import BlockGate
-from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
-from megatron_l0moe.modules.mixture_of_masks import MaskGate, MaskRouter
-from megatron_l0moe.modules.router import L0Router
+from megatron_l0moe.modules.trained_part import LAMBDA_GROUP, MASK_GROUP, ROUTER_GROUP, TrainedPart
 from megatron_l0moe.training.arguments import JobSettings, StageConfig, settings_as_dict
 
 
@@ -45,10 +42,8 @@ def install_settings(settings: JobSettings) -> None:
     checkpointing.generate_state_dict = generate_state_dict
 
 
-# Parameters of a group of its own in Megatron's gradient clip (core/optimizer/optimizer.py, SEPARATE_GRAD_NORM_GROUPS).
-MASK_GROUP = "l0_mask"
-LAMBDA_GROUP = "l0_lambda"
-ROUTER_GROUP = "l0_router"
+GROUPS_WITH_A_NORM = (MASK_GROUP, LAMBDA_GROUP)
+"""Groups of their own in Megatron's gradient clip too (core/optimizer/optimizer.py, SEPARATE_GRAD_NORM_GROUPS)."""
 
 
 def model_config(args: argparse.Namespace, settings: JobSettings) -> GPTModelConfig:
@@ -83,11 +78,8 @@ def prepare_for_training(models: list[GPTModel], settings: JobSettings) -> list[
         for module in model.modules():
             if isinstance(module, L0MLP):
                 module.requires_grad_(settings.stage.l0_train_weights == "on")
-                _mark_gate(module.gate)
-            elif isinstance(module, MaskGate):
-                _mark_gate(module)
-            elif isinstance(module, L0Router | BlockGate | MaskRouter):
-                setattr(module.weight, ROUTER_GROUP, True)
+            elif isinstance(module, TrainedPart):
+                _train(module)
             elif isinstance(module, MoELayer):
                 _mark_experts(module.experts)
     return models
@@ -120,43 +112,19 @@ def _let_gradients_start_at_the_embedding(model: GPTModel) -> None:
         )
 
 
-def _mark_gate(gate: HardConcreteGate | MaskGate) -> None:
-    gate.requires_grad_(True)
-    _mark(gate.log_alpha, MASK_GROUP)
-    if not gate.controller.uses_budget:
-        _mark(gate.controller.lambdas, LAMBDA_GROUP)
-
-
-def _mark(parameter: torch.nn.Parameter, group: str) -> None:
-    setattr(parameter, group, True)
-    setattr(parameter, megatron_optimizer.GRAD_NORM_GROUP_ATTR, group)
+def _train(part: TrainedPart) -> None:
+    for parameter, group in part.parameter_groups():
+        parameter.requires_grad_(True)
+        setattr(parameter, group, True)
+        if group in GROUPS_WITH_A_NORM:
+            setattr(parameter, megatron_optimizer.GRAD_NORM_GROUP_ATTR, group)
 
 
 def register_grad_norm_groups() -> None:
     """Keep masks and lambdas out of the weights' gradient norm and clip; each group is clipped by its own norm."""
     known = megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS
-    missing = tuple(group for group in (MASK_GROUP, LAMBDA_GROUP) if group not in known)
+    missing = tuple(group for group in GROUPS_WITH_A_NORM if group not in known)
     megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS = known + missing
-
-
-def gates(model: torch.nn.Module) -> Iterator[HardConcreteGate | MaskGate]:
-    """Yield what follows the schedule of r and is owned by this rank, bottom layer first: L0's gates or MoM's masks."""
-    return (module for module in model.modules() if isinstance(module, HardConcreteGate | MaskGate))
-
-
-def routers(model: torch.nn.Module) -> Iterator[L0Router]:
-    """Yield the routers that this rank owns, bottom layer first."""
-    return (module for module in model.modules() if isinstance(module, L0Router))
-
-
-def block_gates(model: torch.nn.Module) -> Iterator[BlockGate]:
-    """Yield DSMoE's gates that this rank owns, bottom layer first."""
-    return (module for module in model.modules() if isinstance(module, BlockGate))
-
-
-def mask_routers(model: torch.nn.Module) -> Iterator[MaskRouter]:
-    """Yield the routers of Mixture-of-Masks that this rank owns, bottom layer first."""
-    return (module for module in model.modules() if isinstance(module, MaskRouter))
 
 
 def group_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverride]:

@@ -11,10 +11,11 @@ from unittest import mock
 import torch
 
 from megatron_l0moe.modules import hard_concrete, token_gate
-from megatron_l0moe.modules.dsmoe import DSMoEMLP
-from megatron_l0moe.modules.mixture_of_masks import MaskGate
+from megatron_l0moe.modules.dsmoe import BlockGate, DSMoEMLP
+from megatron_l0moe.modules.mixture_of_masks import MaskGate, MaskRouter
+from megatron_l0moe.modules.router import L0Router
+from megatron_l0moe.modules.trained_part import parts
 from megatron_l0moe.training import forward_step
-from megatron_l0moe.training.model import block_gates, gates, mask_routers, routers
 
 
 @contextlib.contextmanager
@@ -50,7 +51,7 @@ def no_expert_scale(models: list[Any]) -> Iterator[None]:
 def no_tensor_scale(models: list[Any]) -> Iterator[None]:
     """Attach the router's losses as if its tensor-parallel group were one process."""
     for model in models:
-        for router in routers(model):
+        for router in parts(model, L0Router):
             router.tp_cp_group = SimpleNamespace(size=lambda: 1)
     yield
 
@@ -68,11 +69,10 @@ def no_sequence_sum(models: list[Any]) -> Iterator[None]:
 def local_load(models: list[Any]) -> Iterator[None]:
     """Count the routed tokens of this rank alone."""
     for model in models:
-        for router in routers(model):
+        for router in parts(model, L0Router):
             router.expert_load.group = SimpleNamespace(size=lambda: 1)
-        for gate in gates(model):
-            if isinstance(gate, MaskGate):
-                gate.set_load.group = SimpleNamespace(size=lambda: 1)
+        for gate in parts(model, MaskGate):
+            gate.set_load.group = SimpleNamespace(size=lambda: 1)
     yield
 
 
@@ -87,12 +87,12 @@ def no_tensor_sum(models: list[Any]) -> Iterator[None]:
 def no_loss_share(models: list[Any]) -> Iterator[None]:
     """Attach the loss of each part of the sequence as if it were the whole."""
     for model in models:
-        for router in mask_routers(model):
+        for router in parts(model, MaskRouter):
             config, size = router.mask_config, router.tp_group.size()
             router.mask_config = dataclasses.replace(
                 config, l0_masks_balance_coeff=config.l0_masks_balance_coeff * size
             )
-        for gate in block_gates(model):
+        for gate in parts(model, BlockGate):
             gate.gated_layers /= gate.tp_group.size()
     yield
 

@@ -16,13 +16,14 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron_models import transformer_config
 
 from megatron_l0moe.modules.dsmoe import BlockGateConfig
-from megatron_l0moe.modules.hard_concrete import HardConcreteConfig
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcreteGate
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
-from megatron_l0moe.modules.mixture_of_masks import MaskConfig
+from megatron_l0moe.modules.mixture_of_masks import MaskConfig, MaskGate
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
+from megatron_l0moe.modules.trained_part import parts
 from megatron_l0moe.training.arguments import JobSettings, StageConfig
-from megatron_l0moe.training.model import gates, prepare_for_training
+from megatron_l0moe.training.model import prepare_for_training
 
 LAYERS, DENSE, HIDDEN, FFN, VOCAB, SEQUENCE, EXPERTS = 4, 1, 16, 24, 64, 16, 4
 BATCH = 4
@@ -132,7 +133,7 @@ def disturb(model: torch.nn.Module) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         if name.endswith("log_alpha"):
             parameter += 1.5 * torch.randn(parameter.shape, generator=generator) - 2.0
-    for gate in gates(model):
+    for gate in (*parts(model, HardConcreteGate), *parts(model, MaskGate)):
         if not gate.controller.uses_budget:
             gate.controller.lambdas.copy_(torch.tensor([0.4, 0.9]))
 

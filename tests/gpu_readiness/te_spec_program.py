@@ -31,7 +31,7 @@ from megatron_models import DENSE, LAYERS, SEQUENCE, VOCAB, plan, transformer_co
 from megatron_l0moe.modules.hard_concrete import HardConcreteGate  # noqa: E402
 from megatron_l0moe.modules.layer_specs import block_spec  # noqa: E402
 from megatron_l0moe.modules.retention import GateStep, Phase  # noqa: E402
-from megatron_l0moe.training.model import gates  # noqa: E402
+from megatron_l0moe.modules.trained_part import parts  # noqa: E402
 
 EXPERTS = 3
 # What runtime/platform.py asks for with CUDA and Transformer Engine.
@@ -149,7 +149,7 @@ def te_name(name: str, te_names: set[str]) -> str:
 def step(model: GPTModel, phase: Phase) -> dict[str, torch.Tensor]:
     """Return the loss and the gradients of one step, and what the gates saw."""
     model.zero_grad()
-    for gate in gates(model):
+    for gate in parts(model, HardConcreteGate):
         gate.begin_iteration(GateStep(iteration=5, phase=phase, retention=0.7, penalty_scale=1.0))
     tokens = torch.arange(2 * SEQUENCE).reshape(2, SEQUENCE) * 7 % VOCAB
     positions = torch.arange(SEQUENCE).expand(2, SEQUENCE)
@@ -158,11 +158,7 @@ def step(model: GPTModel, phase: Phase) -> dict[str, torch.Tensor]:
     found = {
         name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
     }
-    found |= {
-        f"gate{gate.layer}.input_mean": gate.input_mean
-        for gate in gates(model)
-        if isinstance(gate, HardConcreteGate)
-    }
+    found |= {f"gate{gate.layer}.input_mean": gate.input_mean for gate in parts(model, HardConcreteGate)}
     return {"loss": loss.detach(), **found}
 
 

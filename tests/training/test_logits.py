@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from megatron_l0moe.training.logits import block_margins, router_margins
+from megatron_l0moe.modules.dsmoe import block_margins
+from megatron_l0moe.modules.trained_part import choice_margins
 
 
-def test_router_margins():
+def test_choice_margins():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]]))
-    assert router_margins(logits, 1).tolist() == pytest.approx([(0.5 - 0.3) / 0.5, 0.0], abs=1e-6)
-    assert router_margins(logits, 2).tolist() == pytest.approx([(0.3 - 0.2) / 0.3, (0.4 - 0.2) / 0.4])
+    assert choice_margins(logits, 1).tolist() == pytest.approx([(0.5 - 0.3) / 0.5, 0.0], abs=1e-6)
+    assert choice_margins(logits, 2).tolist() == pytest.approx([(0.3 - 0.2) / 0.3, (0.4 - 0.2) / 0.4])
 
 
 def test_block_margins():

@@ -6,7 +6,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from megatron_l0moe.modules.hard_concrete import HardConcreteGate
 from megatron_l0moe.modules.retention import GateStep, Phase
+from megatron_l0moe.modules.trained_part import parts
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import forward_step as fs
 from megatron_l0moe.training import model as tm
@@ -29,7 +31,7 @@ def built(train_weights: str, phase: Phase, control: str = "lagrangian"):
     stage = StageConfig(l0_stage="expert", l0_dense_layers=models.DENSE, l0_train_weights=train_weights)  # type: ignore[arg-type]
     settings = JobSettings(stage, plan)
     tm.prepare_for_training([model], settings)
-    for gate in tm.gates(model):
+    for gate in parts(model, HardConcreteGate):
         gate.begin_iteration(GateStep(5, phase, 0.5, 1.0))
     return model, settings
 
