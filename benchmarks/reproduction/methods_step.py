@@ -20,6 +20,7 @@ from training_record import record_chain, record_dense
 from megatron_l0moe.checkpoints.torch_dist import MEGATRON_FOLDER
 from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.recipe.recipe import ModelMethod, section_hash
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.runs.child_process import run_command
@@ -33,7 +34,6 @@ from megatron_l0moe.runs.stage_folder import (
     write_text,
 )
 from megatron_l0moe.runs.stages import Run, selection, stages
-from megatron_l0moe.sizes.parameters import exported_counts
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def _measured(place: Place, folder: Path, tokens: int, method: ModelMethod) -> J
         result["router_load"] = {str(layer): shares for layer, shares in load.fractions().items()}
     else:
         table = perplexity.measure(model, sequences, batch=BATCH)
-    counts = exported_counts(method, config, result.get("open_blocks"))
+    counts = method_of(method).exported_counts(config, result.get("open_blocks"))
     return {
         "perplexity": table.to_json(),
         **result,

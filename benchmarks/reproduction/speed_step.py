@@ -8,10 +8,10 @@ from results import HELDOUT, SPEED, folder, save
 from runs_table import Case, RunsTable, chain_run
 from settings import Place
 
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.recipe.recipe import section_hash
 from megatron_l0moe.reports.collect import Json
 from megatron_l0moe.runs.stage_folder import read_manifest
-from megatron_l0moe.sizes.parameters import exported_counts
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def _time(place: Place, model: Path, case: Case) -> Json:
     settings, method = place.settings.speed, case.settings.method
     heldout = json.loads((folder(place, case.name, HELDOUT) / HELDOUT).read_text(encoding="utf-8"))
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    counts = exported_counts(method, config, heldout.get("open_blocks"))
+    counts = method_of(method).exported_counts(config, heldout.get("open_blocks"))
     return measure_speed(
         load_model(place.base_model),
         load_model(model),

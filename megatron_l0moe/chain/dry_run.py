@@ -6,7 +6,6 @@ With `--launcher slurm`: every job with its resources. Nothing is written.
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_l0moe.chain import machine, preflight, training_commands
 from megatron_l0moe.chain.forecast import forecast
@@ -17,6 +16,7 @@ from megatron_l0moe.chain.slurm.cluster import Resources, experts_at_once, resou
 from megatron_l0moe.chain.slurm.submit import Request
 from megatron_l0moe.chain.training_commands import construct_job
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.methods.method import method_of, millions
 from megatron_l0moe.plan.plan import find_architecture
 from megatron_l0moe.recipe.layout import ParallelSection
 from megatron_l0moe.recipe.recipe import Recipe
@@ -32,7 +32,7 @@ from megatron_l0moe.runs.stages import (
     stages,
 )
 from megatron_l0moe.sizes.architecture import Architecture, read_config
-from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, dsmoe_counts, l0moe_counts
+from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters
 
 HEADER = ("stage", "jobs", "nodes", "GPUs", "CPUs", "memory", "time", "after", "script")
 
@@ -136,6 +136,7 @@ class DryRun:
         self.dense: ParameterCounts | None = None
         self.moe: ParameterCounts | None = None
         recipe = run.recipe
+        self.method = method_of(recipe.method)
         try:
             self.architecture = Architecture.from_hf(Path(recipe.model.path))
         except L0MoEError as error:
@@ -145,7 +146,7 @@ class DryRun:
         preflight.check_sizes(recipe, self.architecture)
         config = read_config(Path(recipe.model.path))
         self.dense = count_parameters(config)
-        self.moe = _counts(recipe, config)
+        self.moe = self.method.planned_counts(recipe, config)
 
     @property
     def dense_shapes(self) -> str:
@@ -161,64 +162,16 @@ class DryRun:
     @property
     def moe_shapes(self) -> str:
         """Sizes of the L0-MoE, or of what another method makes."""
-        a, recipe = self.architecture, self.run.recipe
-        if a is None:
+        if self.architecture is None:
             return self.missing
-        model = recipe.model
-        upper = a.num_layers - model.dense_layers
-        if recipe.method == "dsmoe":
-            blocks = recipe.dsmoe.blocks
-            return (
-                f"{model.dense_layers} dense + {upper} layers of {blocks} blocks of width "
-                f"{a.ffn_hidden_size // blocks} (dense FFN: {a.ffn_hidden_size}); a token uses those its gates open"
-            )
-        if recipe.method == "mom":
-            masks = recipe.mom
-            return (
-                f"{model.dense_layers} dense + {upper} layers of {masks.masks} masks over the FFN of "
-                f"{a.ffn_hidden_size}, {masks.top_k} for each token, which together keep {masks.target:.0%} of it"
-            )
-        return (
-            f"{model.dense_layers} dense + {upper} MoE layers of {model.num_experts} experts of width "
-            f"{model.expert_ffn} (dense FFN: {a.ffn_hidden_size}), {model.top_k} for each token"
-        )
+        return self.method.shapes(self.run.recipe, self.architecture)
 
     @property
     def moe_parameters(self) -> str:
         """Weights of what is made beside those of the dense model."""
         if self.moe is None or self.dense is None:
             return self.missing
-        if self.run.recipe.method == "mom":
-            return (
-                f"in training those of the dense model ({_millions(self.dense.total)}), routers and masks; what the "
-                "export holds is an outcome of training"
-            )
-        if self.run.recipe.method == "dsmoe":
-            return (
-                f"{_millions(self.moe.total)} in all, {self.moe.routers:,} of them gates (dense: "
-                f"{_millions(self.dense.total)}); how many are active for a token is an outcome of training"
-            )
-        return (
-            f"{_millions(self.moe.total)} in all, {_millions(self.moe.active)} active for a token "
-            f"(dense: {_millions(self.dense.total)}, {_millions(self.dense.active)})"
-        )
-
-
-def _counts(recipe: Recipe, config: dict[str, Any]) -> ParameterCounts:
-    model = recipe.model
-    if recipe.method == "mom":
-        return count_parameters(config)
-    if recipe.method == "dsmoe":
-        blocks = recipe.dsmoe.blocks
-        shape = {"num_blocks": blocks, "num_dense_layers": model.dense_layers}
-        return dsmoe_counts({**config, **shape}, open_blocks=blocks)
-    return l0moe_counts(
-        config,
-        dense_layers=model.dense_layers,
-        num_experts=model.num_experts,
-        expert_ffn=model.expert_ffn,
-        top_k=model.top_k,
-    )
+        return self.method.parameters(self.dense, self.moe)
 
 
 def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
@@ -249,7 +202,7 @@ def _convert(plan: DryRun) -> list[Row]:
         ("in", plan.run.recipe.model.path),
         ("out", str(plan.run.stage_folder("convert") / "megatron")),
         ("shapes", plan.dense_shapes),
-        ("parameters", _millions(plan.dense.total) if plan.dense else plan.missing),
+        ("parameters", millions(plan.dense.total) if plan.dense else plan.missing),
     ]
 
 
@@ -300,7 +253,7 @@ def _experts(plan: DryRun) -> list[Row]:
             "shapes",
             f"{recipe.model.num_experts} runs; the FFN of each MoE layer is cut to {recipe.model.expert_ffn} units",
         ),
-        ("parameters", f"{_millions(plan.dense.total)} in memory" if plan.dense else plan.missing),
+        ("parameters", f"{millions(plan.dense.total)} in memory" if plan.dense else plan.missing),
         work,
         ("layout", _layout(recipe.expert_training.parallel)),
     ]
@@ -341,8 +294,8 @@ def _moe(plan: DryRun) -> list[Row]:
 
 def _export(plan: DryRun) -> list[Row]:
     files = "config.json, *.safetensors, tokenizer, README.md"
-    if plan.run.recipe.method == "dsmoe":
-        files += ", modeling_dsmoe.py"
+    if plan.method.exported_code:
+        files += f", {plan.method.exported_code}"
     target = plan.run.recipe.export.target if plan.run.recipe.method == "l0moe" else "transformers"
     return [
         ("in", f"{plan.run.stage_folder('moe')}/checkpoints, tokenizer of {plan.run.recipe.model.path}"),
@@ -395,7 +348,3 @@ def _layout(parallel: ParallelSection) -> str:
         f"{parallel.processes} processes on {parallel.nodes} node(s): tensor {parallel.tensor}, pipeline "
         f"{parallel.pipeline}, expert {parallel.expert}, data {parallel.layout.data}; {parallel.layout.text}"
     )
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 10**10 else f"{count / 1e6:.1f} M"

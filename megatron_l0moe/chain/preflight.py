@@ -10,6 +10,7 @@ from megatron_l0moe.chain.slurm.cluster import Cluster, resources
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.evaluation.harness import benchmarks
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.plan.plan import make_plan
 from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.layout_rules import JobSizes, Names, check_layout
@@ -59,13 +60,7 @@ def check_sizes(recipe: Recipe, architecture: Architecture) -> None:
         )
     if recipe.method == "l0moe":
         check_target(recipe, architecture)
-    if recipe.method == "dsmoe":
-        check_blocks(recipe.dsmoe.blocks, architecture)
-    if recipe.method == "mom" and architecture.qkv_bias:
-        raise L0MoEError(
-            f"method mom exports as Ernie4.5-MoE, which has no biases on q, k and v, and {recipe.model.path} has them; "
-            "give a base without them."
-        )
+    method_of(recipe.method).check_model(recipe, architecture)
     if recipe.evaluation.parity_positions > recipe.data.seq_length:
         raise L0MoEError(
             f"evaluation.parity_positions ({recipe.evaluation.parity_positions}) must be at most data.seq_length "
@@ -74,17 +69,6 @@ def check_sizes(recipe: Recipe, architecture: Architecture) -> None:
     for section in SECTIONS:
         check_layout(
             recipe.parallel(section).layout, job_sizes(recipe, section, architecture), layout_names(section)
-        )
-
-
-def check_blocks(blocks: int, architecture: Architecture) -> None:
-    """Refuse a number of blocks that cannot be of equal width."""
-    ffn = architecture.ffn_hidden_size
-    if ffn % blocks:
-        instead = min((n for n in range(2, ffn + 1) if ffn % n == 0), key=lambda n: abs(n - blocks))
-        raise L0MoEError(
-            f"dsmoe.blocks ({blocks}) must divide the dense model's FFN width, {ffn}, since blocks are of equal "
-            f"width; the nearest that does is {instead}."
         )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.methods.method import method_of, section_flags
 from megatron_l0moe.recipe.layout import Flag, Flags, Layout, layout_flags
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.recipe.sections import ExpertTrainingSection, MoETrainingSection
@@ -27,8 +28,7 @@ OWNED_BY_THE_CHAIN = frozenset(
         *("load", "save", "pretrained-checkpoint", "train-iters", "seq-length", "global-batch-size", "seed"),
         *("l0-stage", "l0-dense-layers", "l0-expert-ffn", "l0-data-index", "l0-metrics-file", "l0-stop-file"),
         "l0-train-weights",  # expert_training.train_weights
-        *("l0-blocks", "l0-block-threshold", "l0-block-sparsity-coeff"),  # the section dsmoe
-        *("l0-masks", "l0-masks-top-k", "l0-masks-target", "l0-masks-balance-coeff"),  # the section mom
+        *section_flags(),
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
         *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
         *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),
@@ -87,31 +87,6 @@ def expert_flags(recipe: Recipe, architecture: Architecture) -> Flags:
         "moe-aux-loss-coeff": BALANCE_COEFFICIENT,
         "moe-z-loss-coeff": Z_COEFFICIENT,
     }
-
-
-def method_flags(recipe: Recipe) -> Flags:
-    """Return the flags of the method's own section."""
-    if recipe.method == "dsmoe":
-        blocks = recipe.dsmoe
-        return {
-            "l0-blocks": blocks.blocks,
-            "l0-block-threshold": blocks.threshold,
-            "l0-block-sparsity-coeff": blocks.sparsity_coefficient,
-            "l0-block-seed": recipe.seed,
-        }
-    if recipe.method == "mom":
-        masks = recipe.mom
-        return {
-            "l0-masks": masks.masks,
-            "l0-masks-top-k": masks.top_k,
-            "l0-masks-target": masks.target,
-            "l0-masks-balance-coeff": masks.balance_coefficient,
-            "l0-masks-seed": recipe.seed,
-            "l0-retention-control": "lagrangian",  # the budget is one of a single mask
-            "l0-mask-lr": masks.mask_learning_rate,
-            "l0-noise-seed": recipe.seed,
-        }
-    return {}
 
 
 PRETRAIN = "megatron_l0moe.training.pretrain"
@@ -207,7 +182,7 @@ def moe_job(
         | stage_flags(recipe)
         | _files(run.stage_folder("curate") / "moe", extent.folder)
         | {"l0-router-lr": training.router_learning_rate or training.learning_rate}
-        | method_flags(recipe)
+        | method_of(recipe.method).flags(recipe)
     )
     return _job(python, training, architecture, flags, "moe_training", trial, recipe)
 
@@ -228,7 +203,7 @@ def logits_job(run: Run, architecture: Architecture, *, python: str = sys.execut
         }
         | expert_flags(recipe, architecture)
         | stage_flags(recipe)
-        | method_flags(recipe)
+        | method_of(recipe.method).flags(recipe)
         | {
             "l0-heldout": str(run.stage_folder("curate") / "heldout.jsonl"),
             "l0-positions": recipe.evaluation.parity_positions,

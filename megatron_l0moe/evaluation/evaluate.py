@@ -14,11 +14,12 @@ from megatron_l0moe.evaluation.models import load_model
 from megatron_l0moe.evaluation.perplexity import PerplexityTable, measure
 from megatron_l0moe.evaluation.timing import measure_speed
 from megatron_l0moe.index.heldout_file import HeldoutSequence, read_heldout
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.cpu import device
 from megatron_l0moe.sizes.architecture import read_config
-from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, exported_counts
+from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
     Args:
         recipe: names the dense model, the shapes, and the sizes of the speed test.
         run: the run folder; curate/, assemble/ and export/ are read.
-        out: perplexity.json, router_load.json (DSMoE: open_blocks.json) and speed.json are written here.
+        out: perplexity.json, router_load.json (of blocks: open_blocks.json) and speed.json are written here.
 
     Returns:
         The headline numbers.
@@ -62,7 +63,7 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
     record("dense", measure(dense, sequences, name="dense"), start)
     start = time.monotonic()
     made = load_model(export_dir, dtype=dtype, device=device())
-    with OpenBlocks(made) if method == "dsmoe" else RouterLoad(made) as load:
+    with OpenBlocks(made) if method_of(method).opens_blocks else RouterLoad(made) as load:
         record(method, measure(made, sequences, counts=load, name=method), start)
     open_blocks = _write_load(load, out)
 
@@ -71,7 +72,10 @@ def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:
         dense,
         made,
         sequences,
-        counts=(checkpoint_counts(dense_dir), exported_counts(method, read_config(export_dir), open_blocks)),
+        counts=(
+            checkpoint_counts(dense_dir),
+            method_of(method).exported_counts(read_config(export_dir), open_blocks),
+        ),
         prefill_tokens=recipe.evaluation.prefill_tokens,
         decode_tokens=recipe.evaluation.decode_tokens,
         repeats=recipe.evaluation.repeats,

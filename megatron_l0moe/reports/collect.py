@@ -12,12 +12,13 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.reports import forms
 from megatron_l0moe.runs.stage_folder import unsealed
 from megatron_l0moe.runs.stages import spec_of
 from megatron_l0moe.runtime.json_files import parse_json, read_json
-from megatron_l0moe.sizes.parameters import count_parameters, exported_counts
+from megatron_l0moe.sizes.parameters import count_parameters
 
 Json = dict[str, Any]
 
@@ -128,7 +129,7 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         L0MoEError: a file is missing, damaged, or lacks what the report shows; the message names it and the stage to
             run.
     """
-    is_l0moe = recipe.method == "l0moe"
+    is_l0moe, method = recipe.method == "l0moe", method_of(recipe.method)
     expert_folders = [f"experts/{k:03d}" for k in range(recipe.model.num_experts)] if is_l0moe else []
     manifests = {}
     for stage in spec_of("report", recipe.method).inputs:
@@ -137,18 +138,18 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
             form: type[forms.Manifest] = forms.Manifest
             if stage == "experts" and recipe.construction is not None:
                 form = forms.ConstructionManifest
-            if stage == "export" and recipe.method == "mom":
+            if stage == "export" and method.trains_masks:
                 form = forms.MasksManifest
             manifests[folder] = unsealed(read_form(file, stage, form), file, _mend(stage))
     trained = expert_folders if recipe.construction is None else []
-    masked = forms.MaskedStep if recipe.method == "mom" else forms.Step
+    masked = forms.MaskedStep if method.trains_masks else forms.Step
     return RunFiles(
         recipe=recipe,
         dense_config=_read_config(Path(recipe.model.path) / "config.json", "convert", count_parameters),
         export_config=_read_config(
             run / "export" / "config.json",
             "export",
-            lambda config: exported_counts(recipe.method, config, open_blocks=1.0),
+            lambda config: method.exported_counts(config, open_blocks=1.0),
         ),
         ccm=_read_ccm(run / "curate" / "ccm.json"),
         curate=_read_corpus(run / "curate" / "summary.json", recipe.model.num_experts),
@@ -166,10 +167,8 @@ def collect(recipe: Recipe, run: Path) -> RunFiles:
         moe_metrics=read_metrics(run / "moe" / "metrics.jsonl", "moe", masked),
         perplexity=_read_perplexity(run / "evaluate" / "perplexity.json", recipe.method),
         speed=_read_speed(run / "evaluate" / "speed.json", recipe.method),
-        router_load=_read_shares(run, "router_load.json", forms.Layers) if recipe.method != "dsmoe" else {},
-        open_blocks=_read_shares(run, "open_blocks.json", forms.OpenBlocks)
-        if recipe.method == "dsmoe"
-        else {},
+        router_load=_read_shares(run, "router_load.json", forms.Layers) if not method.opens_blocks else {},
+        open_blocks=_read_shares(run, "open_blocks.json", forms.OpenBlocks) if method.opens_blocks else {},
         parity=read_form(run / "evaluate" / "parity.json", "evaluate", forms.Parity),
         benchmarks=(
             read_form(run / "evaluate" / "benchmarks.json", "evaluate", forms.Benchmarks)

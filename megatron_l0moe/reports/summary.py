@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.reports.collect import ExpertFiles, Json, RunFiles
-from megatron_l0moe.sizes.parameters import count_parameters, exported_counts
+from megatron_l0moe.sizes.parameters import count_parameters
 
 
 def router_numbers(load: Json) -> Json:
@@ -88,7 +89,7 @@ def build_summary(files: RunFiles) -> Json:
         "corpus": {key: value for key, value in files.curate.items() if key != "seconds"},
         **({"router": router_numbers(files.router_load)} if files.router_load else {}),
         **({"blocks": block_numbers(files.open_blocks)} if files.open_blocks else {}),
-        **({"masks": _masks(files)} if files.recipe.method == "mom" else {}),
+        **({"masks": _masks(files)} if method_of(files.recipe.method).trains_masks else {}),
         "training": {
             "experts": [
                 expert_training(k, expert) for k, expert in enumerate(files.experts) if expert.metrics
@@ -159,7 +160,8 @@ def _perplexity_ratio(perplexity: Json) -> Json:
 
 def _parameters(files: RunFiles) -> Json:
     dense = count_parameters(files.dense_config)
-    moe = exported_counts(files.recipe.method, files.export_config, files.open_blocks.get("mean_open"))
+    method = method_of(files.recipe.method)
+    moe = method.exported_counts(files.export_config, files.open_blocks.get("mean_open"))
     return {
         "dense": dense.total,
         "dense_active": dense.active,
@@ -261,7 +263,7 @@ def _masks(files: RunFiles) -> Json:
     return {
         "run": _masked_run(files.moe_metrics, with_layers=True),
         **exported,
-        "computed": (files.recipe.mom.top_k + shared) * width,
+        "computed": (files.export_config["moe_k"] + shared) * width,
         "dense_width": files.dense_config["intermediate_size"],
     }
 

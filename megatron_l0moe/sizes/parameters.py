@@ -10,11 +10,10 @@ Sizes are taken as if every weight had the same width in bytes (the fp32 routers
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.recipe.recipe import ModelMethod
 
 BASE_FAMILY_KEY = "l0moe_base_family"
 """Key of an exported config.json that names the dense family; inference engines keep it and do not read it."""
@@ -240,43 +239,3 @@ def _size(config: Mapping[str, Any], key: str) -> int:
             f"config.json has {key} = {value!r}, which must be a whole number; take it from the model's own config."
         )
     return value
-
-
-def exported_counts(
-    method: ModelMethod, config: Mapping[str, Any], open_blocks: float | None = None
-) -> ParameterCounts:
-    """Count the weights of an export.
-
-    Args:
-        method: of its recipe.
-        config: its config.json.
-        open_blocks: of a DSMoE: of a token, mean over tokens and layers; an outcome of training, so it was measured.
-    """
-    if method == "dsmoe":
-        assert open_blocks is not None, "what is active in a DSMoE is measured"
-        return dsmoe_counts(config, open_blocks=open_blocks)
-    return mom_counts(config) if method == "mom" else count_parameters(config)
-
-
-def dsmoe_counts(config: Mapping[str, Any], *, open_blocks: float) -> ParameterCounts:
-    """Count the weights of a DSMoE, its blocks as experts and its gates as routers; see `exported_counts`."""
-    base = count_parameters({**config, "model_type": str(config["model_type"]).removeprefix("dsmoe_")})
-    layers, blocks = config["num_hidden_layers"], config["num_blocks"]
-    upper = layers - config["num_dense_layers"]
-    one_layer = base.dense_ffn // layers
-    return replace(
-        base,
-        dense_ffn=one_layer * (layers - upper),
-        experts=one_layer * upper,
-        routers=upper * blocks * config["hidden_size"],
-        num_experts=blocks,
-        top_k=open_blocks,
-    )
-
-
-def mom_counts(config: Mapping[str, Any]) -> ParameterCounts:
-    """Count the weights of a Mixture-of-Masks, shared experts as a dense FFN, with the zeros that fill experts up."""
-    base = count_parameters({**config, "moe_num_shared_experts": 0})
-    upper = config["num_hidden_layers"] - config["moe_layer_start_index"]
-    shared = config["moe_num_shared_experts"] * config["moe_intermediate_size"]
-    return replace(base, dense_ffn=base.dense_ffn + upper * 3 * config["hidden_size"] * shared)

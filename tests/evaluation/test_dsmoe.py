@@ -11,7 +11,7 @@ from megatron_l0moe.evaluation.loads import OpenBlocks
 from megatron_l0moe.evaluation.models import exported_code, is_dsmoe, load_model
 from megatron_l0moe.evaluation.perplexity import measure
 from megatron_l0moe.index.heldout_file import read_heldout
-from megatron_l0moe.sizes.parameters import dsmoe_counts
+from megatron_l0moe.methods.method import method_of
 
 BLOCKS, DENSE_LAYERS = 4, 1
 SIZES = {
@@ -97,9 +97,9 @@ def test_a_model_without_blocks_is_refused(models):
 
 def test_parameters(export):
     model = load_model(export)
-    counts = dsmoe_counts(model.config.to_dict(), open_blocks=BLOCKS)
+    counts = method_of("dsmoe").exported_counts(model.config.to_dict(), open_blocks=BLOCKS)
     assert counts.total == sum(weight.numel() for weight in model.parameters())
     one_block = 2 * 3 * SIZES["hidden_size"] * SIZES["intermediate_size"] // BLOCKS  # of two layers
-    half = dsmoe_counts(model.config.to_dict(), open_blocks=2.5)
+    half = method_of("dsmoe").exported_counts(model.config.to_dict(), open_blocks=2.5)
     assert (half.total, half.active) == (counts.total, counts.active - round(1.5 * one_block))
     assert half.distinct_experts(8) == pytest.approx(BLOCKS * (1 - (1 - 2.5 / BLOCKS) ** 8))

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.methods.method import method_of
 from megatron_l0moe.modules.mixture_of_masks import MOST_SETS
 from megatron_l0moe.recipe.recipe import MOST_SETS as MOST_SETS_OF_A_RECIPE
 from megatron_l0moe.sizes.parameters import (
     count_parameters,
-    exported_counts,
     l0moe_counts,
     pass_bounds,
     speed_bounds,
@@ -201,13 +201,13 @@ def test_mom(shared):
     config = Ernie4_5_MoeConfig(**TINY, **{**MOE, "moe_num_shared_experts": shared}, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(config)
     weights = sum(w.numel() for name, w in model.named_parameters() if "e_score_correction_bias" not in name)
-    counts = exported_counts("mom", config.to_dict())
+    counts = method_of("mom").exported_counts(config.to_dict())
     assert counts.total == weights
     idle = 2 * (4 - 2) * 3 * 32 * 12  # of two layers the experts that a token does not use
     assert counts.active == weights - idle
     if shared:
         with pytest.raises(L0MoEError, match="shared experts"):  # an L0-MoE never has them
-            exported_counts("l0moe", config.to_dict())
+            method_of("l0moe").exported_counts(config.to_dict())
     else:
         assert counts == count_parameters(config.to_dict())
 
