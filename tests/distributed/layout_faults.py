@@ -33,7 +33,11 @@ def noise_by_rank(models: list[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def penalty_for_each_micro_batch(models: list[Any]) -> Iterator[None]:
     """Add the whole penalty once for each micro-batch."""
-    with mock.patch.object(forward_step, "get_num_microbatches", return_value=1):
+    one = {"return_value": 1}
+    with (
+        mock.patch.object(forward_step, "get_num_microbatches", **one),
+        mock.patch.object(token_gate, "get_num_microbatches", **one),
+    ):
         yield
 
 

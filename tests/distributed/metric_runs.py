@@ -31,9 +31,9 @@ def _domains_stay() -> Any:
 
 def _not_summed() -> Any:
     """Every rank keeps its own sums of losses and counts."""
-    from megatron_l0moe.training import metrics
+    from megatron_l0moe.modules import router
 
-    return resume_runs._replaced(metrics, "_summed", lambda original: lambda values, found: values)
+    return resume_runs._replaced(router, "summed", lambda original: lambda values, found: values)
 
 
 resume_runs.FAULTS |= {
