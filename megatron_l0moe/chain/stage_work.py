@@ -97,7 +97,7 @@ def evaluate(run: Run, stage: StageFolder) -> Numbers:
         benchmarks = run_in_chain(run.recipe, section, run.folder, stage.folder)
     logits = run_local.write_logits(run, stage)  # in a process of its own, which frees its memory
     from megatron_l0moe.evaluation.evaluate import evaluate as evaluate_models
-    from megatron_l0moe.evaluation.parity import parity
+    from megatron_l0moe.evaluation.evaluate import parity
 
     agreement = parity(logits, run.stage_folder("export"))
     write_json(stage.folder / "parity.json", agreement)

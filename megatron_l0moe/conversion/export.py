@@ -23,6 +23,7 @@ from megatron_l0moe.checkpoints.safetensors_files import (
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion import targets
 from megatron_l0moe.conversion.companions import (
+    check_tokenizer,
     copy_licence,
     copy_tokenizer,
     token_ids,
@@ -40,7 +41,6 @@ from megatron_l0moe.conversion.model_card import CardFacts, dsmoe_card, model_ca
 from megatron_l0moe.conversion.moe_layouts import LAYOUTS
 from megatron_l0moe.conversion.mom_layout import MaskShape, mom_config, mom_rules
 from megatron_l0moe.conversion.targets import Target
-from megatron_l0moe.conversion.tokenizer_check import check_tokenizer
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.recipe.recipe import Recipe
 from megatron_l0moe.runs.stage_folder import write_text

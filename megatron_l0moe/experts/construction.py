@@ -14,9 +14,16 @@ from torch import Tensor
 from megatron_l0moe.checkpoints.safetensors_files import refuse_non_finite
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.calibration import Calibration, Pairs
 from megatron_l0moe.experts.expert_file import cut_units, fingerprint, write_expert
-from megatron_l0moe.experts.unit_choice import cluster_of, keep_by_obs, keep_by_svd, refit, relative_error
+from megatron_l0moe.experts.unit_choice import (
+    Calibration,
+    Pairs,
+    cluster_of,
+    keep_by_obs,
+    keep_by_svd,
+    refit,
+    relative_error,
+)
 from megatron_l0moe.modules.tensor_parallel import keyed_generator
 
 PAIRS: dict[str, Pairs] = {

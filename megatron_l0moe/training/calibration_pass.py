@@ -16,8 +16,8 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.calibration import Calibration, CalibrationSums
 from megatron_l0moe.experts.construction import PAIRS, ConstructionSettings
+from megatron_l0moe.experts.unit_choice import Calibration, CalibrationSums
 from megatron_l0moe.index.dataset import CurriculumDataset
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.retention import GateStep, Phase

@@ -18,7 +18,7 @@ from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.conversion.convert import convert_moe
 from megatron_l0moe.conversion.export import export_moe
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.evaluation.parity import parity
+from megatron_l0moe.evaluation.evaluate import parity
 from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.architecture import Architecture
 

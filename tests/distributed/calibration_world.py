@@ -50,8 +50,8 @@ def _run(folder: Path, layout: Any, *, make: bool = False, fault: str = "") -> d
     from distributed.layouts import CASE
     from megatron.core import dist_checkpointing
 
-    from megatron_l0moe.experts.calibration import CalibrationSums
     from megatron_l0moe.experts.construction import PAIRS, ConstructionSettings
+    from megatron_l0moe.experts.unit_choice import CalibrationSums
     from megatron_l0moe.training import calibration_pass
 
     layout_steps._begin(layout)

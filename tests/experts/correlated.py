@@ -5,8 +5,8 @@ T = tokens, H = hidden, F = FFN channels.
 
 import torch
 
-from megatron_l0moe.experts.calibration import Calibration, CalibrationSums
 from megatron_l0moe.experts.construction import PAIRS
+from megatron_l0moe.experts.unit_choice import Calibration, CalibrationSums
 
 TOKENS, HIDDEN, GROUPS = 400, 6, 6
 DENSE = (24, HIDDEN)

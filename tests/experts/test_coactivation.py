@@ -6,9 +6,14 @@ import pytest
 import torch
 from experts.correlated import DENSE, calibrated, correlated
 
-from megatron_l0moe.experts.calibration import Calibration
 from megatron_l0moe.experts.construction import ConstructionSettings, construct_layer
-from megatron_l0moe.experts.unit_choice import assign_evenly, balanced_clusters, cluster_of, number_shared
+from megatron_l0moe.experts.unit_choice import (
+    Calibration,
+    assign_evenly,
+    balanced_clusters,
+    cluster_of,
+    number_shared,
+)
 
 FFN, HIDDEN = DENSE
 # products of float32 weights with factors of 2 and sums of 24 terms

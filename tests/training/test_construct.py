@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.calibration import Calibration
 from megatron_l0moe.experts.construction import ConstructionSettings
+from megatron_l0moe.experts.unit_choice import Calibration
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import calibration_pass, construct
 

@@ -5,8 +5,7 @@ import json
 import pytest
 from conversion.toy_checkpoints import save_tokenizer
 
-from megatron_l0moe.conversion.companions import tokenizer_files
-from megatron_l0moe.conversion.tokenizer_check import check_tokenizer, problem_of
+from megatron_l0moe.conversion.companions import check_tokenizer, problem_of, tokenizer_files
 from megatron_l0moe.errors import L0MoEError
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300}

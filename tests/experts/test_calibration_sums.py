@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_l0moe.errors import L0MoEError
-from megatron_l0moe.experts.calibration import CalibrationSums, active_units
+from megatron_l0moe.experts.unit_choice import CalibrationSums, active_units
 
 TOKENS, HIDDEN, FFN, ACTIVE = 30, 5, 8, 3
 # matrices are summed in float32: 30 products of size 1, then compared with float64
