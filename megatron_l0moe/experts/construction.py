@@ -24,6 +24,7 @@ from megatron_l0moe.experts.unit_choice import (
     refit,
     relative_error,
 )
+from megatron_l0moe.modules.hard_concrete import top_k
 from megatron_l0moe.modules.tensor_parallel import keyed_generator
 
 PAIRS: dict[str, Pairs] = {
@@ -113,7 +114,7 @@ def _construct(
         return LayerExpert(units=units, input_mean=mean)
     if settings.method == "magnitude":
         scores = magnitude_scores(calibration.activation_squares, fc2)
-        return LayerExpert(units=keep_largest(scores, settings.width), input_mean=mean)
+        return LayerExpert(units=top_k(scores, settings.width), input_mean=mean)
     if settings.method in ("obs", "svd"):
         return _repaired(settings, calibration, fc2)
     if settings.method == "coactivation":
@@ -175,12 +176,6 @@ def magnitude_scores(activation_squares: Tensor, fc2: Tensor) -> Tensor:
     and up are in it through the activation a_j, which is all that they do.
     """
     return fc2.double().square().sum(0).sqrt() * activation_squares.sqrt()
-
-
-def keep_largest(scores: Tensor, width: int) -> Tensor:
-    """Return the `width` units with the largest score [F], ties to the lower index; ascending int64 [E]."""
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order[:width].sort().values
 
 
 def write_constructed(

@@ -12,7 +12,6 @@ F = FFN channels of the dense MLP, E = units kept, H = hidden.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFile
 from megatron_l0moe.errors import L0MoEError
+from megatron_l0moe.runs.stage_folder import whole
 
 FINGERPRINT_DIGITS = 16
 
@@ -90,13 +90,8 @@ def write_expert(
         metadata["dtype"] = str(tensors[f"{first}gate"].dtype).removeprefix("torch.")
     else:
         metadata["fingerprints"] = json.dumps(fingerprints)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with whole(file) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class ExpertFile:

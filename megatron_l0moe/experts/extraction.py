@@ -19,18 +19,7 @@ from megatron_l0moe.checkpoints.safetensors_files import refuse_non_finite
 from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import cut_units, fingerprint, write_expert
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateSettings:
-    """Hard concrete distribution of eq. 1, as the expert run used it."""
-
-    temperature: float = 0.83
-    """b of eq. 1."""
-    stretch_low: float = -0.1
-    """gamma of eq. 1, below 0."""
-    stretch_high: float = 1.1
-    """zeta of eq. 1, above 1."""
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, deterministic_gate, top_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +44,7 @@ def select_units(log_alpha: torch.Tensor, width: int) -> torch.Tensor:
         raise L0MoEError(
             f"The expert width ({width}) must be between 1 and the layer's {log_alpha.numel()} FFN units."
         )
-    order = torch.sort(log_alpha.float(), descending=True, stable=True).indices
-    return order[:width].sort().values
+    return top_k(log_alpha.float(), width)
 
 
 def units_of_mask(hard_mask: torch.Tensor, width: int) -> torch.Tensor:
@@ -68,13 +56,6 @@ def units_of_mask(hard_mask: torch.Tensor, width: int) -> torch.Tensor:
             "that the expert run was trained for."
         )
     return units
-
-
-def deterministic_gate(log_alpha: torch.Tensor, gate: GateSettings) -> torch.Tensor:
-    """Return z of eq. 1 without noise: clamp(sigmoid(log_alpha / b) (zeta - gamma) + gamma, 0, 1); fp32 [F]."""
-    s = torch.sigmoid(log_alpha.float() / gate.temperature)
-    stretched = s * (gate.stretch_high - gate.stretch_low) + gate.stretch_low
-    return stretched.clamp(0.0, 1.0)
 
 
 def overlap(units: Sequence[torch.Tensor], num_units: int) -> Overlap:
@@ -196,16 +177,16 @@ def _settings(reader: CheckpointReader) -> dict[str, Any]:
     return settings
 
 
-def _gate_settings(settings: dict[str, Any]) -> GateSettings:
-    return GateSettings(
-        temperature=float(settings["l0_temperature"]),
-        stretch_low=float(settings["l0_stretch_low"]),
-        stretch_high=float(settings["l0_stretch_high"]),
+def _gate_settings(settings: dict[str, Any]) -> HardConcreteConfig:
+    return HardConcreteConfig(
+        l0_temperature=float(settings["l0_temperature"]),
+        l0_stretch_low=float(settings["l0_stretch_low"]),
+        l0_stretch_high=float(settings["l0_stretch_high"]),
     )
 
 
 def _selection(
-    reader: CheckpointReader, layer: int, width: int, gate: GateSettings
+    reader: CheckpointReader, layer: int, width: int, gate: HardConcreteConfig
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Return the units [E], their gates fp32 [E], and whether the mask was frozen."""
     if bool(reader.read(_gate(layer, "frozen")).item()):
@@ -213,7 +194,7 @@ def _selection(
         return units, torch.ones(width), True
     log_alpha = reader.read(_gate(layer, "log_alpha"))
     units = select_units(log_alpha, width)
-    return units, deterministic_gate(log_alpha, gate)[units], False
+    return units, deterministic_gate(log_alpha.float(), gate)[units], False
 
 
 def _weights(

@@ -25,6 +25,7 @@ from megatron_l0moe.checkpoints.torch_dist import (
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import WEIGHTS, ExpertFile, cut_units, fingerprint
 from megatron_l0moe.experts.extraction import chance_iou, overlap
+from megatron_l0moe.modules.tensor_parallel import keyed_generator
 from megatron_l0moe.recipe.sections import RouterInit
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.platform import keep_freed_memory
@@ -139,7 +140,7 @@ def domain_mean_router(means: torch.Tensor) -> torch.Tensor:
 def _router(files: Sequence[ExpertFile], layer: int, init: RouterInit, seed: int) -> torch.Tensor:
     if init == "domain_mean":
         return domain_mean_router(torch.stack([file.read(layer, "input_mean") for file in files]))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    generator = keyed_generator(seed, layer)
     return torch.randn(len(files), files[0].hidden, generator=generator) * NORMAL_STD
 
 

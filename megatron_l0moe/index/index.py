@@ -6,7 +6,6 @@ so the number of consumed samples is the whole state of the data, for every data
 Shape letters: K = clusters = domains, p = sequences of each domain in a global batch, S = sequence length.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs import digests
-from megatron_l0moe.runs.stage_folder import sealed, unsealed, write_json
+from megatron_l0moe.runs.stage_folder import sealed, unsealed, whole, write_json
 from megatron_l0moe.runtime.json_files import parse_json
 
 VERSION = 2
@@ -277,10 +276,8 @@ def check_batching(
 
 def _save(path: Path, array: Records) -> None:
     """Save an array atomically."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,11 +95,15 @@ def gate_noise(*, seed: int, iteration: int, layer: int, size: int, device: torc
     return u.clamp(UNIFORM_EPSILON, 1 - UNIFORM_EPSILON)
 
 
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Return the indices of the ``k`` largest scores [F], ties going to the lower index; ascending int64 [k]."""
+    return torch.sort(scores, descending=True, stable=True).indices[:k].sort().values
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Return a 0/1 float32 mask of the ``k`` largest scores, ties going to the lower index; [F] -> [F]."""
-    kept = torch.sort(scores, descending=True, stable=True).indices[:k]
     mask = torch.zeros_like(scores, dtype=torch.float32)
-    mask[kept] = 1.0
+    mask[top_k(scores, k)] = 1.0
     return mask
 
 

@@ -7,6 +7,7 @@ A shared file system may show late what another node wrote a moment ago, so mark
 No torch.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -116,17 +117,26 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` atomically: a temporary name in the same folder, then a rename."""
+    """Write `text` as a whole; see `whole`."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give the file to write into, of another name in the same folder; after the block it takes the place of `path`.
+
+    A reader sees the old file or the new one, never half of it, and an error leaves the old one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megatron_l0moe.checkpoints.torch_dist import CheckpointReader
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.heldout_file import check_vocabulary, read_heldout
 from megatron_l0moe.runs.caller_environment import for_one_process, for_our_processes, replace
+from megatron_l0moe.runs.stage_folder import whole
 from megatron_l0moe.runtime import checkpoint_fixes, cpu
 from megatron_l0moe.training.pretrain import exit_with_one_sentence
 
@@ -96,10 +97,8 @@ def _first_tokens(heldout: Path, positions: int) -> Tensor:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 if __name__ == "__main__":

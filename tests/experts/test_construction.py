@@ -9,10 +9,10 @@ from megatron_l0moe.experts.construction import (
     PAIRS,
     ConstructionSettings,
     construct_layer,
-    keep_largest,
     magnitude_scores,
     random_units,
 )
+from megatron_l0moe.modules.hard_concrete import top_k
 
 FFN = DENSE[0]
 
@@ -79,9 +79,9 @@ def test_magnitude_by_hand():
     fc2 = torch.tensor([[3.0, 1.0, 0.0], [4.0, 0.0, 2.0]])  # columns of length 5, 1, 2
     squares = torch.tensor([4.0, 100.0, 36.0]).double()  # activations of length 2, 10, 6
     assert magnitude_scores(squares, fc2).tolist() == [10.0, 10.0, 12.0]
-    assert keep_largest(magnitude_scores(squares, fc2), 2).tolist() == [0, 2]  # a tie goes to the lower index
-    assert keep_largest(fc2.norm(dim=0), 2).tolist() == [0, 2]
-    assert keep_largest(squares, 2).tolist() == [1, 2]  # control: either factor alone chooses otherwise
+    assert top_k(magnitude_scores(squares, fc2), 2).tolist() == [0, 2]  # a tie goes to the lower index
+    assert top_k(fc2.norm(dim=0), 2).tolist() == [0, 2]
+    assert top_k(squares, 2).tolist() == [1, 2]  # control: either factor alone chooses otherwise
 
 
 def test_magnitude_is_the_size_of_what_a_unit_adds():

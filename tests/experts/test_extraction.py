@@ -17,14 +17,13 @@ from megatron_l0moe.conversion.convert import convert_dense
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import ExpertFile, write_expert
 from megatron_l0moe.experts.extraction import (
-    GateSettings,
     chance_iou,
-    deterministic_gate,
     extract_expert,
     overlap,
     select_units,
     units_of_mask,
 )
+from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, deterministic_gate
 
 WIDTH = 20
 # z is multiplied into `up` in float32 and rounded once; outputs are of size 10
@@ -66,7 +65,7 @@ def test_masked_model_equals_extracted_expert(tmp_path, dense, keep):
         log_alpha = reader.read(f"decoder.layers.{layer}.mlp.gate.log_alpha")
         if keep is None:
             z = deterministic_gate(
-                log_alpha, GateSettings(temperature=0.7, stretch_low=-0.2, stretch_high=1.3)
+                log_alpha, HardConcreteConfig(l0_temperature=0.7, l0_stretch_low=-0.2, l0_stretch_high=1.3)
             )
             mask = torch.zeros(FFN)
             units = select_units(log_alpha, WIDTH)
@@ -312,12 +311,12 @@ def test_a_frozen_mask_must_have_exactly_the_width():
 
 def test_gate_by_hand():
     """log_alpha 0: s = 1/2, z = 0.5 * 1.2 - 0.1 = 0.5; far ends are clipped to exactly 0 and 1."""
-    z = deterministic_gate(torch.tensor([0.0, -10.0, 10.0, 0.83 * math.log(3.0)]), GateSettings())
+    z = deterministic_gate(torch.tensor([0.0, -10.0, 10.0, 0.83 * math.log(3.0)]), HardConcreteConfig())
     assert z.tolist() == pytest.approx([0.5, 0.0, 1.0, 0.75 * 1.2 - 0.1], abs=1e-7)
     assert z[1] == 0
     assert z[2] == 1
     other = deterministic_gate(
-        torch.tensor([1.0]), GateSettings(temperature=2.0, stretch_low=-0.5, stretch_high=1.5)
+        torch.tensor([1.0]), HardConcreteConfig(l0_temperature=2.0, l0_stretch_low=-0.5, l0_stretch_high=1.5)
     )
     assert float(other) == pytest.approx(2 / (1 + math.exp(-0.5)) - 0.5, abs=1e-6)
 

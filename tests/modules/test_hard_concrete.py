@@ -6,7 +6,6 @@ import equations
 import pytest
 import torch
 
-from megatron_l0moe.experts import extraction
 from megatron_l0moe.modules import hard_concrete as hc
 from megatron_l0moe.modules.retention import RetentionConfig, schedule_step
 from megatron_l0moe.runtime import cpu
@@ -51,22 +50,6 @@ def test_gates_equal_the_reference():
     assert not torch.allclose(
         z, torch.tensor(other, dtype=torch.float64), atol=1e-3, rtol=0
     )  # control: another b
-
-
-def test_extraction_computes_the_same_gates():
-    """`experts.selection` has the formula again, because it must not import Megatron."""
-    log_alpha = torch.empty(500).uniform_(-10, 4.6, generator=torch.Generator().manual_seed(0))
-    for b, gamma, zeta in (
-        (CONFIG.l0_temperature, CONFIG.l0_stretch_low, CONFIG.l0_stretch_high),
-        (0.5, -0.3, 1.2),
-    ):
-        config = hc.HardConcreteConfig(l0_temperature=b, l0_stretch_low=gamma, l0_stretch_high=zeta)
-        settings = extraction.GateSettings(temperature=b, stretch_low=gamma, stretch_high=zeta)
-        z = hc.deterministic_gate(log_alpha, config)
-        assert torch.equal(extraction.deterministic_gate(log_alpha, settings), z)
-    default = hc.deterministic_gate(log_alpha, CONFIG)
-    assert torch.equal(extraction.deterministic_gate(log_alpha, extraction.GateSettings()), default)
-    assert not torch.allclose(default, z, atol=1e-3)  # control: other constants
 
 
 def test_expected_l0_equals_reference_and_frequency():
