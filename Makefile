@@ -5,7 +5,7 @@ PY := .venv/bin/python
 RECIPE ?= examples/quickstart.yaml
 PYTEST_ARGS ?= -n 2 --dist loadfile # tests of one file share what they make
 
-.PHONY: help setup quickstart test test-quickstart test-slurm test-distributed check format wheel
+.PHONY: help setup quickstart test test-fast test-quickstart test-slurm test-distributed check format wheel
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,9 @@ test: setup ## all tests; those on the test cluster and on the real model come l
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slurm and not quickstart"
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm --durations=10
 	@$(PY) -m pytest -m quickstart --durations=3
+
+test-fast: setup ## what a commit needs: every test that takes less than about ten seconds and starts no group of processes
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not slurm and not quickstart and not distributed"
 
 test-quickstart: setup ## the quickstart's chain on its real model with next to no tokens; needs the network once
 	@$(PY) -m pytest -m quickstart --durations=3

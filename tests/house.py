@@ -100,6 +100,12 @@ def findings(files: list[File], package: str = PACKAGE.name) -> dict[str, int]:
             if file.name not in PLUGS:
                 found[f"files that name {method} outside its own"] += _names(file, method)
     found.update(_of_sizes(files))
+    found.update(
+        {
+            f"files in a circle of imports: {', '.join(circle)}": len(circle)
+            for circle in _circles(files, package)
+        }
+    )
     owners = defaultdict(set)
     for file in files:
         for node in ast.walk(file.tree):
@@ -122,6 +128,32 @@ def _of_imports(file: File, package: str) -> Iterator[str]:
                 yield f"{file.room} imports {rest[0]}: not both are on a floor"
             elif here <= there:
                 yield f"{file.name} imports {rest[0]}: up, from floor {here} to {there}"
+
+
+def _circles(files: list[File], package: str) -> Iterator[list[str]]:
+    """Yield the groups of files that import each other when they are loaded."""
+    modules = {f"{package}.{file.name.removesuffix('.py').replace('/', '.')}": file for file in files}
+    loads: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        top = [node for node in file.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        loads[name] = set(imports(ast.Module(list(top), []))) & set(modules)
+    reached = {name: _reached(name, loads) for name in loads}
+    seen: set[str] = set()
+    for name in sorted(loads):
+        circle = sorted(other for other in reached[name] if name in reached[other])
+        if circle and name not in seen:
+            seen.update(circle)
+            yield [modules[other].name for other in circle]
+
+
+def _reached(name: str, loads: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(loads[name])
+    while waiting:
+        if (other := waiting.pop()) not in found:
+            found.add(other)
+            waiting += loads[other]
+    return found
 
 
 def _of_sizes(files: list[File]) -> dict[str, int]:

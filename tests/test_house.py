@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import house
 import pytest
@@ -38,6 +39,10 @@ def test_nothing_is_bent_but_what_is_listed() -> None:
         ({"runs__a": "def _moe(): 1\ndef export(): 1\ndef _report(): 1"}, "files that list stages beside the table"),
         ({"runs__a": "if x.method == 'dsmoe': ..."}, "files that name dsmoe outside its own"),
         ({"runs__a": "from megatron_l0moe.runtime import mom_layout"}, "files that name mom outside its own"),
+        (
+            {"runs__a": "from megatron_l0moe.runs.b import c", "runs__b": "import megatron_l0moe.runs.a"},
+            "files in a circle of imports: runs/a.py, runs/b.py",
+        ),
         ({f"runs__a{i}": "" for i in range(13)}, "runs: files, at most 12"),
     ],
 )  # fmt: skip
@@ -52,6 +57,7 @@ def test_each_rule_can_fail(sources: dict[str, str], bent: str) -> None:
         {"training__a": "from megatron_l0moe.training.b import c"},
         {"launch__a": "from megatron_l0moe.errors import L0MoEError"},
         {"modules__dsmoe": "def dsmoe(): ..."},
+        {"runs__a": "import megatron_l0moe.runs.b", "runs__b": "def f():\n    import megatron_l0moe.runs.a"},
         {"runs__a": "moment = 'a sentence about mom, whose words are no code'"},
         {"runs__a": "x = ['moe', 'export']", "runs__stages": "x = ['moe', 'export', 'report']"},
     ],
@@ -68,3 +74,24 @@ def test_sizes() -> None:
         "files under 60 lines, at most 10%": 1,
         "lines that the median file lacks to 180": 121,
     }
+
+
+PAGE = house.PACKAGE.parent / "docs" / "architecture.md"
+
+
+def test_the_picture_is_the_house() -> None:
+    picture = PAGE.read_text(encoding="utf-8").split("```")[1].strip().splitlines()
+    names = [re.split(r"  +(?=\S+ \S)", re.sub(r"\([^)]*\)", "", line))[0] for line in picture]
+    drawn = [set(re.findall(r"\w+", name)) for name in names]
+    floors = [set(rooms) for rooms in reversed(house.FLOORS)]
+    assert drawn == [floors[1] | floors[2], *floors[3:-2], floors[-2] | floors[-1]]  # __main__ is not drawn
+
+
+def test_files_that_the_page_names_are_there() -> None:
+    text = PAGE.read_text(encoding="utf-8").replace("NAME", "dsmoe")
+    named = re.findall(
+        r"`((?:megatron_l0moe|tests)/[\w/.]*)`",
+        text.replace("ROOM/FILE", "runs/lock").replace("ROOM/test_FILE", "runs/test_lock"),
+    )
+    assert len(named) > 30
+    assert [name for name in named if not (house.PACKAGE.parent / name).exists()] == []
