@@ -17,24 +17,24 @@ from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.flops import Recompute, StageModel, dense_model, forward_flops, training_flops
 
 MATRIX_SHARE = 0.6
-"""Of the measured speed of matrix products, what a forward or backward pass reaches."""
+"""The share of the measured speed of matrix products that a forward or backward pass reaches."""
 ENCODER_SHARE = 0.3
-"""The same for the sentence encoder, whose matrices are smaller."""
+"""The share that the sentence encoder reaches, whose matrices are smaller."""
 COMMAND_SECONDS = 10.0
 """Start and end of a stage's process: imports above all."""
 JOB_SECONDS = 25.0
 """Start and end of a training job: torchrun, imports, loading and saving."""
 BYTES_PER_SECOND = 5e7
-"""Of weights that are read, converted, hashed and written."""
+"""The rate at which weights are read, converted, hashed and written."""
 MEMORY_BYTES_PER_SECOND = 6e9
 """Weights that one core reads while it decodes."""
 DECODE_LAYER_SECONDS = 4e-4
-"""Of one decode step in transformers, outside of matrix products."""
+"""The time of one decode step in transformers that goes to other things than matrix products, for each layer."""
 TOKENS_PER_DOCUMENT = 180
-"""Of the documents that curate embeds, before it has counted them."""
+"""An assumption about the documents that curate embeds, until it has counted them."""
 TOKENISED_PER_SECOND = 1e5
 WARM_UP_PAIRS, DECODE_BATCH, DECODE_PROMPT = 1, 8, 32
-"""Of the speed test, see evaluation/timing.py."""
+"""Sizes of the speed test, see evaluation/timing.py."""
 
 Parts = dict[str, float]
 """Seconds of each part of a stage, in order."""

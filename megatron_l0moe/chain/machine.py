@@ -30,7 +30,7 @@ CLEARLY_FASTER = 1.2
 """From this ratio to float32 on, bfloat16 is worth its rounding."""
 DAMAGED = "write the dtype that the run was begun in into the recipe, and remove the file"
 PLAIN_SHAPES = ((1024, 4096), (4096, 1024))
-"""Of a model that is not there yet."""
+"""What is timed while the model is not there yet."""
 Shapes = Sequence[tuple[int, int]]
 
 

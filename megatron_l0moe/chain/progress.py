@@ -43,7 +43,7 @@ class Training:
     seconds_per_step: float | None
     """Median of the last steps; None before the first."""
     loss: float | None = None
-    """Of the last step, nats a token."""
+    """The last step's loss in nats a token."""
 
 
 def training(folder: Path, steps: int) -> Training:
@@ -129,7 +129,7 @@ class _Rates:
         self.pace = paces[-1] if paces else 1.0
         """How much longer things take here than was forecast."""
         self.known = next((rate for rate in (measured["moe"], measured["experts"]) if rate is not None), None)
-        """Of any stage whose steps were timed, or forecast; None: nothing is known."""
+        """The rate of some stage whose steps were timed, or forecast; None: nothing is known."""
         if forecast is not None:
             self._rates = {n: m or self.pace * forecast.per_token[n] for n, m in measured.items()}
             self.known = self.known or self._rates["moe"]

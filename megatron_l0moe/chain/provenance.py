@@ -122,7 +122,7 @@ logger = logging.getLogger(__name__)
 TRACKER = "checkpoints/latest_checkpointed_iteration.txt"
 WEIGHTS = "*.safetensors"
 MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES, "*.safetensors.index.json", WEIGHTS)
-"""Of the dense model's folder."""
+"""Files of the dense model's folder that are compared."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """One of them is what `curate` tokenises with: the first that there is."""
 _TOLD: list[str] = []

@@ -48,7 +48,7 @@ from megatron_l0moe.sizes.architecture import Architecture
 logger = logging.getLogger(__name__)
 
 PARENT_GRACE_SECONDS = 75.0
-"""For a process that gives its training job 30 s to stop; twice as long for one that waits for such processes."""
+"""The grace of a process that gives its training job 30 s to stop; one that waits for such processes has twice it."""
 LONG_SECONDS = 3600.0
 """A run that takes longer than this is told what would shorten it."""
 Numbers = dict[str, object]

@@ -96,7 +96,7 @@ DECAY_SHARE = 0.10
 EXPERT_WARMUP_SHARE = 0.20
 MOE_WARMUP_SHARE = 0.06
 EXACT_FP32 = {"NVIDIA_TF32_OVERRIDE": "0"}
-"""For jobs whose fp32 numbers are compared: Transformer Engine multiplies fp32 matrices in TF32, which has 10 bits."""
+"""Set where fp32 numbers are compared: Transformer Engine multiplies fp32 matrices in TF32, which has 10 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,7 +386,7 @@ class DenseTraining:
     warmup_share: float
     """First part of the steps in which the learning rate rises."""
     seed: int
-    """Of the random weights."""
+    """The seed of the random weights."""
     save_interval: int
     layout: Layout = field(default_factory=Layout)
     threads: int = 1

@@ -37,13 +37,13 @@ class Piece:
     name: str
     tensor: torch.Tensor
     begin: int
-    rows: int
-    """Of the whole tensor."""
+    total_rows: int
+    """The rows of the whole tensor."""
 
     @property
     def shape(self) -> Shape:
-        """Of the whole tensor."""
-        return (self.rows, *self.tensor.shape[1:])
+        """The shape of the whole tensor, not of this piece."""
+        return (self.total_rows, *self.tensor.shape[1:])
 
 
 class Rule(ABC):
@@ -193,7 +193,7 @@ class QKV(Rule):
                 name=f"{self.megatron}.{self.suffix}",
                 tensor=merged,
                 begin=first * group_rows,
-                rows=self.groups * group_rows,
+                total_rows=self.groups * group_rows,
             )
 
     @override
@@ -210,7 +210,7 @@ class QKV(Rule):
                 x = read(f"{self.megatron}.{self.suffix}", begin, begin + count)
                 if self.interleaved_rope and n != "v":
                     x = interleaved_rows(x, self.head_dim)
-                yield Piece(name=self._hf(n), tensor=x, begin=group * count, rows=self.groups * count)
+                yield Piece(name=self._hf(n), tensor=x, begin=group * count, total_rows=self.groups * count)
 
     def _group_rows(self) -> tuple[int, int]:
         """Return the rows of q in a group, and all rows of a group."""
@@ -247,14 +247,14 @@ class GatedMLP(Rule):
         for offset, name in ((0, self.gate), (self.ffn, self.up)):
             for begin, end in blocks((self.ffn, self.hidden)):
                 tensor = read(name, begin, end)
-                yield Piece(name=self.megatron, tensor=tensor, begin=offset + begin, rows=2 * self.ffn)
+                yield Piece(name=self.megatron, tensor=tensor, begin=offset + begin, total_rows=2 * self.ffn)
 
     @override
     def to_hf(self, read: ReadRows) -> Iterator[Piece]:
         for offset, name in ((0, self.gate), (self.ffn, self.up)):
             for begin, end in blocks((self.ffn, self.hidden)):
                 tensor = read(self.megatron, offset + begin, offset + end)
-                yield Piece(name=name, tensor=tensor, begin=begin, rows=self.ffn)
+                yield Piece(name=name, tensor=tensor, begin=begin, total_rows=self.ffn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,9 +286,9 @@ class Experts(Rule):
     def to_megatron(self, read: ReadRows) -> Iterator[Piece]:
         for k in range(self.num_experts):
             fc1 = torch.cat([read(self._hf(k, "gate")), read(self._hf(k, "up"))])
-            yield Piece(name=self.fc1, tensor=fc1[None], begin=k, rows=self.num_experts)
+            yield Piece(name=self.fc1, tensor=fc1[None], begin=k, total_rows=self.num_experts)
             fc2 = read(self._hf(k, "down"))
-            yield Piece(name=self.fc2, tensor=fc2[None], begin=k, rows=self.num_experts)
+            yield Piece(name=self.fc2, tensor=fc2[None], begin=k, total_rows=self.num_experts)
 
     @override
     def to_hf(self, read: ReadRows) -> Iterator[Piece]:
@@ -330,11 +330,11 @@ class Zeros(Rule):
 
 def _renamed(read: ReadRows, source: str, target: str, shape: Shape) -> Iterator[Piece]:
     for begin, end in blocks(shape):
-        yield Piece(name=target, tensor=read(source, begin, end), begin=begin, rows=shape[0])
+        yield Piece(name=target, tensor=read(source, begin, end), begin=begin, total_rows=shape[0])
 
 
 def _whole(name: str, tensor: torch.Tensor) -> Piece:
-    return Piece(name=name, tensor=tensor, begin=0, rows=tensor.shape[0])
+    return Piece(name=name, tensor=tensor, begin=0, total_rows=tensor.shape[0])
 
 
 def interleaved_rows(x: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ class SavedTensor:
 
     file: Path
     begin: int
-    """Of the archive, bytes."""
+    """The first byte of the archive in the file."""
     length: int
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -104,7 +104,7 @@ def _load(file: Path, begin: int, length: int, *, device: str) -> torch.Tensor:
 
 
 MEGATRON_FOLDER = "megatron"
-"""Of a stage that makes a checkpoint without training."""
+"""The folder of the checkpoint in a stage that makes one without training."""
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _MAX_TRACKER_BYTES = 100

@@ -301,7 +301,7 @@ def _export(
         for done, rule in enumerate(rules):
             for piece in rule.to_hf(source.reader.read):  # rows of padding are never asked for
                 check_shape(piece.name, piece.shape, shapes, str(out))
-                writer.write(piece.name, piece.tensor, begin=piece.begin, rows=piece.rows)
+                writer.write(piece.name, piece.tensor, begin=piece.begin, rows=piece.total_rows)
                 parameters += piece.tensor.numel()
             if time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()

@@ -69,7 +69,7 @@ class GGUFFile:
         self.path = path
         parts = _parts(path)
         self.fields: dict[str, Any] = parts[0].fields
-        """Of the first part: numbers, texts, booleans and lists of them."""
+        """The header's fields of the first part: numbers, texts, booleans and lists of them."""
         self._tensors: dict[str, tuple[Path, Any]] = {}
         for part in parts:
             for name, tensor in part.tensors.items():

@@ -50,7 +50,7 @@ class GGUFTokenizer:
     ids: dict[str, int | None]
     """`bos_token_id` and so on, as in config.json."""
     chat_templates: dict[str, str]
-    """By name; `default` is the one that the model is used with."""
+    """Templates by name; `default` is the one that the model is used with."""
 
     def save(self, out: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and the chat templates."""

@@ -24,7 +24,7 @@ class CardFacts:
     """What a model card says beside the sizes of the model."""
 
     base_name: str | None = None
-    """Of the dense model; None: as its config.json or its folder is called."""
+    """The dense model's name; None: as its config.json or its folder is called."""
     recipe: str | None = None
     """The recipe's text."""
     method: str = "l0"

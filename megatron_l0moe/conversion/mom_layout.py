@@ -31,9 +31,9 @@ class MaskUnits:
     shared: torch.Tensor
     """Kept by all masks."""
     routed: tuple[torch.Tensor, ...]
-    """For each mask, what it keeps and another does not."""
+    """The units of each mask that it keeps and another does not."""
     inactive: torch.Tensor
-    """Kept by none."""
+    """The units that no mask keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class MaskedExperts(Rule):
 
 
 def _whole(name: str, tensor: torch.Tensor) -> Piece:
-    return Piece(name=name, tensor=tensor, begin=0, rows=tensor.shape[0])
+    return Piece(name=name, tensor=tensor, begin=0, total_rows=tensor.shape[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ class MaskShape:
     top_k: int
     widths: ExpertWidths
     counts: dict[int, dict[str, Any]]
-    """By layer: units that are `shared` and `inactive`, and `routed` ones by mask."""
+    """The numbers of units by layer that are `shared` and `inactive`, and `routed` ones by mask."""
 
     @classmethod
     def from_checkpoint(

@@ -23,9 +23,9 @@ class FormSpec:
 
     name: Form
     qkv_bias: frozenset[bool]
-    """Of models with these (False: without biases on q, k and v)."""
+    """The models it holds for, by whether they have biases on q, k and v."""
     renormalised: frozenset[bool]
-    """Of models whose top-k gate weights sum to 1 (True), or are softmax's own (False)."""
+    """The models it holds for, by whether their top-k gate weights sum to 1 (else they are softmax's own)."""
     cannot: str
     """Why it expresses nothing else."""
 
@@ -66,7 +66,7 @@ WRONG: dict[tuple[Engine, Form], str] = {
 """Layouts that an engine loads and gets wrong, or cannot load."""
 
 HIDDEN_FROM_HEADS: frozenset[tuple[Engine, Form]] = frozenset({("vllm", "qwen2_moe")})
-"""Where head_dim of config.json is not read, so that it must be hidden_size / num_attention_heads."""
+"""Where head_dim of config.json is not read by an engine, so that it must be hidden_size / num_attention_heads."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 EXPECTED_CHARS_PER_TOKEN = 8
 """How much text of a domain is read first; ordinary text has 3 to 5, so one pass over the corpus is the rule."""
 NOMINAL_TOKENS_PER_CHAR = 0.25
-"""Of a domain whose held-out documents are all too long to have been tokenised whole."""
+"""An assumption for a domain whose held-out documents are all too long to have been tokenised whole."""
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ class Tokeniser:
         self._data = data
         self._round = 0
         self.shards: dict[int, list[Shard]] = {}
-        """Of each iteration, in their order."""
+        """The shards of each iteration, in their order."""
 
     def write(self, fillers: Sequence[ClusterFiller], chosen: Sequence[Ids]) -> list[npt.NDArray[np.void]]:
         """Tokenise the chosen documents of each iteration; return for each an array of ``WRITTEN``, by id."""

@@ -68,7 +68,7 @@ class LayerExpert:
     input_mean: Tensor
     """fp32 [H], what the router's start is made from."""
     numbers: dict[str, float] = field(default_factory=dict)
-    """For the manifest."""
+    """Numbers for the manifest."""
 
 
 def construct_layer(

@@ -153,7 +153,7 @@ def _write_experts(
         parts = {p: file.read(layer, p) for p in WEIGHTS} if dense is None else dense.cut(file)
         fc1 = torch.cat([parts["gate"], parts["up"]])  # [2E, H]
         for name, tensor in (("linear_fc1", fc1), ("linear_fc2", parts["down"])):
-            piece = Piece(name=f"{prefix}.{name}.weight", tensor=tensor[None], begin=k, rows=len(files))
+            piece = Piece(name=f"{prefix}.{name}.weight", tensor=tensor[None], begin=k, total_rows=len(files))
             writer.write_piece(piece)
 
 

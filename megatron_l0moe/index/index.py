@@ -288,11 +288,11 @@ class SamplePlace:
     """Global sample, which is the record in P.ccm.samples.npy; the first is 0."""
     domain: int
     iteration: int
-    """Of curate, `iter_NN`."""
+    """The iteration of curate, `iter_NN`."""
     shard: str
     """Prefix of the token file, relative to the folder of the index."""
     document: int
-    """In that file."""
+    """The document's number in that file."""
     offset: int
     """First token in that document."""
 

@@ -32,9 +32,9 @@ class CurateFolder:
 
     path: Path
     headers: dict[str, IndexHeader]
-    """By name: moe, expert_000, ..."""
+    """The headers by the index' name: moe, expert_000, ..."""
     summary: dict[str, Any]
-    """Of summary.json; empty without it."""
+    """What summary.json holds; empty without it."""
 
     @property
     def moe(self) -> IndexHeader:

@@ -22,7 +22,7 @@ from megatron_l0moe.runs.stage_folder import sha256_file
 from megatron_l0moe.runtime.json_files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""By preference: a model that has both is used with the first, as transformers does."""
+"""File names in the order of preference: a model that has both is used with the first, as transformers does."""
 
 
 class TextTokenizer(Protocol):
@@ -175,7 +175,7 @@ class CorpusTokenizer:
         self._tokenizer = tokenizer
         self.eod = eod
         self.vocab_size = vocab_size
-        """Of the model's config, which may be larger than the tokenizer's."""
+        """The size in the model's config, which may be larger than the tokenizer's."""
         self.sha256 = sha256
 
     @classmethod

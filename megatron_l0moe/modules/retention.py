@@ -15,7 +15,7 @@ from megatron_l0moe.modules.tensor_parallel import copy_to_shards, gather_shards
 SHIFT_BOUND = 40.0  # |log_alpha - tau|: sigmoid(40) is 1 in float32
 SECTIONS, SECTION_ROUNDS = 16, 2  # an interval of 80 shrinks to 0.31 by two evaluations of a few big kernels
 NEWTON_STEPS = 2
-"""As |sigmoid''| <= |sigmoid'|, an error e becomes at most e**2 / 2: 0.16, 0.012, 8e-5, at last 3e-9."""
+"""Enough: as |sigmoid''| <= |sigmoid'|, an error e becomes at most e**2 / 2: 0.16, 0.012, 8e-5, at last 3e-9."""
 LARGEST_BUDGET = 0.998  # a budget of 1 would need log_alpha = infinity
 
 

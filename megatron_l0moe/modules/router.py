@@ -133,7 +133,7 @@ class L0Router(TopKRouter, TrainedPart):
         self.expert_load = ExpertLoad(config, config.num_moe_experts, self.tp_dp_cp_group)
         self.domain_load = DomainLoad()
         self.loss_sums: dict[str, Tensor] = {}
-        """Of the running step: each loss without its coefficient, summed over this rank's micro-batches; scalars."""
+        """The running step's losses without their coefficients, summed over this rank's micro-batches; scalars."""
 
     def begin_iteration(self) -> None:
         """Begin a step: its counts and sums start at zero."""

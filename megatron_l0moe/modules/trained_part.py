@@ -16,9 +16,9 @@ MASK_GROUP = "l0_mask"
 LAMBDA_GROUP = "l0_lambda"
 ROUTER_GROUP = "l0_router"
 Metrics = dict[str, Any]
-"""By name: one value, or values by layer, counted from 0 and written as text."""
+"""Metrics by name: one value, or values by layer, counted from 0 and written as text."""
 Schedule = Callable[[float], GateStep]
-"""From the retention that a gate has at the end to its place in the schedule."""
+"""Gives a gate its place in the schedule, from the retention that it has at the end."""
 
 
 class TrainedPart:

@@ -31,9 +31,9 @@ class Workload:
 
     seq_length: int
     micro_batch: int
-    """Sequences."""
+    """The number of sequences."""
     global_batch: int
-    """Sequences."""
+    """The number of sequences."""
     bf16: bool = True
     recompute: Recompute = field(default_factory=Recompute)
     overlaps_gradients: bool = False
@@ -186,7 +186,7 @@ class Memory:
     activations: float
     """Kept from the forward to the backward pass, of all micro-batches in flight."""
     working: float
-    """Of the layer, or of the logits, that is computed now."""
+    """What the layer or the logits take that are computed at the moment."""
 
     @property
     def state(self) -> float:

@@ -46,7 +46,7 @@ from megatron_l0moe.sizes.gpu_models import GPUS_PER_NODE, Gpu
 from megatron_l0moe.sizes.parameters import ParameterCounts, pass_bounds
 
 FITTING_DENSE_LAYERS = 4
-"""With so many dense layers Table 5's columns of parameters come out for all three models."""
+"""The number of dense layers with which Table 5's columns of parameters come out for all three models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _billions(count: int) -> str:
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WEIGHT_BYTES = 2
-"""Of a served weight, in bf16."""
+"""The bytes of a served weight, in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,15 +247,15 @@ class StagePlan:
     mine: proposals.Candidate
     """The recipe's own layout."""
     flops: Flops
-    """Of one token."""
+    """The operations of one token."""
     tokens: int
-    """Of all jobs of the stage."""
+    """The tokens of all jobs of the stage."""
     mfu: float
     gpu_hours: float
-    """Of all jobs, at this MFU."""
+    """The GPU-hours of all jobs, at this MFU."""
     checkpoint: CheckpointSize
     proposals: proposals.Proposals | None
-    """For --gpus."""
+    """The layouts that answer --gpus."""
     excess: float
     """Bytes that the recipe's layout needs above what the GPU has; 0 where it fits."""
 

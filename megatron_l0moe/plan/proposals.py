@@ -182,7 +182,7 @@ class Candidate:
     at_once: int
     """Jobs that run side by side."""
     hours: float
-    """Of the whole stage."""
+    """The hours of the whole stage."""
 
     @property
     def text(self) -> str:
@@ -209,7 +209,7 @@ class Proposals:
     all_fitting: tuple[Candidate, ...]
     """Fastest first, with every recomputation."""
     refused: tuple[Refused, ...]
-    """Those that would be fastest first, one for each layout: that with the least memory."""
+    """The refused candidates, those that would be fastest first, one for each layout: that with the least memory."""
     broken: tuple[tuple[str, int], ...]
     """Rules that other layouts break, an example of each, and how many break it."""
 

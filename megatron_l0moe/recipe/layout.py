@@ -36,7 +36,8 @@ from megatron_l0moe.recipe.yaml_file import Settings, check_option_name
 
 Flag = bool | int | float | str
 MOST_PROCESSES = 2**17
-"""Of one job, and GPUs of a run: more than any cluster has. Bounds like this keep a slip from being counted through."""
+"""Of one job, and GPUs of a run, the most there may be: more than any cluster has. Such bounds keep a slip from being
+counted through."""
 MOST_EXPERTS = 4096
 MOST_CHUNKS = 1024
 """Pieces of a pipeline."""
@@ -276,7 +277,7 @@ class JobLayout(RecipePart):
 
     parallel: ParallelSection
     flags: Annotated[Flags, AfterValidator(_check_recomputation)] = Field(default_factory=dict)
-    """Those of recomputation, `recompute-...`, on top of the section's flags."""
+    """Flags of recomputation, `recompute-...`, on top of the section's flags."""
 
     def section_keys(self) -> dict[str, Any]:
         """Return the keys that it sets in the training section, without `flags`."""

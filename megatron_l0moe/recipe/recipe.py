@@ -41,9 +41,9 @@ TITLES: dict[ModelMethod, str] = {"l0moe": "L0-MoE", "dsmoe": "DSMoE", "mom": "M
 SECTIONS_OF_METHODS = ("dsmoe", "mom")
 """Sections that have the name of the one method that they belong to."""
 MOST_SETS = 512
-"""Of masks that the training job can count; a test compares it with the job's own."""
+"""The most sets of masks that the training job can count; a test compares it with the job's own."""
 SHARED_EXPERT_KEYS = frozenset({"global_batch_size"})
-"""Of expert_training, what curate reads too: it cuts the set that the order of the others is measured from."""
+"""The keys of expert_training that curate reads too: it cuts the set that the order of the others is measured from."""
 _SECTIONS: dict[str, type[RecipePart]] = {
     "model": ModelSection,
     "expert_training": ExpertTrainingSection,
@@ -134,7 +134,7 @@ class Recipe(RecipePart):
     """What is made of the dense model; docs/methods.md has the methods beside L0-MoE."""
     seed: int = Field(default=1234, ge=1, le=MOST)
     dtype: DtypeChoice = "auto"
-    """Of training and evaluation. auto: bfloat16 on GPUs; on a CPU the one that it multiplies matrices faster in."""
+    """Of training and evaluation alike. auto: bfloat16 on GPUs; on a CPU what it multiplies matrices faster in."""
     model: ModelSection
     data: DataSection
     expert_training: ExpertTrainingSection = ExpertTrainingSection()

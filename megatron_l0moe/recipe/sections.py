@@ -61,7 +61,7 @@ class FilterSection(RecipePart):
     languages: list[str] | None = Field(default=None, min_length=1)
     """Codes such as en; a document without one is dropped then. None: all."""
     quality_signals: dict[str, SignalRange] = Field(default_factory=dict)
-    """Of RedPajama v2, by name, such as rps_doc_word_count: {min: 50}."""
+    """Bounds for the signals of RedPajama v2, by name, such as rps_doc_word_count: {min: 50}."""
     drop_duplicates: bool = True
     """Drop exact repetitions of a text, and what RedPajama v2's duplicates files list."""
 
@@ -71,7 +71,7 @@ class SlurmSection(RecipePart):
 
     partition: str
     time: str = "24:00:00"
-    """Of each task, in quotes."""
+    """The time limit of each task, in quotes."""
     qos: str | None = None
     environment: str | None = None
     """Shell line that prepares a job; None: this Python's folder comes first on the PATH."""
@@ -95,7 +95,7 @@ class ExecutorSection(RecipePart):
     gpus_per_task: int = Field(default=0, ge=0, le=1)
     """What Slurm or Ray reserves for embedding; local workers share out the GPUs of the machine."""
     ray_address: str | None = None
-    """Of a running Ray cluster; None: Ray on this machine, for the time of the stage."""
+    """The address of a running Ray cluster; None: Ray on this machine, for the time of the stage."""
     slurm: SlurmSection | None = None
     """Needed for kind slurm."""
 
@@ -178,7 +178,7 @@ class ExpertTrainingSection(RecipePart):
     method: Method = "l0"
     """l0: learned masks; the others choose units from one calibration pass each and train nothing."""
     calibration: CalibrationSection = CalibrationSection()
-    """Of the methods other than l0."""
+    """The calibration pass of the methods other than l0."""
     micro_batch_size: Count = 1
     global_batch_size: Count = 32
     """Sequences of one step."""
@@ -260,7 +260,7 @@ class EvaluationSection(RecipePart):
     """Perplexity per domain and speed, dense against L0-MoE, with transformers; and benchmarks where asked for."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of both models when they are measured; auto: that of the recipe."""
+    """The dtype of both models when they are measured; auto: that of the recipe."""
     prefill_tokens: Count = 512
     decode_tokens: Count = 32
     repeats: int = Field(default=5, ge=1, le=10_000)

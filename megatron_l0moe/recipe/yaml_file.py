@@ -21,14 +21,14 @@ LARGEST = 2**63 - 1
 LONGEST_NAME = 128
 """Characters of a name that becomes a folder's."""
 MOST_BYTES = 2**20
-"""Of a settings file."""
+"""The size that a settings file may have."""
 MOST_VALUES, DEEPEST = 100_000, 50
 """Values of a file, aliases written out, and how deep they may lie in each other."""
 MOST_DIGITS = 40
 FREE_VALUES = frozenset({"flags", "sbatch", "options", "environment", "backend_arguments"})
 """Keys whose values go to other programs; a test compares them with the settings' own types."""
 NUMBERS_TOO = frozenset({"flags", "backend_arguments"})
-"""Those of them that most often hold numbers."""
+"""The mappings among them that most often hold numbers."""
 OPTION_NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 """The name of a long option, without dashes before it."""
 Place = tuple[str, ...]

@@ -112,14 +112,14 @@ class RunFiles:
     router_load: Json
     """Empty for a method without routers."""
     open_blocks: Json
-    """Of a DSMoE; else empty."""
+    """The open blocks of a DSMoE; else empty."""
     parity: Json
     benchmarks: Json
     """Empty where the recipe asks for none."""
     gpu_samples: Json
     """Power, memory and energy by training stage; empty where no GPU was sampled."""
     manifests: dict[str, Json]
-    """By folder inside the run, e.g. `moe` or `experts/003`."""
+    """The manifests by folder inside the run, e.g. `moe` or `experts/003`."""
 
 
 def collect(recipe: Recipe, run: Path) -> RunFiles:

@@ -12,7 +12,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
 Shares = Annotated[dict[str, Annotated[list[NotNegative], Field(min_length=1)]], Field(min_length=1)]
-"""By source domain, of each expert or block."""
+"""The shares of each expert or block, by source domain."""
 Layers = Annotated[dict[str, Shares], Field(min_length=1)]
 """router_load.json."""
 
@@ -24,7 +24,7 @@ class Form(BaseModel):
 
 
 class Table(Form):
-    """Of one model in perplexity.json."""
+    """The table of one model in perplexity.json."""
 
     overall: Positive
     tokens: Count
@@ -35,7 +35,7 @@ class Table(Form):
 
 
 class Spread(Form):
-    """Of the pairs of one mode in speed.json."""
+    """The spread over the pairs of one mode in speed.json."""
 
     median: Positive
     min: Positive
@@ -44,7 +44,7 @@ class Spread(Form):
 
 
 class Pace(Form):
-    """Of one model in one mode."""
+    """The speed of one model in one mode."""
 
     tokens_per_second: Positive
 
@@ -66,7 +66,7 @@ class Modes[Value](Form):
 
 
 class Versions(Form):
-    """Of the packages that speed was measured with."""
+    """The versions of the packages that speed was measured with."""
 
     torch: str | None
     transformers: str | None
@@ -228,7 +228,7 @@ class Manifest(Form):
 
 
 class ConstructionNumbers(Form):
-    """Of an expert that was made without training."""
+    """The numbers of an expert that was made without training."""
 
     calibration_tokens: Count
     layers: dict[str, Any]
@@ -242,7 +242,7 @@ class ConstructionManifest(Manifest):
 
 
 class MasksNumbers(Form):
-    """Of the export of a Mixture-of-Masks."""
+    """The numbers of the export of a Mixture-of-Masks."""
 
     expert_ffn: Size
     num_shared_experts: Count

@@ -45,7 +45,7 @@ OTHER_LABELS = {
     "learning rate, MoE training": "learning rate",
     "learning rate, routers": "learning rate, gates or routers",
 }
-"""Of settings that mean something else to a method without experts."""
+"""The labels of settings that mean something else to a method without experts."""
 FORMS = {
     "int": ",.0f",
     "ppl": ",.2f",
@@ -56,7 +56,7 @@ FORMS = {
     "score": ".3f",
 }
 WORSE = 1.05
-"""From this perplexity ratio on the page says in plain words that the quality is poor."""
+"""The perplexity ratio from which on the page says in plain words that the quality is poor."""
 
 
 def render(summary: Json, plots: dict[str, str]) -> str:

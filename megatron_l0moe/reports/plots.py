@@ -36,7 +36,7 @@ STYLE: dict[str, Any] = {
 }
 MODES = {"prefill": "prefill", "decode_b1": "decode, batch 1", "decode_b8": "decode, batch 8"}
 EXTRA_CURVES = {"balance_loss": "balance loss (eq. 3)", "active_fraction": "share of open blocks"}
-"""Of the stage `moe`, the first that was recorded."""
+"""Curves of the stage `moe`; the first that was recorded is drawn."""
 ANNOTATED_CELLS = 80
 """Heat maps with more cells carry no numbers in them."""
 

@@ -38,7 +38,8 @@ SBATCH_DEFAULTS = {
 }
 """Variables that sites and users set as their default, which hold where a script does not say it."""
 SLURM_PREFIXES = ("SLURM_", "SBATCH_", "SQUEUE_", "SCANCEL_", "SACCT_", "SCONTROL_", "L0MOE_LOCK_FDS")
-"""Of the job that we run in, and of what would change the answers of Slurm's commands; locks cannot be handed on."""
+"""How variables begin that belong to the job that we run in, or would change the answers of Slurm's commands; and the
+descriptors of locks, which cannot be handed on."""
 _OPTION = re.compile(r"^#SBATCH --([a-z-]+)", re.M)
 
 

@@ -36,7 +36,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 30.0
-"""From SIGTERM to SIGKILL; torchrun itself gives its workers up to 30 s."""
+"""The time from SIGTERM to SIGKILL; torchrun itself gives its workers up to 30 s."""
 TAIL_BYTES = 65536
 USER_ERROR_EXIT = 2
 """Exit code of our own commands when the message is one sentence for the user."""

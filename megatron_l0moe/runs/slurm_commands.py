@@ -11,7 +11,7 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.caller_environment import for_slurm
 
 ANSWER_SECONDS = 60.0
-"""For one command; Slurm's own give up on a controller that does not answer after some 10 s."""
+"""The time that one command may take; Slurm's own give up on a controller that does not answer after some 10 s."""
 ALIVE = frozenset(
     {
         *("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"),

@@ -371,7 +371,7 @@ class Recorded:
     sizes: Mapping[str, int]
     """Bytes by name."""
     sha256: Mapping[str, str]
-    """Of the same files; those that an earlier version wrote, and those that no stage reads, have none."""
+    """The sha256 of the same files; those that an earlier version wrote, and those that no stage reads, have none."""
 
     def only(self, names: Iterator[str]) -> "Recorded":
         """Return some of the files."""

@@ -27,7 +27,7 @@ class StageSpec:
     name: str
     does: str
     help: str
-    """Of the command `l0moe NAME`."""
+    """What the command `l0moe NAME` says of itself."""
     inputs: tuple[str, ...]
     """Stages whose files are read."""
     settings: tuple[str, ...]

@@ -43,7 +43,7 @@ _DATA_CLASSES = (
 
 
 class _MegatronMetadata(Metadata):
-    """Of Megatron-Core before 0.16, whose class is empty by now."""
+    """The class of Megatron-Core before 0.16, which is empty by now."""
 
 
 class _MegatronSavePlan(SavePlan):

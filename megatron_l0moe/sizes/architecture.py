@@ -62,7 +62,7 @@ PUBLISHED = {
     "mistral-7b-v0.3": MISTRAL_7B_V03,
     "qwen2-7b": QWEN2_7B,
 }
-"""By the name of the folder in small letters."""
+"""The published sizes by the name of the folder in small letters."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,12 @@ class StageModel:
     stage: TrainingStage
     architecture: Architecture
     counts: ParameterCounts
-    """Of the dense model in the stage `expert`: the gates come on top."""
+    """The weights; in the stage `expert` those of the dense model: the gates come on top."""
     dense_layers: int
     """Bottom layers without masks or experts."""
     expert_ffn: int
     trains_weights: bool = True
-    """Of the expert stage: masks and MLPs, or masks only."""
+    """Whether the expert stage trains the MLPs too, or masks only."""
 
     @property
     def upper_layers(self) -> int:
@@ -159,7 +159,7 @@ def _cut(layers: int, dense_layers: int, pieces: int, given: tuple[int, ...]) ->
 
 
 FC1_SHARE = 2 / 3
-"""Of an FFN's weights, gate and up together."""
+"""The share of gate and up together in an FFN's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class Recompute:
     granularity: str = "none"
     """none, selective or full."""
     modules: tuple[str, ...] = ()
-    """Of selective recomputation: core_attn, mlp, moe."""
+    """The modules of selective recomputation: core_attn, mlp, moe."""
     group: int = 1
     """Layers that are recomputed together, of full uniform recomputation."""
 
@@ -227,7 +227,7 @@ class LayerFlops:
     ffn: float
     """FFN, or router and the k experts of the token."""
     experts: float = 0.0
-    """Of which in experts."""
+    """The part of the FFNs' operations that experts do."""
 
 
 @functools.lru_cache(maxsize=64)

@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 # Settings and arguments that shape the model; the same in each stage's initial weights and in its own checkpoints.
 MODEL_SETTINGS = ("dense_layers", "l0_expert_ffn")
 BLOCK_SETTINGS = ("l0_blocks", "l0_block_threshold")
-"""The same of DSMoE's own checkpoints; in others they mean nothing."""
+"""Further settings of DSMoE's checkpoints; in others they mean nothing."""
 MASK_SETTINGS = ("l0_masks", "l0_masks_top_k", "l0_masks_target")
-"""And of MoM's."""
+"""Further settings of MoM's checkpoints."""
 MODEL_ARGUMENTS = (
     *(
         "num_layers",

@@ -168,7 +168,7 @@ def _with_mean(name: str, by_layer: Mapping[str, float]) -> dict[str, float]:
 
 
 DIGITS = 5
-"""Of the load by domain, K * K numbers in each record."""
+"""The digits that the load by domain is rounded to, K * K numbers in each record."""
 
 
 def layer_metrics(chunks: Sequence[torch.nn.Module]) -> Metrics:

@@ -142,7 +142,7 @@ class StageJob(Settings):
     cpus: int | None = Field(default=None, ge=1, le=MOST_OF_A_NODE)
     """Only of a stage that does not train; None: the share of a node that goes with its GPUs, or 8."""
     memory: Memory | None = None
-    """Of each node."""
+    """What a job takes of each node."""
     sbatch: Options = Field(default_factory=dict)
     """Further options for sbatch by their long names; they win over those of the cluster."""
 
@@ -180,7 +180,7 @@ class Cluster(Settings):
     """How --gres calls a GPU, such as gpu:h100."""
     cpus_per_node: int = Field(ge=1, le=MOST_OF_A_NODE)
     memory_per_node: Memory | None = None
-    """Of one node; a job gets the share that goes with its GPUs or CPUs. "0": always all. None: not asked for."""
+    """One node's memory; a job gets the share that goes with its GPUs or CPUs. "0": always all. None: not asked for."""
     experts_at_once: int | None = Field(default=None, ge=1, le=2**16)
     """Expert jobs that run at the same time; None: as many as the recipe's `gpus` hold, or 8 where it says none."""
     signal_lead_seconds: int = Field(default=300, ge=10, le=65535)
@@ -194,7 +194,7 @@ class Cluster(Settings):
     master_port: int = Field(default=29500, ge=1024, le=64000)
     """First of 1000 ports; a job takes the one that its number falls on, so that jobs may share a node."""
     modules: list[str] = Field(default_factory=list)
-    """For `module load`."""
+    """Names for `module load`."""
     setup: list[str] = Field(default_factory=list)
     """Shell lines that prepare a job, such as the activation of an environment."""
     environment: Environment = Field(default_factory=dict)
@@ -247,7 +247,7 @@ def load_cluster(path: str | Path) -> Cluster:
 
 """Stages that train, and where the recipe has their layout."""
 DEFAULT_CPUS = 8
-"""Of a stage without GPUs."""
+"""The CPUs of a stage without GPUs."""
 DEFAULT_AT_ONCE = 8
 """Expert jobs, where neither the cluster nor the recipe says how many."""
 
@@ -258,11 +258,11 @@ class Resources:
 
     nodes: int
     gpus: int
-    """Of each node."""
+    """What a job takes of each node."""
     cpus: int
-    """Of each node."""
+    """What a job takes of each node."""
     memory: str | None
-    """Of each node, as sbatch's --mem takes it; None: not asked for."""
+    """The memory of each node, as sbatch's --mem takes it; None: not asked for."""
     processes: int
     """Training processes on each node; 1 for other stages."""
     time: str

@@ -50,7 +50,7 @@ class Row:
 
     stage: str
     expert: int | None
-    """Of the stage `experts`; None elsewhere."""
+    """The expert's number in the stage `experts`; None elsewhere."""
     job: str
     state: str
     restarts: int | None

@@ -38,12 +38,12 @@ class SubmittedJob:
     """Jobs, or tasks of arrays, that have to succeed before."""
     script: str
     log: str
-    """With Slurm's placeholders."""
+    """The file of the log, with Slurm's placeholders."""
     array: str | None
     """Experts, as sbatch's --array takes them; None: no array."""
     nodes: int
     gpus: int
-    """Of the job, or of each task of an array."""
+    """The GPUs of the job, or of each task of an array."""
 
     @property
     def tasks(self) -> dict[str, int | None]:
@@ -65,7 +65,7 @@ class RunJobs:
     recipe_file: str = ""
     cluster_file: str = ""
     jobs: list[SubmittedJob] = field(default_factory=list)
-    """In the order of submission; of two for the same work the later one counts."""
+    """The jobs in the order of submission; of two for the same work the later one counts."""
     cancelled: list[str] = field(default_factory=list)
     """Numbers of jobs that a command of ours has ended."""
 

@@ -156,7 +156,7 @@ class ScanPart:
     rows: npt.NDArray[np.void]
     """[n] of ``ROW``, in corpus order; their domain is a number of this part."""
     domains: list[str]
-    """By number, in the order in which they came up."""
+    """The names of the domains by number, in the order in which they came up."""
     dropped: dict[str, int]
     quarantine: Quarantine
 

@@ -183,7 +183,7 @@ class UnitStep(PipelineStep):
         self.workspace = workspace
         self.folder = folder
         self.threads: int | None = None
-        """Of each task; None: what the machine has."""
+        """The threads of each task; None: what the machine has."""
         self._rank = 0
         self._done = 0
         self._reported = 0.0

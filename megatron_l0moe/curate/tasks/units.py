@@ -28,7 +28,7 @@ from megatron_l0moe.errors import CorpusChangedError, L0MoEError
 from megatron_l0moe.runs.stage_folder import WORK, sha256_file, write_json, write_text
 
 VERSION = 1
-"""Of the files in the work folder."""
+"""The version of the files in the work folder."""
 IDENTITY = "identity"
 OUTPUTS = (
     "iter_*", "*.ccm.*", "heldout.jsonl", "clusters.npz", "ccm.json", "quarantine.jsonl", "summary.json",

@@ -152,9 +152,9 @@ class BenchSettings:
     repeats: int = 5
     """Pairs that count; one more warms up."""
     prompt_tokens: int = 512
-    """Of `prefill` and `first_token`."""
+    """The length of the prompts of `prefill` and `first_token`."""
     prefill_batch: int = 4
-    """Prompts of `prefill`."""
+    """The number of prompts of `prefill`."""
     decode_prompt_tokens: int = 16
     """Before each decode, untimed; short, so that the KV cache hardly counts."""
     decode_tokens: int = 8

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 INIT_STD = 0.02
 MEMORY_SHARE = 0.6
-"""Of the free memory, for the weights of both models; the rest is for activations and loading."""
+"""The share of the free memory that the weights of both models take; the rest is for activations and loading."""
 _EXPERT_MULTIPLE = 32
 _FFN_MULTIPLE = 64
 

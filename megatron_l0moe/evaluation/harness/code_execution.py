@@ -20,7 +20,7 @@ SECONDS = 3.0
 MEMORY_MIB = 1024
 """Address space of one program, the interpreter included."""
 START_SECONDS = 60.0
-"""For the interpreter and the isolation, on top of the program's time."""
+"""What the interpreter and the isolation may take on top of the program's time."""
 FENCE = "```"
 
 

@@ -42,7 +42,7 @@ class HarnessCall:
     limit: int | None
     allow_code_execution: bool
     keys: dict[str, str]
-    """By task: hash of everything that can change its scores; results with another one are not reused."""
+    """A hash by task of everything that can change its scores; results with another one are not reused."""
     results: str
     """Folder that gets TASK.json, and TASK.samples.jsonl with what the model answered."""
 

@@ -130,7 +130,7 @@ READERS: dict[str, Callable[[Path, str], Splits]] = {
     "openai/openai_humaneval": _humaneval,
     "cais/mmlu": _mmlu,
 }
-"""By the data set's name in the harness' own tasks."""
+"""What reads a data set, by its name in the harness' own tasks."""
 
 
 def _existing(file: Path) -> Path:
@@ -242,11 +242,11 @@ class Tasks:
     """The tasks to run and what they are made of."""
 
     members: dict[str, list[str]]
-    """By requested name: the tasks in it, itself where it is no group."""
+    """The tasks in each requested name, itself where it is no group."""
     configs: dict[str, Config]
-    """By task: the harness' own settings, functions as text."""
+    """The harness' own settings of each task, functions as text."""
     files: dict[str, Path]
-    """By task: the harness' own file."""
+    """The harness' own file of each task."""
     indexed: tuple[Path, ...]
     """Folders of task files that are enough to find them all; the harness' whole index takes 17 s."""
     runs_code: list[str] = field(default_factory=list)
