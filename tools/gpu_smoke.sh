@@ -72,7 +72,7 @@ make_world() {
 import json, os
 from pathlib import Path
 import yaml
-from chain import toy_world as toy
+from whole_chain import toy_world as toy
 
 out, n = Path(os.environ["SMOKE_OUT"]), int(os.environ["SMOKE_N"])
 experts, batch, steps, length = (4 if n >= 4 else 2), 8, 10, 32

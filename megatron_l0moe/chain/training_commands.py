@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.methods.method import method_of, section_flags
-from megatron_l0moe.recipe.layout import Flag, Flags, Layout, layout_flags
+from megatron_l0moe.recipe.layout import FLAGS, Flag, Flags, Layout, layout_flags
 from megatron_l0moe.recipe.recipe import Recipe, Section
 from megatron_l0moe.recipe.sections import ExpertTrainingSection, MoETrainingSection
 from megatron_l0moe.runs.stages import Run
@@ -30,11 +30,10 @@ OWNED_BY_THE_CHAIN = frozenset(
         "l0-train-weights",  # expert_training.train_weights
         *section_flags(),
         *("num-experts", "moe-layer-freq", "moe-ffn-hidden-size", "moe-router-topk"),
-        *("tensor-model-parallel-size", "pipeline-model-parallel-size", "expert-model-parallel-size"),
-        *("expert-tensor-parallel-size", "context-parallel-size", "sequence-parallel"),
-        *("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage"),
+        *(FLAGS[field] for field in FLAGS if field not in ("distributed_optimizer", "dispatcher")),
+        # other ways to say what a layout says
+        "num-layers-per-virtual-pipeline-stage",
         *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
-        *("pipeline-model-parallel-layout", "no-overlap-p2p-communication"),
         *("tokenizer-type", "vocab-size", "ckpt-format", "micro-batch-size", "train-samples", "finetune"),
         # the exported layouts know softmax after top-k only
         *("moe-router-pre-softmax", "moe-router-score-function", "moe-router-topk-scaling-factor"),

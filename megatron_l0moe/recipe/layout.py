@@ -79,6 +79,20 @@ SIZES = {
     "cp": "context",
     "dp": "data",
 }
+FLAGS = {
+    "tensor": "tensor-model-parallel-size",
+    "sequence": "sequence-parallel",
+    "pipeline": "pipeline-model-parallel-size",
+    "virtual_pipeline": "num-virtual-stages-per-pipeline-rank",
+    "pipeline_layers": "pipeline-model-parallel-layout",
+    "overlap_p2p": "no-overlap-p2p-communication",
+    "expert": "expert-model-parallel-size",
+    "expert_tensor": "expert-tensor-parallel-size",
+    "context": "context-parallel-size",
+    "distributed_optimizer": "use-distributed-optimizer",
+    "dispatcher": "moe-token-dispatcher-type",
+}
+"""Megatron's flag of each field of a layout."""
 SWITCHES = {"sp": "sequence", "distopt": "distributed_optimizer"}
 DISPATCHERS = ("alltoall", "allgather")
 BATCHED = "batched-p2p"
@@ -151,6 +165,9 @@ class Layout:
             "distopt": self.distributed_optimizer,
         }
         return ",".join(word for word, is_said in words.items() if is_said) or ONE
+
+
+ONE_PROCESS = Layout()
 
 
 def smallest_world(layout: Layout) -> int:
@@ -241,20 +258,12 @@ class ParallelSection(RecipePart):
     @property
     def layout(self) -> Layout:
         """The layout without what belongs to the machine, its nodes and threads."""
-        return Layout(
-            processes=self.processes,
-            tensor=self.tensor,
-            sequence=self.sequence and self.tensor > 1,
-            pipeline=self.pipeline,
-            virtual_pipeline=self.virtual_pipeline,
-            pipeline_layers=tuple(self.pipeline_layers or ()),
-            overlap_p2p=self.overlap_p2p,
-            expert=self.expert,
-            expert_tensor=self.expert_tensor,
-            context=self.context,
-            distributed_optimizer=self.distributed_optimizer,
-            dispatcher=self.dispatcher,
-        )
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name, field.default) for field in dataclasses.fields(Layout)
+        }
+        values["sequence"] = self.sequence and self.tensor > 1
+        values["pipeline_layers"] = tuple(self.pipeline_layers or ())
+        return Layout(**values)
 
 
 FREE_FLAGS = ("recompute-", "save-retain-interval")
@@ -328,22 +337,16 @@ DISTRIBUTED_TIMEOUT_MINUTES = 60
 def layout_flags(layout: Layout) -> dict[str, Flag]:
     """Return the flags of a layout, by name without the leading dashes; True stands for a flag without a value."""
     flags: dict[str, Flag] = {
-        "tensor-model-parallel-size": layout.tensor,
-        "pipeline-model-parallel-size": layout.pipeline,
+        FLAGS["tensor"]: layout.tensor,
+        FLAGS["pipeline"]: layout.pipeline,
         "distributed-timeout-minutes": DISTRIBUTED_TIMEOUT_MINUTES,
     }
-    if layout.sequence:
-        flags["sequence-parallel"] = True
-    if layout.expert > 1:
-        flags["expert-model-parallel-size"] = layout.expert
-    if layout.expert_tensor is not None:
-        flags["expert-tensor-parallel-size"] = layout.expert_tensor
-    if layout.dispatcher:
-        flags["moe-token-dispatcher-type"] = layout.dispatcher
-    if layout.context > 1:
-        flags["context-parallel-size"] = layout.context
+    for field in ("sequence", "expert", "expert_tensor", "dispatcher", "context", "distributed_optimizer"):
+        value = getattr(layout, field)
+        if value != getattr(ONE_PROCESS, field):
+            flags[FLAGS[field]] = value
     if layout.distributed_optimizer:
-        flags |= {"use-distributed-optimizer": True, "dist-ckpt-optim-fully-reshardable": True}
+        flags["dist-ckpt-optim-fully-reshardable"] = True
     return flags | _pipeline(layout)
 
 
@@ -351,9 +354,9 @@ def _pipeline(layout: Layout) -> dict[str, Flag]:
     flags: dict[str, Flag] = {}
     if layout.pipeline_layers:
         stages = ["t" * layers for layers in layout.pipeline_layers]
-        flags["pipeline-model-parallel-layout"] = f"E{'|'.join(stages)}L"  # embedding, layers by stage, loss
+        flags[FLAGS["pipeline_layers"]] = f"E{'|'.join(stages)}L"  # embedding, layers by stage, loss
     elif layout.virtual_pipeline > 1:
-        flags["num-virtual-stages-per-pipeline-rank"] = layout.virtual_pipeline
+        flags[FLAGS["virtual_pipeline"]] = layout.virtual_pipeline
     if layout.virtual_pipeline > 1 and not layout.overlap_p2p:
-        flags["no-overlap-p2p-communication"] = True
+        flags[FLAGS["overlap_p2p"]] = True
     return flags

@@ -23,7 +23,7 @@ from megatron_l0moe.modules.layer_specs import LayerPlan
 from megatron_l0moe.modules.mixture_of_masks import MaskConfig
 from megatron_l0moe.modules.retention import RetentionConfig
 from megatron_l0moe.modules.router import RouterConfig
-from megatron_l0moe.recipe.layout import Layout
+from megatron_l0moe.recipe.layout import FLAGS, Layout
 from megatron_l0moe.recipe.layout_rules import JobSizes, check_layout
 from megatron_l0moe.runtime.cpu import has_cuda
 from megatron_l0moe.runtime.platform import platform_flags
@@ -289,22 +289,16 @@ def settings_as_dict(settings: JobSettings) -> dict[str, Any]:
 
 
 FLAG_NAMES = {
+    **{field: f"--{flag}" for field, flag in FLAGS.items()},
     "processes": "WORLD_SIZE",
-    "tensor": "--tensor-model-parallel-size",
-    "sequence": "--sequence-parallel",
-    "pipeline": "--pipeline-model-parallel-size",
-    "virtual_pipeline": "--num-virtual-stages-per-pipeline-rank",
-    "pipeline_layers": "--pipeline-model-parallel-layout",
-    "overlap_p2p": "--no-overlap-p2p-communication",
-    "expert": "--expert-model-parallel-size",
-    "expert_tensor": "--expert-tensor-parallel-size",
-    "context": "--context-parallel-size",
     "experts": "--num-experts",
     "expert_ffn": "--moe-ffn-hidden-size",
     "seq_length": "--seq-length",
     "micro_batch": "--micro-batch-size",
     "global_batch": "--global-batch-size",
 }
+READ_BACK = ("tensor", "sequence", "pipeline", "expert", "expert_tensor", "context", "distributed_optimizer")
+"""Fields of a layout that Megatron keeps as they are, under their flag's name."""
 UNEVEN_FLAGS = (
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
@@ -339,16 +333,10 @@ def layout_from_args(args: argparse.Namespace) -> Layout:
     """Return the layout that the flags ask for."""
     return Layout(
         processes=args.world_size,
-        tensor=args.tensor_model_parallel_size,
-        sequence=args.sequence_parallel,
-        pipeline=args.pipeline_model_parallel_size,
         virtual_pipeline=_virtual_pipeline(args),
         uneven=bool(args.pipeline_model_parallel_layout) or any(getattr(args, name) for name in UNEVEN_FLAGS),
         overlap_p2p=args.overlap_p2p_comm,
-        expert=args.expert_model_parallel_size,
-        expert_tensor=args.expert_tensor_parallel_size,
-        context=args.context_parallel_size,
-        distributed_optimizer=args.use_distributed_optimizer,
+        **{field: getattr(args, FLAGS[field].replace("-", "_")) for field in READ_BACK},
     )
 
 
