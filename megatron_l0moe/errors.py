@@ -36,7 +36,8 @@ _WHY = {
 class L0MoEError(ValueError):
     """A problem the user can fix; the message is one sentence: what, where, the rule, the nearest fix.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. Any function of the package may raise it; a
+    docstring says so only where the condition is not what a reader would expect.
     """
 
 

@@ -201,9 +201,6 @@ def check_owner(folder: Path) -> None:
     """Refuse to work in a folder that belongs to another Slurm job, running or queued.
 
     The lock of a run cannot say this: it is held while a command runs, and a job on a cluster is three commands.
-
-    Raises:
-        L0MoEError: names the job.
     """
     attempts = read(folder)
     if not attempts or attempts[-1].verdict in ("done", "stop"):
@@ -264,11 +261,7 @@ def _metrics_time(folder: Path) -> int:
 
 
 def _state(job: str) -> str:
-    """Return what Slurm says of a job, empty where it knows nothing of it (any more).
-
-    Raises:
-        L0MoEError: Slurm does not answer.
-    """
+    """Return what Slurm says of a job, empty where it knows nothing of it (any more)."""
     if shutil.which("squeue") is None:
         logger.warning("There is no squeue here, so nothing says whether the Slurm job %s still runs.", job)
         return ""

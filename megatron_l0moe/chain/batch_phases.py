@@ -122,9 +122,6 @@ def run_phase(
         name: `experts` or `moe`.
         work: what is left to do once the last step is saved, such as cutting the expert.
         index: the expert.
-
-    Raises:
-        L0MoEError: the job must not go on, or cannot begin.
     """
     if phase not in ("prepare", "finish"):
         raise L0MoEError(f"--phase must be prepare or finish, got {phase!r}.")

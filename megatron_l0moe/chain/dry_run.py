@@ -175,11 +175,7 @@ class DryRun:
 
 
 def describe(run: Run, selected: tuple[StageSpec, ...]) -> list[str]:
-    """Return the lines that `--dry-run` prints; nothing is started or written.
-
-    Raises:
-        L0MoEError: the recipe does not fit the model.
-    """
+    """Return the lines that `--dry-run` prints; nothing is started or written."""
     run, this_machine = machine.settle(run, keep=False)
     plan = DryRun(run)
     lines = [f"Run {run.recipe.name} in {run.folder}. This is a plan: nothing is started or written."]

@@ -159,11 +159,7 @@ def begun(run: Run) -> Run:
 
 
 def read_record(folder: Path) -> MachineRecord | None:
-    """Return what the run in a folder was begun with; None for one that was not begun.
-
-    Raises:
-        L0MoEError: the record is damaged.
-    """
+    """Return what the run in a folder was begun with; None for one that was not begun."""
     file = folder / RECORD
     if not file.is_file():
         return MachineRecord(dtype="float32", machine=None) if _is_older(folder / "recipe.json") else None

@@ -115,11 +115,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_cluster(recipe: Recipe, cluster: Cluster, selected: Sequence[StageSpec]) -> None:
-    """Check a recipe against a cluster: GPUs and CPUs of a node, the layouts, memory.
-
-    Raises:
-        L0MoEError: something does not fit; one sentence.
-    """
+    """Check a recipe against a cluster: GPUs and CPUs of a node, the layouts, memory."""
     for spec in selected:
         resources(spec.name, recipe, cluster)
         if section := TRAINING.get(spec.name):
@@ -159,9 +155,5 @@ def check_memory(recipe: Recipe, cluster: Cluster, selected: Sequence[StageSpec]
 
 
 def check_files(recipe: Recipe) -> None:
-    """Check a recipe against the model and the corpus, as a run on this machine does.
-
-    Raises:
-        L0MoEError: something is missing or does not fit.
-    """
+    """Check a recipe against the model and the corpus, as a run on this machine does."""
     check(recipe)

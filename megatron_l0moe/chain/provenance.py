@@ -156,11 +156,7 @@ def checked(run: Run, stage: StageFolder) -> Iterator[None]:
 
 
 def check(run: Run, stage: StageFolder) -> None:
-    """Compare what a stage reads with what the stages before recorded, unless the run is not to be verified.
-
-    Raises:
-        L0MoEError: names the first file that differs.
-    """
+    """Compare what a stage reads with what the stages before recorded, unless the run is not to be verified."""
     if not run.verify:
         return
     older = []
@@ -221,11 +217,7 @@ def _is_of_another_step(name: str, step: int) -> bool:
 
 
 def _recorded_model(run: Run, stage: StageFolder) -> Recorded | None:
-    """Return the dense model's files that a stage has to find unchanged, in the folder that the recipe names now.
-
-    Raises:
-        L0MoEError: there is one more.
-    """
+    """Return the dense model's files that a stage has to find unchanged, in the folder that the recipe names now."""
     place = Path(run.recipe.model.path)
     makers = [run.stage_folder(name) for name in ("convert", "curate") if name != stage.name]
     for folder in makers:

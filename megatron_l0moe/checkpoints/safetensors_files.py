@@ -104,11 +104,7 @@ def first_overlap(spans: Mapping[str, tuple[int, int]]) -> tuple[str, str] | Non
 
 
 def read_values(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Read a contiguous tensor whose bytes begin at `offset` of a file.
-
-    Raises:
-        L0MoEError: the file ends before.
-    """
+    """Read a contiguous tensor whose bytes begin at `offset` of a file."""
     tensor = torch.empty(shape, dtype=dtype)
     if not tensor.numel():
         return tensor
@@ -315,9 +311,6 @@ class SafetensorsWriter:
         """Append a tensor of any supported dtype, or its rows from `begin` on, of `rows` in all.
 
         The rows of a tensor come in order, and before those of another one.
-
-        Raises:
-            L0MoEError: the tensor holds NaN or infinite values.
         """
         assert name in self._expected, f"{name} was not announced or was written twice"
         rows = rows if rows is not None else (tensor.shape[0] if tensor.shape else 1)

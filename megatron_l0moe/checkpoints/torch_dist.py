@@ -224,11 +224,7 @@ class CheckpointReader:
 
 
 def tracked(folder: Path) -> Path | None:
-    """Return the checkpoint that the tracker file names, whether it exists or not; None where there is no such file.
-
-    Raises:
-        L0MoEError: it holds something else.
-    """
+    """Return the checkpoint that the tracker file names, whether it exists or not; None where there is no such file."""
     tracker = folder / TRACKER_NAME
     if not tracker.is_file():
         return None

@@ -55,11 +55,7 @@ def convert_dense(hf: Path, out: Path) -> dict[str, object]:
 
 
 def weight_files(hf: Path) -> list[Path]:
-    """Return the files that the weights of a checkpoint are read from.
-
-    Raises:
-        L0MoEError: see `SafetensorsFolder`.
-    """
+    """Return the files that the weights of a checkpoint are read from."""
     read_config(hf)
     return SafetensorsFolder(hf).paths
 

@@ -29,11 +29,7 @@ class BlockShape:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], source: Path) -> "BlockShape":
-        """Read the settings of a checkpoint; `source` names it in messages.
-
-        Raises:
-            L0MoEError: it is of another stage.
-        """
+        """Read the settings of a checkpoint; `source` names it in messages."""
         if settings.get("stage") != "dsmoe":
             raise L0MoEError(
                 f"{source} is of the stage {settings.get('stage')!r} and has no blocks; give a checkpoint of "

@@ -332,11 +332,7 @@ def _without_code(config: dict[str, Any], architecture: Architecture) -> dict[st
 
 
 def export_run(recipe: Recipe, checkpoints: Path, out: Path) -> dict[str, object]:
-    """Export the checkpoints of the stage `moe` to the folder `out`; returns numbers for the manifest.
-
-    Raises:
-        L0MoEError: see `export.py`.
-    """
+    """Export the checkpoints of the stage `moe` to the folder `out`; returns numbers for the manifest."""
     base, card = Path(recipe.model.path), recipe_facts(recipe)
     if recipe.method == "dsmoe":
         return export_dsmoe(checkpoints, base, out, card=card)

@@ -89,11 +89,7 @@ def _without_places(value: Any) -> Any:
 
 
 def summary_facts(file: Path) -> CardFacts:
-    """Return what a finished run's summary.json says, with what was measured.
-
-    Raises:
-        L0MoEError: the file is missing, or not such a summary.
-    """
+    """Return what a finished run's summary.json says, with what was measured."""
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
         recipe = Recipe.model_validate(summary["recipe"])
@@ -115,11 +111,7 @@ def summary_facts(file: Path) -> CardFacts:
 
 
 def rewrite_card(export: Path, hf_base: Path, facts: CardFacts) -> None:
-    """Write README.md of an export anew, for example when its numbers are measured.
-
-    Raises:
-        L0MoEError: the folder holds no exported L0-MoE.
-    """
+    """Write README.md of an export anew, for example when its numbers are measured."""
     config = read_config(export)
     layout_of(config, export / "config.json")
     write_text(export / "README.md", model_card(config, hf_base, facts))

@@ -92,11 +92,7 @@ class MoELayout:
 
 
 def layout_of(config: Config, source: Path) -> MoELayout:
-    """Return the layout of a config.json.
-
-    Raises:
-        L0MoEError: it is of another architecture.
-    """
+    """Return the layout of a config.json."""
     name = first_architecture(config)
     form: Form = "qwen2_moe" if config.get("model_type") == "qwen2_moe" else "ernie4_5_moe"
     if LAYOUTS[form].hf_architecture != name:

@@ -51,9 +51,6 @@ def sort_units(hard_mask: torch.Tensor) -> MaskUnits:
 
     Args:
         hard_mask: masks of 0 and 1, [E, F].
-
-    Raises:
-        L0MoEError: another value than 0 and 1.
     """
     if not bool(((hard_mask == 0) | (hard_mask == 1)).all()):
         raise L0MoEError(
@@ -77,9 +74,6 @@ def common_widths(layers: Sequence[MaskUnits], *, top_k: int, multiple: int = 1)
         layers: units of each layer.
         top_k: k.
         multiple: what the width must be a multiple of.
-
-    Raises:
-        L0MoEError: no mask of any layer keeps a unit.
     """
     routed = max(len(units) for layer in layers for units in layer.routed)
     shared = max(len(layer.shared) for layer in layers)

@@ -108,11 +108,7 @@ def random_clusters(vectors: Vectors, num_clusters: int, *, seed: int) -> Cluste
 
 
 def nearest_centre(vectors: Vectors, centres: Floats) -> Ids:
-    """Return the centre with the largest cosine for each unit vector, int64 [N]; ties go to the lower number.
-
-    Raises:
-        L0MoEError: a vector is not of length 1.
-    """
+    """Return the centre with the largest cosine for each unit vector, int64 [N]; ties go to the lower number."""
     nearest = np.empty(vectors.shape[0], dtype=np.int64)
     for start, block in _blocks(vectors):
         nearest[start : start + len(block)] = np.argmax(block @ centres.T, axis=1)

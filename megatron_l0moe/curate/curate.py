@@ -150,9 +150,6 @@ def plan_budgets(recipe: Recipe) -> tuple[list[Budget], int]:
     """Return each iteration's budget and the sequences of each cluster of D^(0) that MoE training replays.
 
     Everything is cut to whole global batches: of an expert run for iteration 0, of p * K sequences otherwise.
-
-    Raises:
-        L0MoEError: more is replayed than D^(0) holds.
     """
     data, k, p = recipe.data, recipe.model.num_experts, recipe.moe_training.sequences_per_domain
     batch_tokens = recipe.moe_global_batch_size * data.seq_length

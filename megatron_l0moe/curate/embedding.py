@@ -148,11 +148,7 @@ class Encoder:
 
 
 def load_encoder(name: str, *, max_tokens: int, batch_size: int) -> Encoder:
-    """Load an encoder in fp32 on this process' device.
-
-    Raises:
-        L0MoEError: see `check_encoder`, or the model is damaged.
-    """
+    """Load an encoder in fp32 on this process' device."""
     folder = check_encoder(name, max_tokens=max_tokens)
     options: dict[str, Any] = {"use_fp16": False, "devices": str(device())}
     if is_bge_m3(folder):

@@ -116,11 +116,7 @@ class ClusterFiller:
             self.clusters[k] = np.concatenate([self.clusters[k], mine[:count]])
 
     def check_filled(self) -> None:
-        """Check that every cluster has its budget; documents are never repeated.
-
-        Raises:
-            L0MoEError: a cluster has too little text.
-        """
+        """Check that every cluster has its budget; documents are never repeated."""
         totals = [self._total(k) for k in range(len(self.clusters))]
         smallest = int(np.argmin(totals))
         have, budget = totals[smallest], self.budget
@@ -146,9 +142,6 @@ def fill_clusters(fillers: Sequence[ClusterFiller], write: Write) -> None:
     """Choose documents by the estimate, tokenise them, and go on where a cluster is still short.
 
     Usually one round is enough. Only documents that are needed are tokenised.
-
-    Raises:
-        L0MoEError: a cluster has too little text.
     """
     while any(map(len, chosen := [filler.choose() for filler in fillers])):
         for filler, written in zip(fillers, write(fillers, chosen), strict=True):

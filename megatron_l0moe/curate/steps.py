@@ -183,11 +183,7 @@ class Embedded:
 
 
 def scan(workspace: Workspace, corpus: Corpus, data: DataSection, quarantine_file: Path) -> Catalog:
-    """Scan the corpus and save its catalog for the other steps.
-
-    Raises:
-        L0MoEError: see `merge_scans`, or a task failed.
-    """
+    """Scan the corpus and save its catalog for the other steps."""
     sizes = np.array([int(size) for _, size, _ in corpus.state()], dtype=np.float64)
     shards = np.arange(len(corpus.shards))
     plan = UnitPlan.of(shards, cut_at_shards(shards, sizes, SCAN_BYTES))
@@ -205,11 +201,7 @@ def scan(workspace: Workspace, corpus: Corpus, data: DataSection, quarantine_fil
 
 
 def embed(workspace: Workspace, catalog: Catalog, ids: Ids, data: DataSection) -> Embedded:
-    """Embed documents.
-
-    Raises:
-        L0MoEError: a task failed.
-    """
+    """Embed documents."""
     wanted = np.sort(ids)
     ends = cut_at_shards(catalog.rows["shard"][wanted], np.ones(len(wanted)), EMBED_DOCUMENTS)
     model = find_model(data.embedding_model)

@@ -87,9 +87,6 @@ class OpenBlocks(DomainCounts):
 
     Args:
         model: an exported DSMoE.
-
-    Raises:
-        L0MoEError: the model has no block gates.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -120,11 +117,7 @@ class OpenBlocks(DomainCounts):
 
 
 class RouterLoad(DomainCounts):
-    """Counts the assignments of each source domain to each expert.
-
-    Raises:
-        L0MoEError: no layer has a top-k router.
-    """
+    """Counts the assignments of each source domain to each expert."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(moe_routers(model))
@@ -142,11 +135,7 @@ class RouterLoad(DomainCounts):
 
 
 def moe_routers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return {layer number: router module} of an Ernie4.5-MoE model.
-
-    Raises:
-        L0MoEError: no layer has a top-k router.
-    """
+    """Return {layer number: router module} of an Ernie4.5-MoE model."""
     routers: dict[int, nn.Module] = {}
     for number, layer in enumerate(model.get_decoder().layers):
         gate = getattr(layer.mlp, "gate", None)

@@ -26,11 +26,7 @@ def is_dsmoe(model_type: object) -> bool:
 
 
 def exported_code(folder: Path, model_type: str) -> ModuleType:
-    """Import the modelling file of an exported DSMoE, without transformers' copy of it in the user's cache.
-
-    Raises:
-        L0MoEError: the file is missing, or is not ours.
-    """
+    """Import the modelling file of an exported DSMoE, without transformers' copy of it in the user's cache."""
     file = folder / MODELLING_FILE
     ours = modelling_text(model_type.removeprefix(MODEL_TYPE))
     if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != ours:

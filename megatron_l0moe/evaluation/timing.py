@@ -290,9 +290,6 @@ def measure_speed(
 
     Returns:
         the content of evaluate/speed.json.
-
-    Raises:
-        L0MoEError: too little held-out text for these lengths.
     """
     modes = (
         Mode(name="prefill", batch=1, tokens=prefill_tokens, prompt=0),

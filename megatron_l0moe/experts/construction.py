@@ -191,9 +191,6 @@ def write_constructed(
 
     Returns:
         Numbers for the manifest.
-
-    Raises:
-        L0MoEError: weights are NaN or infinite.
     """
     width = next(iter(layers.values())).units.numel()
     tensors: dict[str, torch.Tensor] = {}

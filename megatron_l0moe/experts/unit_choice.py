@@ -276,9 +276,6 @@ def damped_cholesky(gram: Tensor, damping: float, scale: float) -> tuple[Tensor,
         gram: fp64 [n, n], positive semidefinite up to rounding.
         damping: a fraction, made ten times larger where the factorisation fails.
         scale: what it is a fraction of, the mean of G's diagonal.
-
-    Raises:
-        L0MoEError: not even a damping of `damping` * 10^4 helps.
     """
     for escalation in range(ESCALATIONS + 1):
         tried = damping * 10.0**escalation

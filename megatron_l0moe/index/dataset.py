@@ -128,11 +128,7 @@ class CurriculumDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         }
 
     def check_all(self) -> None:
-        """Check every record's range and every global batch; checksums are checked on opening.
-
-        Raises:
-            L0MoEError: the first violation.
-        """
+        """Check every record's range and every global batch; checksums are checked on opening."""
         lengths = [shard.sequence_lengths for shard in self._shards]
         check_records(self.prefix, self.header, self._docs, self._samples, lengths)
         check_batches(self.prefix, self.header, self._samples)

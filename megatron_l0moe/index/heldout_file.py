@@ -37,11 +37,7 @@ def read_heldout(file: Path) -> list[HeldoutSequence]:
 
 
 def check_vocabulary(largest: int, vocab_size: int) -> None:
-    """Refuse held-out text with a token id that a model does not have.
-
-    Raises:
-        L0MoEError: `largest` is one.
-    """
+    """Refuse held-out text with a token id that a model does not have."""
     if largest >= vocab_size:
         raise L0MoEError(
             f"The held-out text holds token id {largest}, the model's vocabulary ends at {vocab_size - 1}; curate and "

@@ -308,9 +308,6 @@ def samples_of_step(prefix: Path, step: int, global_batch_size: int) -> list[Sam
         prefix: path of the index without `.ccm.json`.
         step: counted from 1, as in the log and in metrics.jsonl.
         global_batch_size: sequences of one step.
-
-    Raises:
-        L0MoEError: the index is missing or damaged.
     """
     header = load_header(prefix)
     _, docs_file, samples_file = index_files(prefix)

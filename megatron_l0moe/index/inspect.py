@@ -65,11 +65,7 @@ def open_folder(path: Path) -> CurateFolder:
 
 
 def find_tokenizer(folder: CurateFolder, given: Path | None) -> Path | None:
-    """Return the tokenizer file that the sets were made with: the given one, or the recipe's if it is still here.
-
-    Raises:
-        L0MoEError: the given one is missing or another one.
-    """
+    """Return the tokenizer file that the sets were made with: the given one, or the recipe's if it is still here."""
     model = folder.summary.get("model")
     place = given or (Path(model) if isinstance(model, str) else None)
     if place is None:
@@ -111,11 +107,7 @@ def describe(folder: CurateFolder, console: Console, *, tokenizer: Path | None, 
 
 
 def verify(folder: CurateFolder) -> str:
-    """Check every checksum, every record's range and every batch of every index; return what was checked.
-
-    Raises:
-        L0MoEError: the first violation.
-    """
+    """Check every checksum, every record's range and every batch of every index; return what was checked."""
     expected: dict[Path, str] = {}
     for name, header in folder.headers.items():
         check_sizes(folder.prefix(name), header)
@@ -268,9 +260,5 @@ def _dropped(folder: CurateFolder) -> Table:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty if the file is not there.
-
-    Raises:
-        L0MoEError: it is damaged.
-    """
+    """Return a JSON object, empty if the file is not there."""
     return read_json(path, "copy the curate folder again") if path.is_file() else {}

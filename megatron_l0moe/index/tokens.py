@@ -128,11 +128,7 @@ class SentencePieceTokenizer:
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """Return the tokenizer file of a Hugging Face model folder.
-
-    Raises:
-        L0MoEError: it has none.
-    """
+    """Return the tokenizer file of a Hugging Face model folder."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -143,11 +139,7 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def open_tokenizer(file: Path) -> TextTokenizer:
-    """Open a tokenizer.json or a sentencepiece model.
-
-    Raises:
-        L0MoEError: it is damaged, or of another kind.
-    """
+    """Open a tokenizer.json or a sentencepiece model."""
     kind = FastTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     try:
         return kind(file)
@@ -252,9 +244,6 @@ def write_documents(
     """Tokenise (id, text, token limit) triples into ``prefix``.bin/.idx; return (id, length with EOD), as stored.
 
     The pair is read back. A name for a file that is not whole yet is the caller's part.
-
-    Raises:
-        L0MoEError: the files do not hold what was written.
     """
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
     written: list[tuple[int, int]] = []

@@ -89,9 +89,6 @@ def check_checksums(prefix: Path, expected: Mapping[Path, str]) -> None:
     Args:
         prefix: of the index that names them, for the message.
         expected: sha256 by file.
-
-    Raises:
-        L0MoEError: one differs.
     """
     with ThreadPoolExecutor(min(MAX_READERS, os.cpu_count() or 1)) as pool:
         for path, found in zip(expected, pool.map(sha256_file, expected), strict=True):

@@ -248,11 +248,7 @@ def _check_length(node: yaml.ScalarNode) -> None:
 
 
 def _check_written(place: Place, node: yaml.ScalarNode) -> None:
-    """Refuse a value that YAML reads as something else than people do.
-
-    Raises:
-        L0MoEError: names the key, the line and how to write it.
-    """
+    """Refuse a value that YAML reads as something else than people do."""
     kind, text = node.tag.removeprefix(_TAG), node.value
     where = f"{_words(place)}: "
     if kind in ("int", "float") and _BASE_60.fullmatch(text):

@@ -184,11 +184,7 @@ def _expert_numbers(files: RunFiles) -> Json:
 
 
 def experts_overlap(experts: Sequence[ExpertFiles], *, width: int, channels: int) -> Json:
-    """Return how far the units of two or more experts of `width` out of `channels` are the same, by layer.
-
-    Raises:
-        L0MoEError: an expert has another width.
-    """
+    """Return how far the units of two or more experts of `width` out of `channels` are the same, by layer."""
     widths = {layer: sorted({len(expert.units[layer]) for expert in experts}) for layer in experts[0].units}
     for layer, found in widths.items():
         if found != [width]:

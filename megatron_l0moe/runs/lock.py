@@ -39,9 +39,6 @@ def locked(
 
     Commands on different experts share the run, so that a cluster can train them side by side; every other
     command has it alone.
-
-    Raises:
-        L0MoEError: another command works on the same thing.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     wanted = [(run_folder / ".lock", expert is not None)]

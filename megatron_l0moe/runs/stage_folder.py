@@ -263,11 +263,7 @@ def begin(stage: StageFolder, restart: Restart) -> None:
 
 
 def check_started(stage: StageFolder) -> None:
-    """Check that unfinished work of a stage that can be resumed is this recipe's; its inputs must be finished.
-
-    Raises:
-        L0MoEError: it was started with other settings or inputs.
-    """
+    """Check that unfinished work of a stage that can be resumed is this recipe's; its inputs must be finished."""
     started = stage.folder / STARTED
     if started.is_file() and started.read_text(encoding="utf-8").strip() != _identity(stage):
         raise L0MoEError(
@@ -308,11 +304,7 @@ def input_digests(stage: StageFolder) -> dict[str, str]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a finished stage's manifest, or an empty mapping when there is none.
-
-    Raises:
-        L0MoEError: it is damaged.
-    """
+    """Return a finished stage's manifest, or an empty mapping when there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return {}
@@ -406,21 +398,13 @@ class Recorded:
 
 
 def recorded_outputs(folder: Path) -> Recorded:
-    """Return the outputs of a finished stage as its manifest has them; none where there is no manifest.
-
-    Raises:
-        L0MoEError: the manifest is damaged.
-    """
+    """Return the outputs of a finished stage as its manifest has them; none where there is no manifest."""
     found = _recorded(folder, read_manifest(folder), "outputs", folder / MANIFEST)
     return found.only(name for name in found.sizes if Path(name).name not in CHANGES_AFTERWARDS)
 
 
 def recorded_model(folder: Path) -> Recorded | None:
-    """Return the dense model's files as a stage recorded them; None where it did not.
-
-    Raises:
-        L0MoEError: the manifest is damaged.
-    """
+    """Return the dense model's files as a stage recorded them; None where it did not."""
     model = read_manifest(folder).get("model")
     if model is None:
         return None

@@ -210,11 +210,7 @@ class Run:
     """Whether a stage compares the files that it reads with what the stages before recorded."""
 
     def __post_init__(self) -> None:
-        """Refuse paths that leave their line in a batch script or a record.
-
-        Raises:
-            L0MoEError: names the path and the character.
-        """
+        """Refuse paths that leave their line in a batch script or a record."""
         for what, path in (("--runs-dir", self.runs_dir), ("The recipe's path", self.recipe_file)):
             try:
                 check_text(str(path))

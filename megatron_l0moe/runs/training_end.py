@@ -43,11 +43,7 @@ def write_failure(folder: Path, failure: Failure) -> None:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Read failure.json; None where there is none.
-
-    Raises:
-        L0MoEError: it cannot be read.
-    """
+    """Read failure.json; None where there is none."""
     file = folder / FAILURE_FILE
     if not file.is_file():
         return None

@@ -15,9 +15,6 @@ def read_json(file: Path, mend: str, *, finite: bool = True) -> dict[str, Any]:
         file: in UTF-8.
         mend: what helps when the file is damaged, as the end of a sentence: "run the curate stage again".
         finite: whether NaN and infinite numbers are refused; what other programs write may hold them.
-
-    Raises:
-        L0MoEError: the file is missing, or holds anything else.
     """
     if not file.is_file():
         raise L0MoEError(f"{file} is missing; {mend}.")

@@ -106,11 +106,7 @@ def stage_model(
     top_k: int,
     trains_weights: bool = True,
 ) -> StageModel:
-    """Return the model of a stage of a recipe with these sizes.
-
-    Raises:
-        L0MoEError: as many dense layers as layers.
-    """
+    """Return the model of a stage of a recipe with these sizes."""
     config = architecture.hf_config("bfloat16")
     moe = l0moe_counts(
         config, dense_layers=dense_layers, num_experts=num_experts, expert_ffn=expert_ffn, top_k=top_k

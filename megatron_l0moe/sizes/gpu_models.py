@@ -87,11 +87,7 @@ def gpu_of_device(name: str) -> Gpu | None:
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return a GPU by its short name.
-
-    Raises:
-        L0MoEError: an unknown name.
-    """
+    """Return a GPU by its short name."""
     if name.lower() not in GPUS:
         raise L0MoEError(f"There is no GPU {name!r}{nearest(name, GPUS)}; known are {', '.join(GPUS)}.")
     return GPUS[name.lower()]

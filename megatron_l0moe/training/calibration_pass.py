@@ -87,11 +87,7 @@ class Collector:
             mlp.linear_fc2.register_forward_pre_hook(self._add_activations(mlp))
 
     def calibrations(self) -> Iterator[tuple[int, Calibration]]:
-        """Yield (layer, calibration) over all ranks' text, and forget the layer's sums; all ranks must go through it.
-
-        Raises:
-            L0MoEError: the numbers of a layer cannot be used.
-        """
+        """Yield (layer, calibration) over all ranks' text, and forget the layer's sums; all ranks have to."""
         data = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensor = parallel_state.get_tensor_model_parallel_group()
 

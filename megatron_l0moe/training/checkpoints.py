@@ -80,9 +80,6 @@ def last_good(folder: Path) -> Found | None:
 
     Returns:
         None where no checkpoint was ever finished.
-
-    Raises:
-        L0MoEError: there are checkpoints and all are damaged.
     """
     tracker = folder / TRACKER_NAME
     named, problems = _named(folder)
@@ -138,11 +135,7 @@ def take_up(folder: Path, found: Found) -> None:
 
 
 def check_own(reader: CheckpointReader, args: argparse.Namespace, settings: JobSettings) -> None:
-    """Refuse a checkpoint of another stage or recipe.
-
-    Raises:
-        L0MoEError: names the first setting that differs.
-    """
+    """Refuse a checkpoint of another stage or recipe."""
     stored = _stored_settings(reader, settings)
     _check_stage(reader, stored, settings.plan.stage, settings)
     _compare(reader, stored, settings_as_dict(settings), settings_as_dict(settings))
@@ -154,11 +147,7 @@ def check_own(reader: CheckpointReader, args: argparse.Namespace, settings: JobS
 def check_model(
     reader: CheckpointReader, args: argparse.Namespace, settings: JobSettings, stage: str
 ) -> None:
-    """Refuse weights of another model or not of `stage`.
-
-    Raises:
-        L0MoEError: names the first setting that differs.
-    """
+    """Refuse weights of another model or not of `stage`."""
     stored = _stored_settings(reader, settings)
     _check_stage(reader, stored, stage, settings)
     names = (*MODEL_SETTINGS, *{"dsmoe": BLOCK_SETTINGS, "mom": MASK_SETTINGS}.get(stage, ()))
@@ -253,11 +242,7 @@ def check(models: list[Any], args: argparse.Namespace, settings: JobSettings) ->
 
 
 def choose(args: argparse.Namespace, settings: JobSettings) -> Start:
-    """Look at the files, repair the tracker file of the job's own folder, and return where the job starts.
-
-    Raises:
-        L0MoEError: see `check`.
-    """
+    """Look at the files, repair the tracker file of the job's own folder, and return where the job starts."""
     folder = Path(args.load) if args.load else None
     if folder is not None and args.ckpt_step:
         reader = open_checkpoint(folder / f"iter_{args.ckpt_step:07d}")
@@ -286,11 +271,7 @@ def choose(args: argparse.Namespace, settings: JobSettings) -> Start:
 
 
 def check_keys(models: list[Any], args: argparse.Namespace) -> None:
-    """Refuse initial weights that lack a tensor of the model, which would then train from random values.
-
-    Raises:
-        L0MoEError: names the first tensor that is missing.
-    """
+    """Refuse initial weights that lack a tensor of the model, which would then train from random values."""
     folder = Path(args.pretrained_checkpoint)
     found = read_metadata(tracked(folder) or folder).state_dict_metadata
     lost = sorted(key for model in models for key in model_keys(model) if key not in found)

@@ -275,11 +275,7 @@ class Resources:
 
 
 def resources(name: str, recipe: Recipe, cluster: Cluster) -> Resources:
-    """Return what a job of a stage takes.
-
-    Raises:
-        L0MoEError: the recipe wants more of a node than it has.
-    """
+    """Return what a job of a stage takes."""
     found = _of_training(name, recipe, cluster) if name in TRAINING else _of_other(name, recipe, cluster)
     if found.cpus > cluster.cpus_per_node:
         raise L0MoEError(

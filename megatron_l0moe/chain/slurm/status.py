@@ -161,11 +161,7 @@ def _note(row: Row, folder: Path, job: JobState | None) -> str:
 
 
 def show(folder: Path, console: Console) -> None:
-    """Print the state of a run.
-
-    Raises:
-        L0MoEError: the folder is not that of a run.
-    """
+    """Print the state of a run."""
     record = read_record(folder)
     run = Run(
         recipe=_recipe(folder), recipe_file=Path(record.recipe_file or "recipe.yaml"), runs_dir=folder.parent

@@ -80,11 +80,7 @@ def record_file(run_folder: Path) -> Path:
 
 
 def read_record(run_folder: Path) -> RunJobs:
-    """Return the jobs of a run; none where nothing was submitted.
-
-    Raises:
-        L0MoEError: the file is not ours.
-    """
+    """Return the jobs of a run; none where nothing was submitted."""
     path = record_file(run_folder)
     if not path.is_file():
         return RunJobs()
@@ -247,11 +243,7 @@ def submit_chain(request: Request, say: Say) -> None:
 
 
 def refuse_if_queued(run: Run) -> None:
-    """Refuse to work on a run here while jobs of it wait or run on a cluster.
-
-    Raises:
-        L0MoEError: they do.
-    """
+    """Refuse to work on a run here while jobs of it wait or run on a cluster."""
     record = read_record(run.folder)
     try:
         known = slurm_commands.states(dict.fromkeys(job.job for job in record.jobs))
@@ -266,11 +258,7 @@ def refuse_if_queued(run: Run) -> None:
 
 
 def cancel_run(run_folder: Path) -> list[str]:
-    """End all jobs of a run that still wait or run; returns them.
-
-    Raises:
-        L0MoEError: Slurm could not be asked.
-    """
+    """End all jobs of a run that still wait or run; returns them."""
     with locked(run_folder / "slurm"):
         record = read_record(run_folder)
         numbers = list(dict.fromkeys(job.job for job in record.jobs))
@@ -307,11 +295,7 @@ def _say_what_is_left_out(request: Request, parts: Sequence[PendingStage], say: 
 
 
 def _ask_for_refusals(request: Request, parts: Sequence[PendingStage]) -> None:
-    """Let the cluster look at every script before the first one is queued.
-
-    Raises:
-        L0MoEError: it refuses one.
-    """
+    """Let the cluster look at every script before the first one is queued."""
     for part in parts:
         if part.submit:
             script = place_of(request.run).script(part.spec.name)

@@ -167,9 +167,6 @@ def scan_shards(
     """Read some shards once, check every document, and drop what the filters ask for.
 
     Memory: ``ROW`` for each document. ``advance`` is told of every document that was read.
-
-    Raises:
-        L0MoEError: too many domains.
     """
     reader = corpus.reader(
         with_signals=bool(settings.quality_signals), with_duplicates=settings.drop_duplicates

@@ -102,11 +102,7 @@ def _outside_of_a_job(said: str) -> Iterator[None]:
 
 
 def _wait(step: UnitStep, job: str, tasks: int, logs: str) -> None:
-    """Wait until every task of a job array has its completion marker.
-
-    Raises:
-        L0MoEError: the job is gone and some are not done.
-    """
+    """Wait until every task of a job array has its completion marker."""
     said, gone = -SAY_SECONDS, 0
     while missing := [rank for rank in range(tasks) if not completion_file(step.folder, rank).exists()]:
         if any((step.folder / "errors").glob("[0-9]*.json")):

@@ -361,11 +361,7 @@ def text_for(dense: Path, heldout: Path | None, settings: BenchSettings) -> list
 
 
 def parse_engine(name: str) -> Engine:
-    """Return the engine of that name.
-
-    Raises:
-        L0MoEError: an unknown one.
-    """
+    """Return the engine of that name."""
     for engine in ENGINES:
         if engine == name:
             return engine

@@ -84,11 +84,7 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Shape:
-    """Return a published shape by its name.
-
-    Raises:
-        L0MoEError: an unknown name.
-    """
+    """Return a published shape by its name."""
     if name not in SHAPES:
         raise L0MoEError(f"There is no shape {name!r}{nearest(name, SHAPES)}; known are {', '.join(SHAPES)}.")
     return SHAPES[name]
@@ -100,9 +96,6 @@ def scaled(shape: Shape, scale: float, layers: int | None = None) -> Shape:
     Args:
         scale: of all widths, above 0 and at most 1.
         layers: fewer layers, of which the same share stays dense (at least one); None: all.
-
-    Raises:
-        L0MoEError: a scale or a number of layers out of range.
     """
     a, moe = shape.dense, shape.moe
     layers = a.num_layers if layers is None else layers
@@ -133,11 +126,7 @@ def scaled(shape: Shape, scale: float, layers: int | None = None) -> Shape:
 
 
 def largest_scale(shape: Shape, layers: int | None, dtype: str, free_bytes: int) -> float:
-    """Return the largest of 1, 1/2, 1/4, ... whose two models fit into a share of the free memory.
-
-    Raises:
-        L0MoEError: none fits.
-    """
+    """Return the largest of 1, 1/2, 1/4, ... whose two models fit into a share of the free memory."""
     room = free_bytes * MEMORY_SHARE
     for scale in (1.0, 0.5, 0.25, 0.125, 0.0625):
         if scaled(shape, scale, layers).weights() * DTYPES[dtype].itemsize <= room:

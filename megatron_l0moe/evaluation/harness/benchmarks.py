@@ -201,9 +201,6 @@ def compare(records: dict[str, list[Json]]) -> Json:
 
     Returns:
         `rows`, and `seconds` by model and requested task.
-
-    Raises:
-        L0MoEError: the models did not get the same prompts.
     """
     rows = []
     for dense, moe in zip(records["dense"], records["l0moe"], strict=True):

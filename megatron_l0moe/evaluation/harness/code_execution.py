@@ -67,11 +67,7 @@ def run_program(program: str, *, seconds: float = SECONDS, memory_mib: int = MEM
 
 @functools.cache
 def check_available() -> None:
-    """Refuse a machine on which model output cannot be run in isolation, by running a program that does nothing.
-
-    Raises:
-        L0MoEError: what is missing, in one sentence.
-    """
+    """Refuse a machine on which model output cannot be run in isolation, by running a program that does nothing."""
     if sys.platform != "linux" or platform.machine() not in code_sandbox.ARCHITECTURES:
         raise L0MoEError(
             _refusal(f"Linux on {' or '.join(code_sandbox.ARCHITECTURES)}; this is {platform.platform()}")

@@ -66,9 +66,6 @@ def model_arguments(
         folder: the checkpoint; the only argument that is not the same for both models.
         device: such as `cpu` or `cuda`; vLLM and SGLang choose by themselves.
         max_length: tokens of prompt and answer together.
-
-    Raises:
-        L0MoEError: the recipe sets an argument that is set here.
     """
     for name in section.backend_arguments:
         if name in RESERVED or name in LENGTH_ARGUMENT.values():

@@ -332,11 +332,7 @@ def write_task_files(
 
 
 def harness_root() -> Path:
-    """Return the folder of the harness' task files.
-
-    Raises:
-        L0MoEError: the harness is not installed.
-    """
+    """Return the folder of the harness' task files."""
     try:
         import lm_eval.tasks
     except ModuleNotFoundError as error:
