@@ -68,7 +68,7 @@ def concatenated(rule, read):
     rows = [rule.heads * rule.head_dim, rule.groups * rule.head_dim, rule.groups * rule.head_dim]
     parts = read(f"{rule.megatron}.{rule.suffix}").split(rows)
     for n, part in zip("qkv", parts, strict=True):
-        yield Piece(name=f"{rule.hf}.{n}_proj.{rule.suffix}", tensor=part, begin=0, rows=len(part))
+        yield Piece(name=f"{rule.hf}.{n}_proj.{rule.suffix}", tensor=part, begin=0, total_rows=len(part))
 
 
 ORIGINAL = {rule: rule.to_hf for rule in (GatedMLP, Experts, QKV)}
