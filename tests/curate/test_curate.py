@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from curate.tasks.worlds import DOMAINS, GBS, K, P, Q, S, make_recipe
+from curate_worlds import DOMAINS, GBS, K, P, Q, S, make_recipe
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_l0moe.curate.ccm import confusion, semantic_distance

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from curate.tasks.worlds import checksums
+from curate_worlds import checksums
 from slurm.cluster import Cluster
 from whole_chain import toy_world
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import curate_worlds as worlds
 import pytest
-from curate.tasks import worlds
 
 from megatron_l0moe.curate import sampling, steps
 from megatron_l0moe.curate.curate import curate

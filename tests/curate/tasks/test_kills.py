@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import curate_worlds as worlds
 import pytest
 import yaml
-from curate.tasks import worlds
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["--scan-bytes", "1500", "--embed-documents", "9", "--tokenise-tokens", "150"]

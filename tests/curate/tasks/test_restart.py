@@ -6,9 +6,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import curate_worlds as worlds
 import pytest
 import yaml
-from curate.tasks import worlds
 
 from megatron_l0moe.curate import curate as curate_module
 from megatron_l0moe.curate import steps

@@ -10,9 +10,9 @@ import threading
 import time
 from pathlib import Path
 
+import curate_worlds as worlds
 import numpy as np
 import pytest
-from curate.tasks import worlds
 
 from megatron_l0moe.curate.curate import curate
 from megatron_l0moe.curate.tasks import run
