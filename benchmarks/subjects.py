@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import training as megatron_training
 
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, HardConcreteGate
 from megatron_l0moe.modules.layer_specs import LayerPlan, ModelKind, block_spec
@@ -32,7 +33,6 @@ from megatron_l0moe.runtime.platform import platform_flags
 from megatron_l0moe.training.arguments import JobSettings, StageConfig
 from megatron_l0moe.training.model import (
     group_overrides,
-    megatron_training,
     prepare_for_training,
 )
 

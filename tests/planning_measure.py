@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from megatron.training import training as megatron_training  # noqa: E402
 from megatron_models import transformer_config  # noqa: E402
 from planning_cases import CASES, SIZES  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -28,7 +29,7 @@ from megatron_l0moe.modules.retention import GateStep, Phase, RetentionConfig  #
 from megatron_l0moe.modules.router import RouterConfig  # noqa: E402
 from megatron_l0moe.modules.trained_part import parts  # noqa: E402
 from megatron_l0moe.training.arguments import JobSettings, StageConfig  # noqa: E402
-from megatron_l0moe.training.model import group_overrides, megatron_training, prepare_for_training  # noqa: E402  # noqa: E402
+from megatron_l0moe.training.model import group_overrides, prepare_for_training  # noqa: E402
 
 
 def build(stage: str, *, tied: bool, bf16: bool, trains: str, recompute: dict[str, Any]) -> GPTModel:

@@ -1,29 +1,26 @@
 """Ends of a job before its last step: on request, and when its numbers are no numbers any more.
 
 Megatron ends a run early with exit code 0 (training/training.py:4155), which a batch script takes for success. Here
-every end before the last step has exit code 75, and says so in the folder of the stop file (see `endings.py`).
+every end before the last step has exit code 75, and says so in the folder of the stop file (`runs/training_end.py`).
 """
 
 import argparse
 import contextlib
-import functools
-import inspect
 import logging
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.training import get_args
-from megatron.training import training as megatron_training
 
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.index.index import describe_places, samples_of_step
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runs.training_end import STOPPED, STOPPED_FILE, Failure, how_to_go_on, write_failure
+from megatron_l0moe.training import megatron_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +40,16 @@ class EarlyEnd:
         self.step: int | None = None
 
     def install(self) -> None:
-        """Look for the stop file once a step, where Megatron decides whether to end (training/training.py:4079)."""
-        original = _upstream("checkpoint_and_decide_exit", "iteration")
-        signature = inspect.signature(original)
+        """Look for the stop file once a step, where Megatron decides whether to end."""
 
-        @functools.wraps(original)
-        def checkpoint_and_decide_exit(*args: Any, **kwargs: Any) -> bool:
-            iteration = int(signature.bind(*args, **kwargs).arguments["iteration"])
+        def decide(megatrons: Callable[[], bool], iteration: int) -> bool:
             with _exit_after_this_step() if self._is_asked_for() else contextlib.nullcontext():
-                ends = bool(original(*args, **kwargs))
+                ends = bool(megatrons())
             if ends:
                 self.step = iteration
             return ends
 
-        megatron_training.checkpoint_and_decide_exit = checkpoint_and_decide_exit
+        megatron_hooks.around_exit(decide)
 
     def _is_asked_for(self) -> bool:
         """Rank 0 looks and tells all others, so that they end after the same step."""
@@ -115,23 +108,18 @@ def watched(args: argparse.Namespace, stop_file: str) -> Iterator[None]:
 
 
 def install_number_check() -> None:
-    """Check loss and gradient norm after each step, before anything is saved (training/training.py:3985).
+    """Check loss and gradient norm after each step, before anything is saved.
 
     Megatron checks each rank's gradients before they are summed, but not the loss of a step without gradients, not a
     sum that overflows, nothing with --no-check-for-nan-in-loss-and-grad, and with its default --rerun-mode
     validate_results not in the first step after a start (core/rerun_state_machine.py:592).
     """
-    original = _upstream("training_log", "loss_dict", "skipped_iter", "grad_norm")
-    signature = inspect.signature(original)
 
-    @functools.wraps(original)
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+    def check(given: megatron_hooks.Given) -> None:
         if not given["skipped_iter"]:  # a skipped step is the loss scaling of fp16 at work
             check_numbers(given["loss_dict"], given["grad_norm"])
-        return original(*args, **kwargs)
 
-    megatron_training.training_log = training_log
+    megatron_hooks.before_log(check)
 
 
 def check_numbers(losses: dict[str, torch.Tensor], grad_norm: float | None) -> None:
@@ -173,16 +161,3 @@ def _exit_after_this_step() -> Iterator[None]:
         yield
     finally:
         args.exit_interval = before
-
-
-def _upstream(name: str, *parameters: str) -> Callable[..., Any]:
-    """Return a function of Megatron's training loop, which must have these parameters."""
-    function: Callable[..., Any] | None = getattr(megatron_training, name, None)
-    assert function is not None, (
-        f"megatron.training.training.{name} is not there; written for megatron-core 0.19.2"
-    )
-    missing = set(parameters) - set(inspect.signature(function).parameters)
-    assert not missing, (
-        f"megatron.training.training.{name} has no {missing}; written for megatron-core 0.19.2"
-    )
-    return function

@@ -31,7 +31,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
-from megatron.training import training as megatron_training
 
 from megatron_l0moe.modules.trained_part import Metrics, parts_by_kind
 from megatron_l0moe.runs.stage_folder import write_text
@@ -225,6 +224,10 @@ class MetricsWriter:
         """Count the first step's time from here."""
         self._last = time.perf_counter()
 
+    def see(self, given: Mapping[str, Any]) -> None:
+        """Record the step whose results Megatron's loop is about to log."""
+        self.write(given["loss_dict"], given["learning_rate"], given["iteration"], given["grad_norm"])
+
     def write(
         self, losses: dict[str, torch.Tensor], learning_rate: float, iteration: int, grad_norm: float
     ) -> None:
@@ -270,39 +273,6 @@ class MetricsWriter:
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _iteration_of(line) < iteration]
         write_text(path, "".join(f"{line}\n" for line in kept))
-
-
-def install_metrics(writer: MetricsWriter) -> None:
-    """Call the writer after each step, where Megatron's loop logs (training/training.py:3985)."""
-    original: Callable[..., Any] = megatron_training.training_log
-
-    def training_log(
-        loss_dict: dict[str, torch.Tensor],
-        total_loss_dict: dict[str, Any],
-        learning_rate: float,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        grad_norm: float,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        writer.write(loss_dict, learning_rate, iteration, grad_norm)
-        return original(
-            loss_dict,
-            total_loss_dict,
-            learning_rate,
-            iteration,
-            loss_scale,
-            report_memory_flag,
-            skipped_iter,
-            grad_norm,
-            *args,
-            **kwargs,
-        )
-
-    megatron_training.training_log = training_log
 
 
 def _is_writer() -> bool:

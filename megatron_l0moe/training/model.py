@@ -6,7 +6,6 @@ inside every checkpoint, under the key `l0moe` of its common state.
 
 import argparse
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,33 +13,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ParamGroupOverride, ParamKey
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.training import checkpointing
-from megatron.training import training as megatron_training
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_l0moe.checkpoints.torch_dist import SETTINGS_KEY
 from megatron_l0moe.modules.l0_mlp import L0MLP
 from megatron_l0moe.modules.layer_specs import LayerPlan, block_spec
 from megatron_l0moe.modules.trained_part import LAMBDA_GROUP, MASK_GROUP, ROUTER_GROUP, TrainedPart
-from megatron_l0moe.training.arguments import JobSettings, StageConfig, settings_as_dict
-
-
-def install_settings(settings: JobSettings) -> None:
-    """Add the settings to what Megatron saves (training/checkpointing.py:752).
-
-    `ModelConfig.extra_checkpoint_metadata` promises that, but in 0.19.2 nothing reads it (training/models/base.py:66).
-    When loading, Megatron takes only shards from this dictionary, so the key does no harm there.
-    """
-    original: Callable[..., dict[str, Any]] = checkpointing.generate_state_dict
-
-    def generate_state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        state = original(*args, **kwargs)
-        state[SETTINGS_KEY] = settings_as_dict(settings)
-        return state
-
-    checkpointing.generate_state_dict = generate_state_dict
-
+from megatron_l0moe.training.arguments import JobSettings, StageConfig
 
 GROUPS_WITH_A_NORM = (MASK_GROUP, LAMBDA_GROUP)
 """Groups of their own in Megatron's gradient clip too (core/optimizer/optimizer.py, SEPARATE_GRAD_NORM_GROUPS)."""
@@ -136,19 +115,3 @@ def group_overrides(stage: StageConfig) -> dict[ParamKey, ParamGroupOverride]:
     if stage.l0_router_lr:
         overrides[ParamKey(attr=ROUTER_GROUP)] = {"max_lr": stage.l0_router_lr, "min_lr": 0.0}
     return overrides
-
-
-def install_group_overrides(stage: StageConfig) -> None:
-    """Add our overrides where Megatron's loop asks for the optimizer's config (training/training.py:1962).
-
-    The loop has no other seam for them: `setup_model_and_optimizer` calls the function by its module's name.
-    """
-    original: Callable[[argparse.Namespace], tuple[Any, dict[Any, Any]]] = (
-        megatron_training.get_megatron_optimizer_config
-    )
-
-    def get_megatron_optimizer_config(args: argparse.Namespace) -> tuple[Any, dict[Any, Any]]:
-        config, overrides = original(args)
-        return config, {**overrides, **group_overrides(stage)}
-
-    megatron_training.get_megatron_optimizer_config = get_megatron_optimizer_config

@@ -23,9 +23,17 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_l0moe.training import arguments, checkpoints, early_end, forward_step, metrics, model
+    from megatron_l0moe.checkpoints.torch_dist import SETTINGS_KEY
+    from megatron_l0moe.training import (
+        arguments,
+        checkpoints,
+        early_end,
+        forward_step,
+        megatron_hooks,
+        metrics,
+        model,
+    )
     from megatron_l0moe.training.forward_step import ForwardStep
-    from megatron_l0moe.training.model import install_settings
 
     arguments.install_argv()
     arguments.check_command_line()
@@ -35,13 +43,13 @@ def main() -> None:
     settings = arguments.settings_from_args(args)
     config = model.model_config(args, settings)
     config.pre_wrap_hooks.append(functools.partial(checkpoints.check, args=args, settings=settings))
-    install_settings(settings)
-    model.install_group_overrides(settings.stage)
+    megatron_hooks.add_to_checkpoints(lambda: {SETTINGS_KEY: arguments.settings_as_dict(settings)})
+    megatron_hooks.add_to_optimizer(model.group_overrides(settings.stage))
     file = settings.stage.l0_metrics_file
     writer = metrics.MetricsWriter(Path(file) if file else None, settings)
     if file or args.tensorboard_dir or args.wandb_project:
         config.post_wrap_hooks.append(functools.partial(_remember_models, writer))
-        metrics.install_metrics(writer)
+        megatron_hooks.before_log(writer.see)
     provider = functools.partial(forward_step.datasets_provider, args)
     provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron asks the function itself
     folder, seconds = Path(file).parent, settings.stage.l0_gpu_sample_seconds if file else 0.0

@@ -56,8 +56,9 @@ def main(folder: Path) -> None:
 def _measure(layout: Any, case: Any) -> dict[str, Any]:
     from distributed import layout_model
     from megatron.core.optimizer import OptimizerConfig
+    from megatron.training import training as megatron_training
 
-    from megatron_l0moe.training.model import group_overrides, megatron_training
+    from megatron_l0moe.training.model import group_overrides
 
     models = layout_model.build(layout, case)
     options = OptimizerConfig(
