@@ -28,7 +28,7 @@ test: setup ## all tests; those on the test cluster and on the real model come l
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m slurm --durations=10
 	@$(PY) -m pytest -m quickstart --durations=3
 
-test-fast: setup ## what a commit needs: every test that takes less than about ten seconds and starts no group of processes
+test-fast: setup ## what a commit needs: the tests that are neither slow nor in several processes; under 4 minutes on two cores
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not slurm and not quickstart and not distributed"
 
 test-quickstart: setup ## the quickstart's chain on its real model with next to no tokens; needs the network once

@@ -19,6 +19,8 @@ from megatron_l0moe.recipe.layout import Layout
 from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs.stages import Run
 
+pytestmark = pytest.mark.slow  # most cases start a process with Megatron
+
 HERE = Path(__file__).parent
 
 

@@ -18,6 +18,8 @@ from megatron_l0moe.recipe.recipe import Recipe, Section, load_recipe
 from megatron_l0moe.runs.stages import Run
 from megatron_l0moe.sizes.gpu_models import GPUS
 
+pytestmark = pytest.mark.slow  # most cases start a process with Megatron
+
 
 def proposals(name: str) -> list[tuple[Section, Candidate]]:
     """Return of each stage and number of GPUs the fastest layout and that with the least memory."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # most cases start a process with Megatron
+
 HERE = Path(__file__).parent
 TESTS = HERE.parent
 FP32_ATOL = 1e-6  # other order of sums in attention and norm; entries are of size 0.01 to 1

@@ -10,6 +10,8 @@ import pytest
 
 from megatron_l0moe.runtime import checkpoint_fixes
 
+pytestmark = pytest.mark.slow  # most cases start a process with Megatron
+
 
 def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # most cases start a process with Megatron
+
 BUILD_AND_STEP = """
 import megatron_models as models, torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
