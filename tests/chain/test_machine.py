@@ -139,6 +139,7 @@ def test_given_speeds_are_taken_and_checked(monkeypatch) -> None:
         machine.measured([(8, 8)])
 
 
+@pytest.mark.slow
 def test_this_machine_is_really_measured(monkeypatch, tmp_path: Path) -> None:
     """Both dtypes, in a process of its own, and of a size that can be: small matrices on a busy machine are slow."""
     monkeypatch.delenv("L0MOE_CPU_FLOPS")

@@ -46,6 +46,7 @@ def test_damage_is_seen(folder, damage):
     assert problem_of(folder) != "ok"
 
 
+@pytest.mark.slow
 def test_it_runs_apart_and_without_the_folders_code(folder):
     check_tokenizer(folder, tokenizer_files(folder), CONFIG)
     own_code(folder)

@@ -56,6 +56,7 @@ def test_tokenizer_and_licence_are_copied_and_nothing_else(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_sentencepiece_tokenizer_encodes_as_that_of_the_base(folder):
     base, out = save_tokenizer(folder / "hf"), folder / "dense_back"
     text = ["a mixture of experts", "the experts of a layer", "one layer after the other"] * 20

@@ -21,6 +21,8 @@ from vllm_server import Completion, ServerError
 from megatron_l0moe.checkpoints.safetensors_files import SafetensorsFolder
 from megatron_l0moe.errors import L0MoEError
 
+pytestmark = pytest.mark.slow  # several processes with transformers
+
 ROOT = Path(__file__).parents[2]
 SERVE_PYTHON = ROOT / ".venv-serve/bin/python"
 
