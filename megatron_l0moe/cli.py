@@ -4,19 +4,17 @@ import functools
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import megatron_l0moe
 from megatron_l0moe import commands
 from megatron_l0moe.commands import RunsDir, one_sentence
+from megatron_l0moe.recipe.recipe import load_recipe
 from megatron_l0moe.runs import caller_environment
 from megatron_l0moe.runs.caller_environment import VERBOSE
-from megatron_l0moe.runs.stages import CHAIN, STAGE_NAMES, StageSpec
-
-if TYPE_CHECKING:
-    from megatron_l0moe.runs.stages import Run
+from megatron_l0moe.runs.stages import CHAIN, STAGE_NAMES, Run, StageSpec, selection
 
 HELP = """Turn a pretrained dense LLM (Llama, Mistral, Qwen2) into an L0-MoE that is served like any other model.
 
@@ -103,10 +101,9 @@ def run(
     with one_sentence(runs_dir):
         from megatron_l0moe.chain import dry_run as dryrun
         from megatron_l0moe.chain import run_local
-        from megatron_l0moe.runs import stages
 
         this = _load(recipe, runs_dir, verify=not no_verify)
-        selected = stages.selection(this.recipe.method, first, last)
+        selected = selection(this.recipe.method, first, last)
         if commands.chosen(launcher, cluster):
             commands.run_on_slurm(this, selected, cluster, dry_run=dry_run)
         elif dry_run:
@@ -216,10 +213,7 @@ def _stage(
         carry_out(this, name, functools.partial(work_of(name), this), only=only)
 
 
-def _load(recipe: Path, runs_dir: Path, *, verify: bool) -> "Run":
-    from megatron_l0moe.recipe.recipe import load_recipe
-    from megatron_l0moe.runs.stages import Run
-
+def _load(recipe: Path, runs_dir: Path, *, verify: bool) -> Run:
     return Run(recipe=load_recipe(recipe), recipe_file=recipe, runs_dir=runs_dir, verify=verify)
 
 

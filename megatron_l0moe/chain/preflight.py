@@ -20,6 +20,8 @@ from megatron_l0moe.runtime.hardware import visible_gpus
 from megatron_l0moe.sizes.architecture import Architecture, job_sizes
 from megatron_l0moe.sizes.gpu_models import find_gpu
 
+logger = logging.getLogger(__name__)
+
 
 def check(recipe: Recipe) -> Architecture:
     """Check a recipe against the model and the files it names; returns the model's architecture.
@@ -109,9 +111,6 @@ def check_gpus(layout: Layout, sizes: JobSizes, names: Names, gpus: int) -> None
             f"{names['processes']} ({layout.processes}) must be at most the {gpus} GPUs of this machine, one for each "
             f"process; use at most {gpus}."
         )
-
-
-logger = logging.getLogger(__name__)
 
 
 def check_cluster(recipe: Recipe, cluster: Cluster, selected: Sequence[StageSpec]) -> None:

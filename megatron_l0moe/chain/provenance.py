@@ -34,6 +34,8 @@ from megatron_l0moe.runs.stage_folder import (
 )
 from megatron_l0moe.runs.stages import STAGE_NAMES, Run, folders, spec_of, stage_command
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Checked:
@@ -116,8 +118,6 @@ def _compare(checked: Checked, recorded: Recorded) -> Checked:
     checked.problems += [f"{recorded.folder / name} {problem}." for name, problem in recorded.problems()]
     return checked
 
-
-logger = logging.getLogger(__name__)
 
 TRACKER = "checkpoints/latest_checkpointed_iteration.txt"
 WEIGHTS = "*.safetensors"

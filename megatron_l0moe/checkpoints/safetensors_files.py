@@ -24,6 +24,8 @@ from megatron_l0moe.runs import digests
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.runtime.json_files import parse_json, read_json
 
+logger = logging.getLogger(__name__)
+
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -150,8 +152,6 @@ def _damaged(path: Path) -> L0MoEError:
         f"{path} is truncated or not a safetensors file ({path.stat().st_size} bytes); download it again."
     )
 
-
-logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

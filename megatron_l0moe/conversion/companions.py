@@ -19,6 +19,8 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import read_config
 
+logger = logging.getLogger(__name__)
+
 TEXT = "The quick brown fox jumps over 13 lazy dogs."
 SECONDS = 600
 _MARK = "tokenizer: "
@@ -79,8 +81,6 @@ def problem_of(folder: Path) -> str:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
     return "ok" if got.strip() == TEXT else f"it makes {got[:60]!r} of {TEXT!r}"
 
-
-logger = logging.getLogger(__name__)
 
 # Of byte-level BPE and of sentencepiece (tokenizer.model); Mistral names some of its own after their version.
 TOKENIZER_FILES = (

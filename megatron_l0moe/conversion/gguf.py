@@ -38,6 +38,8 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs.stage_folder import write_text
 from megatron_l0moe.sizes.architecture import MEGATRON_LLAMA3_SCALING, Architecture, integer
 
+logger = logging.getLogger(__name__)
+
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _MAX_PARTS = 10000
@@ -183,8 +185,6 @@ def _open(path: Path) -> _Part:
         )
     return _Part(path, fields, {tensor.name: tensor for tensor in reader.tensors})
 
-
-logger = logging.getLogger(__name__)
 
 # general.architecture of the file -> transformers' architecture. GGUF files of Mistral models say 'llama' too.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}

@@ -21,6 +21,8 @@ import numpy.typing as npt
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime.cpu import device
 
+logger = logging.getLogger(__name__)
+
 Ids = npt.NDArray[np.int64]
 FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 
@@ -88,8 +90,6 @@ def _open(file: Path) -> npt.NDArray[np.floating[Any]]:
         )
     return np.asarray(array)
 
-
-logger = logging.getLogger(__name__)
 
 HEAD_CHARS_PER_TOKEN = 16
 """Characters of a text that are given to the tokenizer, per token that is embedded: about four times what

@@ -31,6 +31,8 @@ from megatron_l0moe.runtime.cpu import device
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters
 
+logger = logging.getLogger(__name__)
+
 LOGIT_ATOL = 1e-4
 """Largest difference of two float32 programs that sum in different orders, over 30 layers; measured: about 1e-5."""
 NEAR_TIE_MARGIN = 1e-4
@@ -92,9 +94,6 @@ def parity(megatron_logits: Path, export: Path) -> dict[str, Any]:
             f"(at most {LOGIT_ATOL:.0e} is rounding); do not use {export}, and report this as a bug."
         )
     return result
-
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:

@@ -18,6 +18,8 @@ from megatron_l0moe.conversion.dsmoe_layout import MODEL_TYPE, MODELLING_FILE, m
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.sizes.architecture import DENSE_FAMILIES, read_config
 
+logger = logging.getLogger(__name__)
+
 
 def is_dsmoe(model_type: object) -> bool:
     """Say whether a config.json with this model_type is that of an exported DSMoE."""
@@ -43,8 +45,6 @@ def exported_code(folder: Path, model_type: str) -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
-
-logger = logging.getLogger(__name__)
 
 EXPERTS_IMPLEMENTATION = "grouped_mm"
 """How transformers computes the experts; the choice and its measurement are in docs/evaluate.md."""

@@ -29,6 +29,8 @@ from megatron_l0moe.index.heldout_file import HeldoutSequence
 from megatron_l0moe.runtime.hardware import describe_machine
 from megatron_l0moe.sizes.parameters import ParameterCounts, speed_bounds
 
+logger = logging.getLogger(__name__)
+
 SHOWN = 8
 
 
@@ -61,8 +63,6 @@ def profile_transformers(run: Callable[[], object]) -> Operations:
         run()
     return Operations.of((event.key, event.self_cpu_time_total / 1e6) for event in profiler.key_averages())
 
-
-logger = logging.getLogger(__name__)
 
 WARM_UP_PAIRS = 1
 THREADS = 1

@@ -21,6 +21,8 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.experts.expert_file import cut_units, fingerprint, write_expert
 from megatron_l0moe.modules.hard_concrete import HardConcreteConfig, deterministic_gate, top_k
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
@@ -79,8 +81,6 @@ def chance_iou(width: int, num_units: int) -> float:
     share = width / num_units
     return share / (2.0 - share)
 
-
-logger = logging.getLogger(__name__)
 
 _SETTINGS = (
     *("l0_temperature", "l0_stretch_low", "l0_stretch_high"),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from megatron_l0moe.recipe.layout import Flags
-from megatron_l0moe.recipe.recipe import TITLES, ModelMethod, Recipe
+from megatron_l0moe.recipe.recipe import ModelMethod, Recipe
 from megatron_l0moe.sizes.architecture import Architecture
 from megatron_l0moe.sizes.parameters import ParameterCounts, count_parameters, l0moe_counts
 
@@ -29,11 +29,6 @@ class Method:
     """Whether tokens open blocks, and not the experts that a router chooses."""
     exported_code: str = ""
     """The file of code that an export needs."""
-
-    @property
-    def title(self) -> str:
-        """What people call the models."""
-        return TITLES[self.name]
 
     def check_model(self, recipe: Recipe, architecture: Architecture) -> None:
         """Refuse a dense model that the method cannot be applied to."""

@@ -48,6 +48,8 @@ from megatron_l0moe.modules.tensor_parallel import gather_shards, mean_over_shar
 from megatron_l0moe.modules.token_gate import TokenGate
 from megatron_l0moe.modules.trained_part import Metrics, Schedule, TrainedPart, choice_margins
 
+logger = logging.getLogger(__name__)
+
 MOST_SETS = 512  # [C, k, F] is held for a layer: 32 masks by two are 496 sets
 
 
@@ -188,9 +190,6 @@ def hard_masks(log_alpha: Tensor, sets: Tensor, load: Tensor, target: float) -> 
         middle = (few + many) // 2
         few, many = (middle, many) if fraction(middle) <= target + 1e-9 else (few, middle)
     return (rank < few).float()
-
-
-logger = logging.getLogger(__name__)
 
 
 class MaskGate(Float32State, TrainedPart):

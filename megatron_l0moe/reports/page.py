@@ -15,6 +15,8 @@ from megatron_l0moe.reports.plots import MODES, draw
 from megatron_l0moe.reports.summary import build_summary
 from megatron_l0moe.runs.stage_folder import write_json, write_text
 
+logger = logging.getLogger(__name__)
+
 TEMPLATE = "page.html.j2"
 SETTINGS = (  # those that a recipe of the method may hold are shown
     ("/recipe/model/path", "dense model"),
@@ -128,9 +130,6 @@ def show(value: Any, form: str) -> str:
 def _two_digits(value: float) -> str:
     """Write a positive number with two significant digits and no exponent."""
     return f"{value:.{max(1 - math.floor(math.log10(value)), 0)}f}" if value > 0 else "0"
-
-
-logger = logging.getLogger(__name__)
 
 
 def report(recipe: Recipe, run: Path, out: Path) -> dict[str, object]:

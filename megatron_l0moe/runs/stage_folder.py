@@ -29,6 +29,8 @@ from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runs import digests
 from megatron_l0moe.runtime.json_files import read_json
 
+logger = logging.getLogger(__name__)
+
 HERE = Path(__file__).resolve()
 
 
@@ -431,8 +433,6 @@ def _damaged(file: Path) -> L0MoEError:
         f"{file} does not list files by size and sha256; restore it, or remove {file.parent} to make it anew."
     )
 
-
-logger = logging.getLogger(__name__)
 
 LATE_SECONDS = 90.0
 """NFS remembers for up to 60 s that a file was not there (acdirmax, nfs(5))."""

@@ -31,6 +31,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
@@ -127,8 +129,6 @@ def energy_meter() -> Callable[[], float] | None:
         return None
     return joules
 
-
-logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
 """How long training waits at its end for a sample that is being taken."""

@@ -38,6 +38,8 @@ from megatron_l0moe.modules.router import L0Router
 from megatron_l0moe.modules.trained_part import TrainedPart, parts
 from megatron_l0moe.training.arguments import JobSettings, StageConfig
 
+logger = logging.getLogger(__name__)
+
 
 def datasets_provider(
     args: argparse.Namespace, num_samples: list[int], vp_stage: int | None = None
@@ -82,9 +84,6 @@ def datasets_provider(
             f"--global-batch-size {args.global_batch_size} needs {num_samples[0]}; train fewer steps or curate more."
         )
     return dataset, None, None
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

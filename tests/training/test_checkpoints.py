@@ -18,7 +18,6 @@ from megatron_l0moe.checkpoints.torch_dist import CheckpointWriter
 from megatron_l0moe.errors import L0MoEError
 from megatron_l0moe.runtime import cpu
 from megatron_l0moe.training import checkpoints
-from megatron_l0moe.training import checkpoints as cc
 from megatron_l0moe.training.arguments import JobSettings, StageConfig, settings_as_dict
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -72,7 +71,7 @@ def job(tmp_path) -> Path:
 
 
 def found_in(folder: Path) -> str:
-    return cc.last_good(folder).reader.path.name
+    return checkpoints.last_good(folder).reader.path.name
 
 
 def truncate(path: Path) -> None:
@@ -151,7 +150,7 @@ def test_a_missing_tracker_file_gives_the_newest(job):
 
 def test_taking_up_repairs_the_tracker_file_and_puts_damaged_folders_aside(job):
     truncate(job / "iter_0000004")
-    cc.take_up(job, cc.last_good(job))
+    checkpoints.take_up(job, checkpoints.last_good(job))
     assert (job / TRACKER).read_text().strip() == "2"
     assert sorted(path.name for path in job.glob("*iter*[0-9]")) == ["damaged_0_iter_0000004", "iter_0000002"]
     assert found_in(job) == "iter_0000002"
@@ -159,7 +158,7 @@ def test_taking_up_repairs_the_tracker_file_and_puts_damaged_folders_aside(job):
 
 def test_taking_up_a_whole_folder_changes_nothing(job):
     before = {path: path.stat().st_mtime_ns for path in job.rglob("*")}
-    cc.take_up(job, cc.last_good(job))
+    checkpoints.take_up(job, checkpoints.last_good(job))
     assert {path: path.stat().st_mtime_ns for path in job.rglob("*")} == before
 
 
@@ -169,7 +168,7 @@ def test_with_all_damaged_one_sentence_names_each(job):
     with pytest.raises(
         L0MoEError, match=r"can be used \(.*4.*truncated.*2 was not finished.*\); restore one"
     ) as caught:
-        cc.last_good(job)
+        checkpoints.last_good(job)
     assert "\n" not in str(caught.value)
 
 
@@ -177,9 +176,9 @@ def test_a_first_save_that_was_cut_short_is_no_checkpoint(job, caplog):
     gone(job / "iter_0000002")
     unfinished(job / "iter_0000004")
     (job / TRACKER).unlink()  # Megatron writes it after the save
-    assert cc.last_good(job) is None
+    assert checkpoints.last_good(job) is None
     assert "starts anew" in caplog.text
-    assert cc.last_good(job / "nowhere") is None
+    assert checkpoints.last_good(job / "nowhere") is None
 
 
 def refused(folder: Path, settings: JobSettings, **changes) -> str:

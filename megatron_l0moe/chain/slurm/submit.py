@@ -24,6 +24,8 @@ from megatron_l0moe.runs.stage_folder import MARKER, check_started, is_done, wri
 from megatron_l0moe.runs.stages import Place, Run, StageSpec, chain, place_of, spec_of, stages
 from megatron_l0moe.sizes.architecture import Architecture
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SubmittedJob:
@@ -201,7 +203,6 @@ def _check_inputs(
                 )
 
 
-logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 

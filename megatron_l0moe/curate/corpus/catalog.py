@@ -27,6 +27,8 @@ from megatron_l0moe.recipe.sections import FilterSection
 from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.json_files import read_json
 
+logger = logging.getLogger(__name__)
+
 
 class DocumentFilter(BaseFilter):
     """Drops empty text, text of one repeated character, and what the settings ask for.
@@ -98,8 +100,6 @@ def _value_of(name: str, signals: dict[str, Any], document: str) -> float | None
         "one value for a document, such as rps_doc_word_count."
     )
 
-
-logger = logging.getLogger(__name__)
 
 ROW = np.dtype([("shard", "<u4"), ("line", "<u4"), ("domain", "<u2"), ("chars", "<i8"), ("digest", "<u8")])
 MAX_DOMAINS = 1024

@@ -25,6 +25,8 @@ from megatron_l0moe.runs.stage_folder import write_json
 from megatron_l0moe.runtime.hardware import gpu_share, visible_gpus
 from megatron_l0moe.runtime.json_files import read_json
 
+logger = logging.getLogger(__name__)
+
 INTERVAL_SECONDS = 5.0
 
 
@@ -54,8 +56,6 @@ class ProgressLog:
             "%s: %d/%d (%.0f/s, about %.0f s left)", self._what, self._done, self._total, rate, left
         )
 
-
-logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
 

@@ -46,6 +46,8 @@ from megatron_l0moe.runtime.hardware import describe_machine, energy_meter
 from megatron_l0moe.sizes.architecture import read_config
 from megatron_l0moe.sizes.parameters import ParameterCounts, pass_bounds
 
+logger = logging.getLogger(__name__)
+
 HEADER = (
     "engine",
     "mode",
@@ -134,8 +136,6 @@ def _machine(result: Mapping[str, Any]) -> str:
 def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
-
-logger = logging.getLogger(__name__)
 
 Engine = Literal["transformers", "vllm"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)

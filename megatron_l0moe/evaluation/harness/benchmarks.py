@@ -45,6 +45,8 @@ from megatron_l0moe.runs.lock import inherited
 from megatron_l0moe.runs.stage_folder import sha256_file, write_json
 from megatron_l0moe.runtime.json_files import read_json
 
+logger = logging.getLogger(__name__)
+
 Pairs = Sequence[tuple[float, float]]
 """(dense, L0-MoE) values of one task's documents."""
 
@@ -92,8 +94,6 @@ def _stderr(tasks: Sequence[Sequence[float]]) -> float | None:
     total = sum(len(values) for values in tasks)
     return math.sqrt(math.fsum(len(values) * statistics.variance(values) for values in tasks)) / total
 
-
-logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 MODELS = ("dense", "l0moe")

@@ -23,6 +23,8 @@ from megatron_l0moe.runs.stage_folder import write_json, write_text
 from megatron_l0moe.runtime.json_files import read_json
 from megatron_l0moe.sizes.architecture import read_config
 
+logger = logging.getLogger(__name__)
+
 RESERVED = ("pretrained", "trust_remote_code", "dtype", "batch_size", "device")
 LENGTH_ARGUMENT = {"hf": "max_length", "vllm": "max_model_len", "sglang": "context_length"}
 PACKAGE = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang"}
@@ -142,8 +144,6 @@ def check_installed(section: BenchmarkSection) -> None:
             "local copies, see docs/evaluate.md for its layout."
         )
 
-
-logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
